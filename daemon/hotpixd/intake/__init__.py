@@ -1,0 +1,1 @@
+"""How shots come in: files become frames."""

@@ -1,0 +1,1 @@
+"""What survives a power cut: the ledger, the spool and the generations."""

@@ -1,0 +1,363 @@
+"""Generations: a sensor's arrays and what they cover, in immutable files that prove themselves.
+
+A generation is one file, written once and committed by its rename; no other
+file has to agree with it. Its last 32 bytes are the BLAKE3 digest of all
+before them, and nothing of a file is believed before its digest is right::
+
+    magic               "HPXGEN", format version as 2 digits
+    length of header    uint32, little-endian as everything here
+    header              JSON: {"number": ..., "header": <the caller's>, "arrays": [[name, dtype, shape], ...]}
+    chunks              array after array, 4 MiB of array each (the last of an array may be shorter)
+    digest              BLAKE3
+
+A chunk is the length of its payload (uint32), a byte of bits that say which
+byte planes are stored, and the payload: those planes one after the other,
+compressed with zstd. A byte plane is byte k of every element; the high ones
+are mostly zero in sums and counts, and are left out where they are. 24 million
+sums, squares and counts take a third of their size without loss.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+import zstandard
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from hotpixd.store.durable import (
+    StateError,
+    StateFull,
+    failpoint,
+    full_disk_as_state_full,
+    replace_durably,
+    write_all,
+)
+
+_A = TypeVar("_A")
+_B = TypeVar("_B")
+
+_MAGIC = b"HPXGEN01"
+_DIGEST_BYTES = 32
+_CHUNK_BYTES = 4 << 20
+_CHUNK_HEAD = struct.Struct("<IB")
+_HEADER_LENGTH = struct.Struct("<I")
+_NAME = re.compile(r"gen-(\d{8})\.hpx")
+
+# Compression takes most of the time; the main thread only writes and hashes.
+_THREADS = 2
+# Chunks on their way: each costs its planes and their compressed copy, 8 MB at most, so 32 MB in all.
+_IN_FLIGHT = 4
+
+# Level 1: level 3 takes twice as long for 3 % less; the negative levels save little time here.
+_LEVEL = 1
+
+# Left free for the ledger, which must still commit when generations no longer fit.
+_RESERVE_BYTES = 8 << 20
+
+# A compressor each, as they may not be shared.
+_of_thread = threading.local()
+
+
+class GenerationError(StateError):
+    """A generation is damaged or cannot be read. The message names the file and what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What a generation holds."""
+
+    number: int
+    """1, 2, ...: the newest is the one that counts."""
+
+    header: dict[str, Any]
+    """What the caller gave: which shots it covers, geometry, versions."""
+
+    arrays: dict[str, NDArray[Any]]
+    """Owned by the caller, writable."""
+
+
+def write_generation(
+    folder: Path, number: int, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
+) -> Path:
+    """Write generation `number` durably; when this returns, it survives a power cut.
+
+    The arrays must not change meanwhile. Extra memory is below 40 MB whatever their size. A
+    damaged generation of the same number is replaced.
+
+    Parameters
+    ----------
+    arrays
+        C-contiguous, little-endian, of 1 to 8 bytes per element (bool, integers, floats).
+
+    Raises
+    ------
+    StateFull
+        If it does not fit on the disk; nothing of it is left behind.
+    ValueError
+        If an array is not of that form, or the number not of 1 to 99,999,999.
+    """
+    if not 0 < number < 10**8:
+        raise ValueError(f"generations are numbered from 1 to 99999999, got {number}")
+    for name, array in arrays.items():
+        if array.dtype.str[0] not in "<|" or array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+            raise ValueError(f"array {name!r} must be of plain little-endian numbers, got {array.dtype}")
+        if not array.flags.c_contiguous:
+            raise ValueError(f"array {name!r} must be C-contiguous")
+    described = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
+    text = json.dumps(
+        {"number": number, "header": dict(header), "arrays": described}, allow_nan=False
+    ).encode()
+    final = folder / f"gen-{number:08d}.hpx"
+    tmp = final.with_suffix(".hpx.tmp")
+    _check_space(folder, sum(array.nbytes for array in arrays.values()))
+    try:
+        with full_disk_as_state_full(f"for generation {number} in {folder}"):
+            fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            try:
+                digest = blake3()
+
+                def put(data: bytes) -> None:
+                    digest.update(data)
+                    write_all(fd, data)
+
+                put(_MAGIC + _HEADER_LENGTH.pack(len(text)) + text)
+                chunks = (chunk for array in arrays.values() for chunk in _chunks(array))
+                for payload, planes in _in_order(_packed, chunks):
+                    put(_CHUNK_HEAD.pack(len(payload), planes))
+                    put(payload)
+                    failpoint("amid_generation")
+                write_all(fd, digest.digest())
+            finally:
+                os.close(fd)
+            replace_durably(tmp, final, step="generation")
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+    return final
+
+
+def read_generation(path: Path) -> Generation:
+    """Read a generation, after its digest has proved it whole.
+
+    Raises
+    ------
+    GenerationError
+        If anything about it is wrong.
+    """
+    with _opened(path) as (file, end):
+        number, header, described = _header(path, file, end)
+        places = []
+        arrays = {}
+        for name, dtype, shape in described:
+            # Chunks of nothing but zeros are never touched again, and so take no memory.
+            arrays[name] = np.zeros(shape, dtype)
+            places += list(_chunks(arrays[name]))
+        for _ in _in_order(_unpack, _stored_chunks(file, end, places)):
+            pass
+        return Generation(number, header, arrays)
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check a generation's digest and return the caller's header, without reading the arrays into memory.
+
+    Raises
+    ------
+    GenerationError
+        If anything about it is wrong.
+    """
+    with _opened(path) as (file, end):
+        return _header(path, file, end)[1]
+
+
+def generations(folder: Path) -> list[Path]:
+    """Return the paths of all generations, newest first, whether whole or not."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
+
+
+def newest(folder: Path) -> tuple[Generation | None, list[GenerationError]]:
+    """Return the newest generation that is whole, and why newer ones were passed over.
+
+    None if there is no whole one: then all shots are to be replayed, as if a generation 0 covered none.
+    """
+    skipped: list[GenerationError] = []
+    for path in generations(folder):
+        try:
+            return read_generation(path), skipped
+        except GenerationError as error:
+            skipped.append(error)
+    return None, skipped
+
+
+def prune(folder: Path, keep: int = 2) -> None:
+    """Remove all but the newest `keep` generations, and what an unfinished write left behind."""
+    failpoint("before_prune")
+    for path in [*folder.glob("*.tmp"), *generations(folder)[keep:]]:
+        path.unlink()
+    failpoint("after_prune")
+
+
+# --- chunks
+
+
+def _chunks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Split an array into flat views of 4 MiB."""
+    flat = array.reshape(-1)
+    step = _CHUNK_BYTES // array.itemsize
+    for start in range(0, flat.size, step):
+        yield flat[start : start + step]
+
+
+def _bytes_of(chunk: NDArray[Any]) -> NDArray[np.uint8]:
+    """View a chunk as (elements, bytes per element)."""
+    return chunk.view(np.uint8).reshape(-1, chunk.itemsize)
+
+
+def _packed(chunk: NDArray[Any]) -> tuple[bytes, int]:
+    """Return a chunk's payload and the bits of the planes in it."""
+    # The bits set anywhere in the chunk, by one pass over it, say which planes are zero throughout.
+    set_bits = int(np.bitwise_or.reduce(chunk.view(f"<u{chunk.itemsize}")))
+    stored = [k for k in range(chunk.itemsize) if set_bits >> 8 * k & 0xFF]
+    if not stored:
+        return b"", 0
+    if not hasattr(_of_thread, "compressor"):
+        _of_thread.compressor = zstandard.ZstdCompressor(level=_LEVEL)
+    content = _bytes_of(chunk)
+    planes = np.empty((len(stored), chunk.size), np.uint8)
+    for row, k in enumerate(stored):
+        planes[row] = content[:, k]
+    return _of_thread.compressor.compress(planes), sum(1 << k for k in stored)
+
+
+def _unpack(job: tuple[NDArray[Any], bytes, int]) -> None:
+    """Write a stored chunk into its place, which is zero."""
+    place, payload, planes = job
+    stored = [k for k in range(place.itemsize) if planes >> k & 1]
+    if not stored:
+        return
+    size = len(stored) * place.size
+    if not hasattr(_of_thread, "decompressor"):
+        _of_thread.decompressor = zstandard.ZstdDecompressor()
+    if zstandard.frame_content_size(payload) != size:
+        raise ValueError("a chunk is not of the size of its array")
+    content = np.frombuffer(_of_thread.decompressor.decompress(payload, max_output_size=size), np.uint8)
+    target = _bytes_of(place)
+    for row, k in enumerate(stored):
+        target[:, k] = content[row * place.size : (row + 1) * place.size]
+
+
+def _in_order(work: Callable[[_A], _B], jobs: Iterator[_A]) -> Iterator[_B]:
+    """Do the jobs on a few threads and give the results in order, never more than a few ahead."""
+    with ThreadPoolExecutor(_THREADS, "generation") as pool:
+        waiting: deque[Future[_B]] = deque()
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(work, job))
+                if len(waiting) == _IN_FLIGHT:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+# --- reading what may be damaged
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a generation and prove it; gives the file behind its magic, and where its digest starts."""
+    try:
+        with path.open("rb") as file:
+            end = os.fstat(file.fileno()).st_size - _DIGEST_BYTES
+            if end < len(_MAGIC) + _HEADER_LENGTH.size:
+                raise GenerationError(f"Generation {path} is cut short.")
+            magic = file.read(len(_MAGIC))
+            if magic[:6] == _MAGIC[:6] and magic != _MAGIC:
+                raise GenerationError(
+                    f"Generation {path} is damaged, or of a format newer than this hotpixd."
+                )
+            if magic != _MAGIC:
+                raise GenerationError(f"{path} is not a generation of hotpixd.")
+            digest = blake3(magic)
+            left = end - len(magic)
+            while left:
+                block = file.read(min(left, 1 << 18))
+                if not block:
+                    raise GenerationError(f"Generation {path} became shorter while it was read.")
+                digest.update(block)
+                left -= len(block)
+            if file.read(_DIGEST_BYTES) != digest.digest():
+                raise GenerationError(f"Generation {path} is damaged: its digest does not match its content.")
+            file.seek(len(_MAGIC))
+            yield file, end
+    except OSError as error:
+        raise GenerationError(f"Generation {path} cannot be read: {error.strerror}.") from error
+    except (ValueError, TypeError, KeyError, struct.error, zstandard.ZstdError) as error:
+        # The digest was right: written wrong, not damaged since.
+        raise GenerationError(f"Generation {path} contradicts itself: {error}.") from error
+
+
+def _header(
+    path: Path, file: BinaryIO, end: int
+) -> tuple[int, dict[str, Any], list[tuple[str, np.dtype[Any], tuple[int, ...]]]]:
+    (length,) = _HEADER_LENGTH.unpack(file.read(_HEADER_LENGTH.size))
+    if length > end - file.tell():
+        raise ValueError("its header is longer than the file")
+    content = json.loads(file.read(length))
+    if not path.name.startswith(f"gen-{content['number']:08d}."):
+        raise ValueError(f"it is generation {content['number']} under another name")
+    described = []
+    chunks = 0
+    for name, dtype, shape in content["arrays"]:
+        described.append((str(name), np.dtype(dtype), tuple(int(n) for n in shape)))
+        elements = 1
+        for n in described[-1][2]:
+            elements *= n
+        chunks += -(-elements * described[-1][1].itemsize // _CHUNK_BYTES)
+    if chunks * _CHUNK_HEAD.size > end - file.tell():
+        raise ValueError("its arrays are larger than the file")
+    return int(content["number"]), dict(content["header"]), described
+
+
+def _stored_chunks(
+    file: BinaryIO, end: int, places: list[NDArray[Any]]
+) -> Iterator[tuple[NDArray[Any], bytes, int]]:
+    for place in places:
+        length, planes = _CHUNK_HEAD.unpack(file.read(_CHUNK_HEAD.size))
+        if length > end - file.tell():
+            raise ValueError("a chunk is longer than the file")
+        yield place, file.read(length), planes
+    if file.tell() != end:
+        raise ValueError("there is something behind its last chunk")
+
+
+def _check_space(folder: Path, array_bytes: int) -> None:
+    """Raise `StateFull` where the next generation will hardly fit, rather than fill the disk to find out.
+
+    A generation is about as large as the one before it; the first is taken to be half of its arrays.
+    """
+    previous = generations(folder)[:1]
+    expected = previous[0].stat().st_size * 9 // 8 if previous else array_bytes // 2
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if free < expected + _RESERVE_BYTES:
+        raise StateFull(
+            f"No space left for a generation in {folder}: {free / 1e6:.0f} MB are free,"
+            f" it needs about {(expected + _RESERVE_BYTES) / 1e6:.0f} MB."
+        )

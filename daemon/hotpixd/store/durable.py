@@ -1,0 +1,126 @@
+"""What every durable write goes through: write all of it, fsync, rename, fsync the folder.
+
+A file is safe once its bytes *and* the entry of its folder have reached the
+disk; a rename is a commit point only if the renamed file was safe before.
+Here too: the errors of the state directory, and the failpoints at which tests
+stop the process between two such steps.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class StateError(Exception):
+    """The state directory cannot be used. The message is a sentence for people."""
+
+
+class StateFull(StateError):  # noqa: N818 - a condition, not a fault
+    """The disk of the state directory is full. Nothing was acknowledged or damaged: try again later."""
+
+
+class Failpoints:
+    """Named steps at which the process kills itself, for tests: HOTPIXD_FAILPOINT=name:kill[:nth pass]."""
+
+    def __init__(self, order: str | None) -> None:
+        """Take the order of the environment; None arms nothing.
+
+        Raises
+        ------
+        ValueError
+            If the order is none that can be obeyed: a test must not pass because of a slip of the pen.
+        """
+        self._name: str | None = None
+        self._passes_left = 0
+        if not order:
+            return
+        name, _, rest = order.partition(":")
+        action, _, nth = rest.partition(":")
+        if not name or action != "kill" or not (nth or "1").isdecimal() or int(nth or "1") < 1:
+            raise ValueError(f"HOTPIXD_FAILPOINT must read name:kill or name:kill:N, got {order!r}")
+        self._name, self._passes_left = name, int(nth or "1")
+
+    def passed(self, name: str) -> None:
+        """Kill the process if this is the pass it was told to die at."""
+        if name != self._name:
+            return
+        self._passes_left -= 1
+        if self._passes_left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+failpoint = Failpoints(os.environ.get("HOTPIXD_FAILPOINT")).passed
+"""Mark a step by its name: ``failpoint("after_link")``."""
+
+
+@contextmanager
+def full_disk_as_state_full(doing: str) -> Iterator[None]:
+    """Turn "no space left" into `StateFull`; other errors pass unchanged.
+
+    An fsync that fails with EIO passes too, and must end the process: the
+    kernel has marked the pages clean, so a second fsync would lie.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StateFull(f"No space left {doing}: {error.strerror}.") from error
+        raise
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write all of `data`; `os.write` may stop after a part of it."""
+    left = memoryview(data).cast("B")
+    while left:
+        left = left[os.write(fd, left) :]
+
+
+def fsync_file(path: Path) -> None:
+    """Put the content of a file on the disk. Opens it for reading only."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Put the entries of a folder (files made, renamed, removed) on the disk."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_durably(tmp: Path, final: Path, step: str = "file") -> None:
+    """Give a finished temporary file its final name; afterwards either all of it is there, or none.
+
+    `step` names the failpoints ``before_<step>_fsync``, ``before_<step>_rename``, ``after_<step>_rename``
+    and ``after_<step>_durable``.
+    """
+    failpoint(f"before_{step}_fsync")
+    fsync_file(tmp)
+    failpoint(f"before_{step}_rename")
+    tmp.rename(final)
+    failpoint(f"after_{step}_rename")
+    fsync_folder(final.parent)
+    failpoint(f"after_{step}_durable")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for nobody else's eyes, durably. One that exists keeps its mode."""
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+        return
+    fsync_folder(folder.parent)

@@ -1,0 +1,564 @@
+"""The ledger: one durable row per shot received, and what was derived from the shots in their order.
+
+A committed row is the acknowledgement of a shot. Everything else (verdicts,
+observations, transitions) is a function of the shots in the order of their
+`seq`, so a replay writes the same rows again; these rows wait and go to disk
+with the next commit.
+
+One connection, one process, one thread: EXCLUSIVE locking keeps SQLite's
+write-ahead log out of shared memory, and with it away from the WAL-reset bug
+of SQLite 3.7.0 to 3.51.2, which needs two connections. synchronous=FULL, as
+NORMAL may lose the last commits when the power goes.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hotpixd.store.durable import StateError, StateFull, failpoint, fsync_folder
+
+Verdict = Literal["received", "folded", "refused", "companion"]
+Change = Literal["appeared", "stable", "recovered", "dropped"]
+
+SCHEMA_VERSION = 1
+
+# Observations lie in the order in which they come, (sensor, seq, site): a frame's rows are then appended to
+# a few pages. In the order (sensor, site, seq) each row of a frame would dirty a page of its own. A site's
+# history is still one look-up per shot.
+_SCHEMA = """
+CREATE TABLE shot(
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    key TEXT UNIQUE NOT NULL,
+    name TEXT NOT NULL,
+    path TEXT NOT NULL,
+    size INTEGER NOT NULL,
+    received_at TEXT NOT NULL,
+    kind_given TEXT CHECK (kind_given IN ('light', 'dark')),
+    verdict TEXT NOT NULL DEFAULT 'received'
+        CHECK (verdict IN ('received', 'folded', 'refused', 'companion')),
+    reason TEXT,
+    sensor_id TEXT,
+    kind TEXT,
+    exposure_s REAL,
+    iso REAL,
+    sensor_temp_c REAL,
+    taken_at TEXT,
+    counted INTEGER,
+    not_counted_because TEXT,
+    lift REAL,
+    samples_digest TEXT
+);
+CREATE INDEX shot_by_verdict ON shot(verdict, sensor_id, seq);
+CREATE TABLE sensor(
+    number INTEGER PRIMARY KEY,
+    id TEXT UNIQUE NOT NULL,
+    identity TEXT NOT NULL
+);
+CREATE TABLE observation(
+    sensor INTEGER NOT NULL,
+    seq INTEGER NOT NULL,
+    site INTEGER NOT NULL,
+    value_adu REAL,
+    excess_adu REAL,
+    events INTEGER,
+    PRIMARY KEY (sensor, seq, site)
+) WITHOUT ROWID;
+CREATE TABLE transition(
+    sensor INTEGER NOT NULL,
+    seq INTEGER NOT NULL,
+    site INTEGER NOT NULL,
+    change TEXT NOT NULL CHECK (change IN ('appeared', 'stable', 'recovered', 'dropped')),
+    detail TEXT NOT NULL,
+    PRIMARY KEY (sensor, seq, site, change)
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A shot whose bytes are safe in the spool, to be acknowledged."""
+
+    key: str
+    """BLAKE3 of its file's content, hex."""
+
+    name: str
+    """Name of its file. May hold bytes that are not UTF-8, as surrogates."""
+
+    path: str
+    """Where it came from, for people. May hold surrogates too."""
+
+    size: int
+    """Bytes of its file."""
+
+    received_at: str
+    """When, UTC, ISO 8601. A label: the order of shots is that of their rows."""
+
+    kind_given: Literal["light", "dark"] | None = None
+    """What the user said it is. None if nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShotRow:
+    """Everything the ledger knows of a shot. What is not known (yet) is None."""
+
+    seq: int
+    """Its place in the order of folding. Grows, never used twice."""
+
+    key: str
+    name: str
+    path: str
+    size: int
+    received_at: str
+    kind_given: Literal["light", "dark"] | None
+
+    verdict: Verdict
+    """received: not decided yet; folded: into its sensor's statistic; refused; companion: of a raw file."""
+
+    reason: str | None
+    """Why it was refused, or whose companion it is."""
+
+    sensor_id: str | None
+    kind: str | None
+    exposure_s: float | None
+    iso: float | None
+    sensor_temp_c: float | None
+    taken_at: str | None
+
+    counted: bool | None
+    """Whether its events count as evidence."""
+
+    not_counted_because: str | None
+    lift: float | None
+
+    samples_digest: str | None
+    """Digest of the decoded samples: tells whether a replay decodes the same."""
+
+
+class Conclusion(TypedDict, total=False):
+    """The columns of a shot that `Ledger.conclude` may set; those of the same names in `ShotRow`."""
+
+    verdict: Verdict
+    reason: str | None
+    sensor_id: str | None
+    kind: str | None
+    exposure_s: float | None
+    iso: float | None
+    sensor_temp_c: float | None
+    taken_at: str | None
+    counted: bool | None
+    not_counted_because: str | None
+    lift: float | None
+    samples_digest: str | None
+
+
+class Observation(NamedTuple):
+    """What one frame showed at one site, with how the shot was taken."""
+
+    seq: int
+    site: int
+    value_adu: float | None
+    excess_adu: float | None
+    events: int | None
+    exposure_s: float | None
+    iso: float | None
+    sensor_temp_c: float | None
+    taken_at: str | None
+    kind: str | None
+    counted: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class TransitionRow:
+    """A site of a sensor changed its life cycle with the shot `seq`."""
+
+    sensor_id: str
+    site: int
+    seq: int
+    change: Change
+    detail: Mapping[str, Any]
+    """Whatever describes it, as JSON can hold it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Numbers of shots by verdict: of one sensor, or of those not (yet) known to be of any."""
+
+    sensor_id: str | None
+    received: int = 0
+    folded: int = 0
+    counted: int = 0
+    """Of those folded, how many count as evidence."""
+    refused: int = 0
+    companion: int = 0
+
+
+_SHOT_COLUMNS = ", ".join(field.name for field in fields(ShotRow))
+_CONCLUSION_COLUMNS = frozenset(Conclusion.__annotations__)
+
+
+class Ledger:
+    """The ledger's one connection. Use it from the thread that opened it."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the ledger or make a new one.
+
+        Raises
+        ------
+        StateError
+            If the file is damaged, is not a ledger, or is of a newer hotpixd. It is left as it is.
+        """
+        self.path = path
+        # Derived writes since the last commit, and how many of them are in the open transaction. Kept, so that
+        # a commit which failed on a full disk, and was rolled back, can be tried again.
+        self._pending: list[tuple[str, Sequence[Sequence[object]]]] = []
+        self._applied = 0
+        with self._in_plain_words():
+            self._db = sqlite3.connect(path, isolation_level=None)
+        try:
+            with self._in_plain_words():
+                self._open()
+                self._numbers: dict[str, int] = dict(self._db.execute("SELECT id, number FROM sensor"))
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _open(self) -> None:
+        self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        # What fits in it is not written twice; a frame's observations need 0.2 MB.
+        self._db.execute("PRAGMA cache_size = -16384")
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            raise StateError(
+                f"The ledger {self.path} has format {version}, and this hotpixd knows none above"
+                f" {SCHEMA_VERSION}. Use the newer hotpixd that wrote it."
+            )
+        if version == 0:
+            (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if tables:
+                raise StateError(f"{self.path} is a database, but not a ledger of hotpixd.")
+            # One transaction: after a power cut there is all of the schema, or a new ledger is made.
+            self._db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
+            # SQLite fsyncs the folder for its log, not for the database itself.
+            fsync_folder(self.path.parent)
+
+    def close(self) -> None:
+        """Commit what waits and close."""
+        try:
+            self.commit()
+        finally:
+            with self._in_plain_words():
+                self._db.close()
+
+    def check(self) -> None:
+        """Read the whole database and raise `StateError` if anything in it is damaged."""
+        for (finding,) in self._rows("PRAGMA integrity_check(1)"):
+            if finding != "ok":
+                raise StateError(f"The ledger {self.path} is damaged: {finding}.")
+
+    # --- shots
+
+    def receive(self, shots: Sequence[Received]) -> list[int]:
+        """Write the shots and all derived rows that wait; when this returns, they survive a power cut.
+
+        Returns
+        -------
+        One seq per shot, in their order. A shot whose key is known already keeps its row.
+
+        Raises
+        ------
+        StateFull
+            If the disk is full. None of the shots is received then; the derived rows wait on.
+        """
+        with self._in_plain_words():
+            self._apply_pending()
+            if not self._db.in_transaction:
+                self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany(
+                "INSERT INTO shot(key, name, path, size, received_at, kind_given) VALUES (?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT(key) DO NOTHING",
+                [
+                    (s.key, _file_text(s.name), _file_text(s.path), s.size, s.received_at, s.kind_given)
+                    for s in shots
+                ],
+            )
+            rows = [
+                self._db.execute("SELECT seq FROM shot WHERE key = ?", (s.key,)).fetchone() for s in shots
+            ]
+            failpoint("before_receive")
+            self._commit()
+            failpoint("after_receive")
+        return [seq for (seq,) in rows]
+
+    def find(self, key: str) -> ShotRow | None:
+        """Return the shot of this key, if it was ever received."""
+        return next(iter(self._shots("WHERE key = ?", (key,))), None)
+
+    def forget(self, key: str) -> None:
+        """Remove the row of a refused shot or a companion, so that it can be received anew.
+
+        Raises
+        ------
+        ValueError
+            If the shot is folded or about to be: its row is what a replay needs.
+        """
+        shot = self.find(key)
+        if shot is None:
+            return
+        if shot.verdict not in ("refused", "companion"):
+            raise ValueError(f"only a refused shot can be forgotten, {key} is {shot.verdict}")
+        self._later("DELETE FROM shot WHERE seq = ?", [(shot.seq,)])
+
+    def conclude(self, seq: int, **columns: Unpack[Conclusion]) -> None:
+        """Set columns of a shot: its verdict and what is known of it. The others stay as they are."""
+        unknown = columns.keys() - _CONCLUSION_COLUMNS
+        if unknown or not columns:
+            raise ValueError(f"a shot's conclusion has no columns {sorted(unknown)}")
+        names = ", ".join(f"{name} = ?" for name in columns)
+        self._later(f"UPDATE shot SET {names} WHERE seq = ?", [(*map(_text_or_same, columns.values()), seq)])
+
+    def rows_to_replay(self, covers: Mapping[str, int]) -> list[ShotRow]:
+        """Return, in seq order, the shots that no loaded generation contains.
+
+        These are the shots without a verdict, those folded after the last one that the generation in use
+        covers (`covers`, by sensor), and all folded for a sensor without a generation. This is right only if
+        verdicts are committed before a generation that covers their shots is written.
+        """
+        wanted: list[object] = []
+        after = ""
+        for sensor_id, seq in covers.items():
+            after += " OR verdict = 'folded' AND sensor_id = ? AND seq > ?"
+            wanted += [sensor_id, seq]
+        marks = ", ".join("?" * len(covers))
+        return list(
+            self._shots(
+                "WHERE verdict = 'received'"
+                f" OR verdict = 'folded' AND sensor_id NOT IN ({marks}){after} ORDER BY seq",
+                [*covers, *wanted],
+            )
+        )
+
+    def refused(self) -> list[ShotRow]:
+        """Return the refused shots, in seq order."""
+        return list(self._shots("WHERE verdict = 'refused' ORDER BY seq"))
+
+    def last_shot(self, sensor_id: str | None = None) -> ShotRow | None:
+        """Return the shot received last, of one sensor (folded, refused or companion) or of all."""
+        if sensor_id is None:
+            return next(iter(self._shots("ORDER BY seq DESC LIMIT 1")), None)
+        return next(iter(self._shots("WHERE sensor_id = ? ORDER BY seq DESC LIMIT 1", (sensor_id,))), None)
+
+    def frame_keys(self, sensor_id: str) -> list[str]:
+        """Return the keys of all shots folded for a sensor, sorted."""
+        query = "SELECT key FROM shot WHERE verdict = 'folded' AND sensor_id = ? ORDER BY key"
+        return [key for (key,) in self._rows(query, (sensor_id,))]
+
+    def verdicts(self, keys: Iterable[str]) -> dict[str, tuple[Verdict, str | None, int]]:
+        """Return (verdict, sensor_id, seq) of those keys that have a row."""
+        query = "SELECT verdict, sensor_id, seq FROM shot WHERE key = ?"
+        found = {}
+        for key in keys:
+            for row in self._rows(query, (key,)):
+                found[key] = row
+        return found
+
+    def tally(self) -> list[Tally]:
+        """Count the shots of each sensor by verdict; shots of no known sensor under None, first."""
+        query = """
+            SELECT sensor_id, sum(verdict = 'received'), sum(verdict = 'folded'),
+                   sum(verdict = 'folded' AND coalesce(counted, 0)), sum(verdict = 'refused'),
+                   sum(verdict = 'companion')
+            FROM shot GROUP BY sensor_id ORDER BY sensor_id"""
+        return [Tally(*row) for row in self._rows(query)]
+
+    # --- sensors and what was derived
+
+    def add_sensor(self, sensor_id: str, identity: Mapping[str, Any]) -> None:
+        """Make a sensor known, or describe a known one anew. Needed before its observations."""
+        number = self._numbers.setdefault(sensor_id, len(self._numbers) + 1)
+        self._later(
+            "INSERT OR REPLACE INTO sensor(number, id, identity) VALUES (?, ?, ?)",
+            [(number, sensor_id, json.dumps(identity))],
+        )
+
+    def sensors(self) -> dict[str, dict[str, Any]]:
+        """Return the identity of each sensor by its id, in the order in which they came."""
+        return {
+            id_: json.loads(text)
+            for id_, text in self._rows("SELECT id, identity FROM sensor ORDER BY number")
+        }
+
+    def add_observations(
+        self,
+        sensor_id: str,
+        seq: int,
+        sites: NDArray[np.integer] | Sequence[int],
+        value_adu: NDArray[np.floating] | Sequence[float],
+        excess_adu: NDArray[np.floating] | Sequence[float],
+        events: NDArray[np.integer] | Sequence[int],
+    ) -> None:
+        """Write what the frame `seq` showed at some sites; four columns of one length.
+
+        NaN is written as NULL and comes back as None.
+
+        Raises
+        ------
+        ValueError
+            If the columns differ in length.
+        KeyError
+            If the sensor was not added.
+        """
+        number = self._numbers[sensor_id]
+        columns = [np.asarray(column).tolist() for column in (sites, value_adu, excess_adu, events)]
+        rows = [(number, seq, *row) for row in zip(*columns, strict=True)]
+        self._later("INSERT OR REPLACE INTO observation VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+    def observations(self, sensor_id: str, site: int | None = None) -> list[Observation]:
+        """Return what was observed of a sensor, of one site or all, ordered by (seq, site)."""
+        number = self._numbers.get(sensor_id)
+        # CROSS JOIN fixes the order of the loops: for each shot, look its sites up by the primary key.
+        query = """
+            SELECT seq, site, value_adu, excess_adu, events,
+                   exposure_s, iso, sensor_temp_c, taken_at, kind, counted
+            FROM shot CROSS JOIN observation USING (seq)
+            WHERE sensor = ? AND sensor_id = ? AND verdict = 'folded'"""
+        wanted: list[object] = [number, sensor_id]
+        if site is not None:
+            query += " AND site = ?"
+            wanted.append(site)
+        return [
+            Observation._make((*row[:-1], None if row[-1] is None else bool(row[-1])))
+            for row in self._rows(query + " ORDER BY seq, site", wanted)
+        ]
+
+    def add_transitions(self, rows: Iterable[TransitionRow]) -> None:
+        """Write changes of life cycle.
+
+        Raises
+        ------
+        KeyError
+            If a sensor was not added.
+        """
+        self._later(
+            "INSERT OR REPLACE INTO transition(sensor, seq, site, change, detail) VALUES (?, ?, ?, ?, ?)",
+            [(self._numbers[r.sensor_id], r.seq, r.site, r.change, json.dumps(dict(r.detail))) for r in rows],
+        )
+
+    def transitions(self, sensor_id: str) -> list[TransitionRow]:
+        """Return the changes of life cycle of a sensor's sites, ordered by (seq, site)."""
+        query = "SELECT site, seq, change, detail FROM transition WHERE sensor = ? ORDER BY seq, site, change"
+        return [
+            TransitionRow(sensor_id, site, seq, change, json.loads(detail))
+            for site, seq, change, detail in self._rows(query, (self._numbers.get(sensor_id),))
+        ]
+
+    def delete_derived_after(self, sensor_id: str, seq: int) -> None:
+        """Remove a sensor's observations and transitions of shots after `seq`: a replay writes them again."""
+        number = self._numbers.get(sensor_id)
+        self._later("DELETE FROM observation WHERE sensor = ? AND seq > ?", [(number, seq)])
+        self._later("DELETE FROM transition WHERE sensor = ? AND seq > ?", [(number, seq)])
+
+    def commit(self) -> None:
+        """Put the derived rows that wait on the disk."""
+        with self._in_plain_words():
+            self._apply_pending()
+            self._commit()
+
+    # --- how
+
+    def _later(self, statement: str, rows: Sequence[Sequence[object]]) -> None:
+        if rows:
+            self._pending.append((statement, rows))
+
+    def _apply_pending(self) -> None:
+        """Bring the waiting rows into the open transaction, all of them if SQLite has rolled it back."""
+        if not self._db.in_transaction:
+            self._applied = 0
+        if self._applied == len(self._pending):
+            return
+        if not self._db.in_transaction:
+            self._db.execute("BEGIN IMMEDIATE")
+        for statement, rows in self._pending[self._applied :]:
+            self._db.executemany(statement, rows)
+            self._applied += 1
+
+    def _commit(self) -> None:
+        if self._db.in_transaction:
+            self._db.execute("COMMIT")
+        self._pending.clear()
+        self._applied = 0
+
+    def _rows(self, query: str, values: Sequence[object] = ()) -> list[Any]:
+        """Read, with the rows that wait in sight."""
+        with self._in_plain_words():
+            self._apply_pending()
+            return self._db.execute(query, values).fetchall()
+
+    def _shots(self, condition: str, values: Sequence[object] = ()) -> Iterator[ShotRow]:
+        for row in self._rows(f"SELECT {_SHOT_COLUMNS} FROM shot {condition}", values):
+            columns = dict(zip(ShotRow.__dataclass_fields__, row, strict=True))
+            for name in ("name", "path", "reason", "not_counted_because"):
+                if isinstance(columns[name], bytes):
+                    columns[name] = columns[name].decode("utf-8", "surrogateescape")
+            if columns["counted"] is not None:
+                columns["counted"] = bool(columns["counted"])
+            yield ShotRow(**columns)
+
+    @contextmanager
+    def _in_plain_words(self) -> Iterator[None]:
+        """Roll back on any failure, and say in a sentence what SQLite says in a code."""
+        try:
+            yield
+        except BaseException as error:
+            self._roll_back()
+            if not isinstance(error, sqlite3.DatabaseError) or isinstance(
+                error, sqlite3.IntegrityError | sqlite3.ProgrammingError
+            ):
+                raise
+            raise self._sentence(error) from error
+
+    def _roll_back(self) -> None:
+        db = getattr(self, "_db", None)
+        if db is None:
+            return
+        self._applied = 0
+        try:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+        except sqlite3.Error:
+            # What was not committed is rolled back when the file is opened next.
+            pass
+
+    def _sentence(self, error: sqlite3.DatabaseError) -> StateError:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code == sqlite3.SQLITE_FULL:
+            return StateFull(f"No space left for the ledger {self.path}.")
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return StateError(f"The ledger {self.path} is damaged: {error}.")
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return StateError(f"The ledger {self.path} is open in another program: {error}.")
+        return StateError(f"The ledger {self.path} cannot be used: {error}.")
+
+
+def _file_text(text: str) -> str | bytes:
+    """Return text as SQLite can hold it: bytes where a file's name is not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogateescape")
+    return text
+
+
+def _text_or_same(value: object) -> object:
+    # A reason may quote the name of a file.
+    return _file_text(value) if isinstance(value, str) else value

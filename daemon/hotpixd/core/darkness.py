@@ -1,0 +1,223 @@
+"""Tell a dark frame from a light frame by its samples alone.
+
+A light frame taken for a dark one makes stars into defects, a dark one taken
+for a light one merely adds evidence more slowly. So a frame is dark only if
+everything speaks for it: its level is that of no light, the level is the same
+everywhere and in all colours, and what stands out are single sites.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hotpixd.core.frame import Samples, SensorLayout
+
+BLOCK = 16
+"""Rows and columns of a plane per block."""
+
+GRID = 12
+"""Blocks looked at along each axis of a plane: 144 blocks find a lit area of 1/144 of the frame."""
+
+FINE_GRID = 40
+"""The same for a frame that looks dark on the coarse grid."""
+
+MAX_UNEVEN = 0.25
+"""Noise units by which nine of ten blocks may differ from the level.
+
+Measured: 0.07 to 0.17 in darks of the Flea3 and Basler CCDs, 0.28 in a light frame at a mean of 0.1 ADU.
+"""
+
+MAX_GLOW = 2.0
+"""Noise units by which any block may differ: amplifier glow in a corner."""
+
+MAX_TINT = 0.5
+"""Noise units by which planes may differ. Light has a colour; pedestals of readout channels differ by less."""
+
+MAX_LEVEL = 0.01
+"""Share of full scale that the level may lie above a known black level: dark current, not light."""
+
+MAX_LEVEL_OF_UNKNOWN_BLACK = 0.03
+"""Share of full scale below which a level without a known black level may be that of no light."""
+
+OUTLIER_NOISES = 6.0
+"""A sample this many noise units above the level stands out; of 1e9 normal samples one does."""
+
+OUTLIER_MIN_ADU = 3.0
+"""The least that stands out, for frames whose noise is below one ADU."""
+
+MAX_OUTLIERS = 0.03
+"""Share of samples that may stand out. No sensor in use has as many hot pixels at once."""
+
+COMPANION = 0.1
+"""A neighbour with this part of a site's excess is lit together with it.
+
+A star lights its neighbours with 15 % or more, however sharp the lens; a saturated hot pixel
+leaks 1 to 3 % into them.
+"""
+
+RENDERED_MAX_LEVEL_ADU = 8.0
+"""Highest floor of a rendered 8-bit dark: noise clipped at black, lifted by the tone curve."""
+
+RENDERED_OUTLIER_ADU = 16.0
+"""The least that stands out of a rendered frame, where noise comes in smoothed blotches."""
+
+RENDERED_MAX_OUTLIERS = 0.005
+"""Share of rendered samples that may stand out: each defect takes nine or more of them."""
+
+DEFECT_REACH = 5
+"""Sites that one defect may reach from end to end after demosaicing and JPEG compression."""
+
+
+def looks_dark(
+    samples: Samples, layout: SensorLayout, black_level_adu: float | None, white_level_adu: float | None
+) -> bool:
+    """Return whether no light fell on the sensor, as far as one frame can tell. In doubt it is a light frame.
+
+    Parameters
+    ----------
+    samples : (height, width * channels) uint8 or uint16
+        Not modified. All are looked at only if the level does not already show light.
+    black_level_adu, white_level_adu
+        Value of a sample without light, and the largest value, if known.
+    """
+    # A raw frame of a monochrome sensor comes from LibRaw in 16 bit; 8-bit grey of period 1 is a grey JPEG.
+    rendered = layout.channels > 1 or (layout.period == 1 and samples.dtype == np.uint8)
+    level_adu, noise_adu = _even_level(samples, layout)
+    if level_adu is None or (rendered and level_adu > RENDERED_MAX_LEVEL_ADU):
+        return False
+    if rendered:
+        return _only_defects_rendered(samples, layout, level_adu, noise_adu) and _even(samples, layout)
+    full_scale_adu = white_level_adu or _full_scale(samples)
+    if black_level_adu:
+        near_black = max(4.0 * noise_adu, MAX_LEVEL * (full_scale_adu - black_level_adu))
+        if abs(level_adu - black_level_adu) > near_black:
+            return False
+    elif level_adu > MAX_LEVEL_OF_UNKNOWN_BLACK * full_scale_adu:
+        return False
+    return _only_single_sites(samples, level_adu, noise_adu, OUTLIER_MIN_ADU, MAX_OUTLIERS) and _even(
+        samples, layout
+    )
+
+
+def _even(samples: Samples, layout: SensorLayout) -> bool:
+    return _even_level(samples, layout, FINE_GRID)[0] is not None
+
+
+def _even_level(samples: Samples, layout: SensorLayout, grid: int = GRID) -> tuple[float | None, float]:
+    """Return (level, noise of one sample) in ADU; level None if it differs from place to place or by colour."""
+    levels, noises = [], []
+    # Every plane of a Bayer mosaic and every channel; of the 36 of X-Trans one column, which has all colours.
+    for index in range(0, layout.plane_count, max(1, layout.plane_count // 6)):
+        blocks = _blocks(layout.plane(samples, index), grid)
+        middle = float(np.median(blocks))
+        reach = max(4.0 * 1.4826 * float(np.median(np.abs(blocks - middle))), OUTLIER_MIN_ADU)
+        # Clipped means, not medians: an 8-bit dark is zeros with a one here and there, of median 0 in any light.
+        clipped = np.clip(blocks, middle - reach, middle + reach)
+        means = clipped.mean(axis=1)
+        levels.append(float(np.median(means)))
+        noises.append(float(np.sqrt(clipped.var(axis=1).mean())))
+        away = np.abs(means - levels[-1])
+        if np.quantile(away, 0.9) > MAX_UNEVEN * noises[-1] or away.max() > MAX_GLOW * noises[-1]:
+            return None, noises[-1]
+    noise_adu = float(np.mean(noises))
+    if max(levels) - min(levels) > MAX_TINT * noise_adu:
+        return None, noise_adu
+    return float(np.mean(levels)), noise_adu
+
+
+def _blocks(plane: NDArray[np.generic], grid: int) -> NDArray[np.float32]:
+    """Return the samples of up to grid x grid blocks spread evenly over a plane, (blocks, samples)."""
+    height, width = min(BLOCK, plane.shape[0]), min(BLOCK, plane.shape[1])
+    rows = np.unique(np.linspace(0, plane.shape[0] - height, grid).astype(int))
+    cols = np.unique(np.linspace(0, plane.shape[1] - width, grid).astype(int))
+    windows = np.lib.stride_tricks.sliding_window_view(plane, (height, width))
+    return windows[np.ix_(rows, cols)].reshape(-1, height * width).astype(np.float32)
+
+
+def _full_scale(samples: Samples) -> float:
+    """Return the least usual full scale that holds all samples: cameras store 10 to 16 bits in 16."""
+    if samples.dtype == np.uint8:
+        return 255.0
+    brightest = int(samples.max())
+    return next(full for full in (1023.0, 4095.0, 16383.0, 65535.0) if full >= brightest)
+
+
+def _outliers(samples: Samples, threshold: int, limit: int) -> NDArray[np.intp] | None:
+    """Return the flat indices of samples above `threshold`, ascending; None if they are more than `limit`."""
+    # By bands that stay in the cache: the whole comparison would write 24 MB to read them once.
+    found, count, step = [], 0, max(1, (1 << 20) // samples.shape[1])
+    for top in range(0, samples.shape[0], step):
+        inside = np.flatnonzero(samples[top : top + step] > threshold)
+        count += inside.size
+        if count > limit:
+            return None
+        found.append(inside + top * samples.shape[1])
+    return np.concatenate(found)
+
+
+def _only_single_sites(
+    samples: Samples, level_adu: float, noise_adu: float, min_adu: float, max_share: float
+) -> bool:
+    """Return whether the sites that stand out lie as if strewn at random, as hot pixels do."""
+    threshold = int(level_adu + max(OUTLIER_NOISES * noise_adu, min_adu))
+    sites = _outliers(samples, threshold, int(max_share * samples.size))
+    if sites is None:
+        return False
+    if sites.size == 0:
+        return True
+    accompanied = np.zeros(sites.size, bool)
+    excess = samples.ravel()[sites].astype(np.float32) - level_adu
+    width = samples.shape[1]
+    for down, right in ((0, 1), (1, -1), (1, 0), (1, 1)):
+        column = sites % width + right
+        mate = np.minimum(np.searchsorted(sites, sites + down * width + right), sites.size - 1)
+        touching = (sites[mate] == sites + down * width + right) & (column >= 0) & (column < width)
+        fainter = np.minimum(excess, excess[mate])
+        brighter = np.maximum(excess, excess[mate])
+        touching &= fainter >= COMPANION * brighter
+        accompanied |= touching
+        accompanied[mate[touching]] = True
+    # Strewn at random, this part of the sites has one of its 8 neighbours among the others.
+    by_chance = 1.0 - (1.0 - sites.size / samples.size) ** 8
+    allowed = sites.size * (1.5 * by_chance + 0.05) + 4.0
+    return bool(np.count_nonzero(accompanied) <= allowed)
+
+
+def _only_defects_rendered(
+    samples: Samples, layout: SensorLayout, level_adu: float, noise_adu: float
+) -> bool:
+    """Return whether all that stands out is small and of one colour, as a demosaiced hot pixel is."""
+    if layout.channels == 1:
+        return _only_single_sites(samples, level_adu, noise_adu, RENDERED_OUTLIER_ADU, RENDERED_MAX_OUTLIERS)
+    threshold = int(level_adu + max(OUTLIER_NOISES * noise_adu, RENDERED_OUTLIER_ADU))
+    sites = _outliers(samples, threshold, int(RENDERED_MAX_OUTLIERS * samples.size))
+    if sites is None:
+        return False
+    if sites.size == 0:
+        return True
+    pixels = np.unique(sites // layout.channels)
+    rows, cols = np.divmod(pixels, layout.width)
+    excess = (
+        samples.reshape(layout.height, layout.width, layout.channels)[rows, cols].astype(np.float32)
+        - level_adu
+    )
+    # A hot photosite lights one colour; what lights two colours alike is light.
+    ordered = np.sort(excess, axis=1)
+    white = np.count_nonzero(ordered[:, -2] > 0.6 * ordered[:, -1])
+    if white > 4 + 0.1 * pixels.size:
+        return False
+    return not _reaches_far(pixels, layout)
+
+
+def _reaches_far(pixels: NDArray[np.intp], layout: SensorLayout) -> bool:
+    """Return whether lit pixels form a line longer than one defect can be, along a row or a column."""
+    lines = 0
+    for step in (1, layout.width):
+        run = pixels
+        for ahead in range(1, DEFECT_REACH + 1):
+            mate = np.minimum(np.searchsorted(pixels, run + ahead * step), pixels.size - 1)
+            run = run[pixels[mate] == run + ahead * step]
+        lines += run.size
+    # Defects that happen to touch make a few such lines.
+    return bool(lines > 2 + 0.01 * pixels.size)

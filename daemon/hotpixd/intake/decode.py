@@ -1,0 +1,589 @@
+"""Turn a picture file into a `Frame`: samples as stored, where they lie on the sensor, how the shot was taken.
+
+The content decides what a file is, never its name: cards hold JPEGs called
+.nef, and a spool names files by their hash. Pictures that are no straight
+camera output (edited, cropped, half written, without sensor samples) are
+refused with a `DecodeError`, since one such frame among the others would be
+evidence about nothing. A disk that cannot be read is an `OSError` as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import os
+import platform
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hotpixd.core.darkness import looks_dark
+from hotpixd.core.frame import Frame, SampleKind, Samples, SensorIdentity, SensorLayout, ShotInfo, ShotKind
+from hotpixd.intake import metadata
+from hotpixd.intake.metadata import Metadata
+
+MAX_PIXELS = 400_000_000
+"""Twice the largest sensor on sale with pixel shift; more is a broken header or a decompression bomb."""
+
+MIN_SIDE = 16
+"""Pixels. Smaller is a thumbnail."""
+
+MIN_PLANE_SIDE = 7
+"""Samples. The detection window must fit into each plane."""
+
+MIN_EMPTY_ROWS = 8
+"""Rows of zeros at the end that may mean a half-written file."""
+
+EDITORS = (
+    "adobe", "photoshop", "lightroom", "camera raw", "gimp", "noise ninja", "nikon transfer", "nx studio",
+    "viewnx", "capture nx", "ofotonow", "darktable", "rawtherapee", "art ", "digikam", "showfoto", "capture one",
+    "dxo", "photolab", "affinity", "luminar", "picasa", "google photos", "snapseed", "paint.net", "paint shop",
+    "paintshop", "corel", "irfanview", "xnview", "acdsee", "faststone", "imagemagick", "graphicsmagick", "shotwell",
+    "iphoto", "aperture", "topaz", "neat image", "polarr", "pixelmator", "photoscape", "silkypix",
+    "digital photo professional", "acr", "photos 1", "photos 2", "photos 3", "photos 4", "photos 5",
+    "microsoft windows photo", "windows photo", "hugin", "ptgui", "pixinsight", "siril", "deepskystacker",
+    "helicon", "zerene", "ufraw", "rawstudio", "krita", "instagram", "vsco", "quicktime", "exiftool",
+)  # fmt: skip
+"""What the names of programs that change pictures contain, in lower case. Firmware names itself otherwise."""
+
+_FOREIGN = (
+    (0, b"GIF8", "a GIF"),
+    (0, b"BM", "a BMP"),
+    (0, b"8BPS", "a Photoshop document"),
+    (0, b"%PDF", "a PDF"),
+    (0, b"PK\x03\x04", "a ZIP archive"),
+    (0, b"\x1f\x8b", "a gzip archive"),
+    (0, b"\x00\x00\x00\x0cJXL ", "a JPEG XL picture"),
+    (0, b"\xff\x0a", "a JPEG XL picture"),
+    (0, b"\x00\x00\x00\x0cjP  ", "a JPEG 2000 picture"),
+    (8, b"WEBP", "a WebP picture"),
+    (8, b"AVI ", "a video"),
+    (8, b"WAVE", "a sound recording"),
+    (4, b"ftyphe", "a HEIF picture"),
+    (4, b"ftypmi", "a HEIF picture"),
+    (4, b"ftypms", "a HEIF picture"),
+    (4, b"ftypav", "an AVIF picture"),
+    (4, b"ftyp", "a video"),
+)
+
+_RAW_STARTS = (
+    (0, b"FUJIFILM"),  # RAF
+    (4, b"ftypcrx "),  # CR3
+    (6, b"HEAPCCDR"),  # CRW
+    (0, b"\0MRM"),
+    (0, b"FOVb"),  # X3F
+    (0, b"IIRO"), (0, b"IIRS"), (0, b"MMOR"),  # ORF
+    (0, b"IIU\0"),  # RW2
+    (0, b"ARRI"),
+    (0, b"RAWC"),
+    (0, b"NOKIARAW"),
+    (0, b"DSC-Image"),
+    (0, b"PWAD"),
+    (0, b"BOTC"),
+)  # fmt: skip
+
+_CFA, _LINEAR_RAW = 32803, 34892
+_RAW_COMPRESSIONS = {32767, 32769, 32770, 34713, 34892, 65000, 65535, 262, 7}
+
+
+_Loaded = TypeVar("_Loaded")
+
+
+class DecodeError(Exception):
+    """A picture cannot be used. The message is a sentence for its photographer, without the file's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """What a format's reader found."""
+
+    samples: NDArray[np.generic]
+    """(height, width) or (height, width * channels)."""
+
+    colours: str
+    channels: int
+    sample_kind: SampleKind
+    about: Metadata
+    kind: ShotKind | None = None
+    black_level_adu: float | None = None
+    white_level_adu: float | None = None
+
+
+def decode(path: Path, kind: ShotKind | None = None) -> Frame:
+    """Read one shot.
+
+    Parameters
+    ----------
+    path
+        The file. Its name does not matter.
+    kind
+        Light or dark, if the caller knows. Else the header says, or the samples do.
+
+    Raises
+    ------
+    DecodeError
+        If the content is no picture to learn about a sensor from.
+    OSError
+        If the disk cannot be read.
+    """
+    with path.open("rb") as file:
+        picture = _read(file, path)
+    samples = _checked(picture)
+    height, width = samples.shape[0], samples.shape[1] // picture.channels
+    layout = SensorLayout(width, height, picture.colours, picture.channels)
+    _require_sides(layout)
+    if picture.sample_kind is SampleKind.RAW:
+        _refuse_half_written(samples)
+    else:
+        _refuse_edited(picture.about, width, height)
+    about = picture.about
+    decided = kind or picture.kind
+    if decided is None:
+        dark = looks_dark(samples, layout, picture.black_level_adu, picture.white_level_adu)
+        decided = ShotKind.DARK if dark else ShotKind.LIGHT
+    return Frame(
+        sensor=SensorIdentity(
+            make=about.make,
+            model=about.model,
+            serial=about.serial,
+            samples=picture.sample_kind,
+            layout=layout,
+            dtype=samples.dtype.name,
+        ),
+        samples=samples,
+        kind=decided,
+        info=ShotInfo(about.exposure_s, about.iso, about.sensor_temp_c, about.taken_at),
+        black_level_adu=picture.black_level_adu,
+        white_level_adu=picture.white_level_adu,
+    )
+
+
+def _read(file: BinaryIO, path: Path) -> _Picture:
+    head = file.read(64)
+    file.seek(0)
+    if not head:
+        raise DecodeError("the file is empty; copy it from the camera again")
+    if head[:3] == b"\xff\xd8\xff":
+        return _read_jpeg(file.read())
+    if head[:8] == b"\x89PNG\r\n\x1a\n":
+        return _read_png(file.read())
+    if head[:9] == b"SIMPLE  =":
+        return _read_fits(file.read())
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return _read_tiff_or_raw(file, path)
+    if any(head[offset:].startswith(start) for offset, start in _RAW_STARTS):
+        return _read_raw(file, path)
+    for offset, start, name in _FOREIGN:
+        if head[offset:].startswith(start):
+            raise DecodeError(f"this is {name}, which cannot be used; set the camera to RAW or JPEG")
+    if not any(head):
+        raise DecodeError(
+            "the file begins with zeros, so it is only half written; copy it from the camera again"
+        )
+    raise DecodeError(
+        "this is no picture of a known kind; hotpixd reads camera raw, DNG, JPEG, TIFF, PNG and FITS"
+    )
+
+
+# JPEG
+
+
+def _read_jpeg(data: bytes) -> _Picture:
+    import simplejpeg
+
+    try:
+        height, width, colourspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError as error:
+        raise DecodeError(_broken("JPEG", error)) from error
+    _require_size(width, height)
+    if colourspace in ("CMYK", "YCCK"):
+        raise DecodeError(
+            "this JPEG is in CMYK colours, which no camera writes; use the original from the camera"
+        )
+    grey = colourspace == "Gray"
+    about = metadata.from_bytes(data)
+    _refuse_edited(about, width, height)  # before the expensive part
+    try:
+        # The same library and settings as Pillow's: its samples are equal, without its copies.
+        samples = simplejpeg.decode_jpeg(data, colorspace="GRAY" if grey else "RGB")
+    except (ValueError, MemoryError) as error:
+        raise DecodeError(_broken("JPEG", error)) from error
+    return _Picture(
+        samples.reshape(height, -1), "L" if grey else "RGB", 1 if grey else 3, SampleKind.RENDERED, about
+    )
+
+
+# PNG
+
+
+def _read_png(data: bytes) -> _Picture:
+    from PIL import PngImagePlugin
+
+    if len(data) < 33 or data[12:16] != b"IHDR":
+        raise DecodeError(_broken("PNG", None))
+    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    depth, colour_type = data[24], data[25]
+    _require_size(width, height)
+    if colour_type == 3:
+        raise DecodeError(
+            "this PNG has a palette, so its samples are not the camera's; save it in grey or RGB"
+        )
+    if depth not in (8, 16):
+        raise DecodeError(f"this PNG has {depth} bit per sample; hotpixd reads 8 and 16")
+    if depth == 16 and colour_type != 0:
+        # Pillow would silently drop the low bytes.
+        raise DecodeError("this PNG has 16 bit per sample in colour or with alpha; save it as TIFF")
+
+    def load() -> NDArray[np.generic]:
+        # Not Image.open, whose guard against decompression bombs bites below the largest cameras.
+        with PngImagePlugin.PngImageFile(io.BytesIO(data)) as image:
+            image.load()
+            samples = np.asarray(image)
+        return samples.astype(np.uint16) if depth == 16 else samples
+
+    return _from_pixels(_guarded("PNG", load), metadata.from_bytes(data))
+
+
+# TIFF
+
+
+def _read_tiff_or_raw(file: BinaryIO, path: Path) -> _Picture:
+    def read(offset: int, size: int) -> bytes:
+        file.seek(offset)
+        return file.read(size)
+
+    first = metadata.first_directory(read)
+    if first is None:
+        if read(0, 4)[2:3] in (b"+", b"\0") and read(0, 4)[3:4] in (b"+", b"\0"):
+            return _read_tiff(file)
+        raise DecodeError(_broken("TIFF or raw", None))
+    directories = [first, *first.children(0x014A)]
+    photometrics = {directory.number(0x0106) for directory in directories}
+    compressions = {directory.number(0x0103) for directory in directories}
+    camera_raw = (
+        read(8, 2) == b"CR"
+        or bool(photometrics & {_CFA, _LINEAR_RAW})
+        or bool(compressions & _RAW_COMPRESSIONS - {7})
+        or bool({0xC612, 0x9216} & first.entries.keys())  # DNGVersion, TIFF/EPStandardID
+        or first.number(0x00FE) == 1  # a thumbnail first, as raw files have it
+    )
+    if not camera_raw:
+        return _read_tiff(file)
+    try:
+        return _read_raw(file, path)
+    except DecodeError:
+        if first.number(0x0106) != _CFA:
+            raise
+    return _read_tiff(file)
+
+
+def _read_tiff(file: BinaryIO) -> _Picture:
+    import tifffile
+
+    file.seek(0)
+    data = file.read()
+    about = metadata.from_bytes(data)
+
+    def load() -> tuple[NDArray[np.generic], int, str]:
+        with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+            page = tiff.pages.first
+            _require_tiff_size(page)
+            photometric = int(page.photometric)
+            colours = _tiff_pattern(page) if photometric == _CFA else ""
+            try:
+                samples = page.asarray()
+            except ValueError as error:
+                if "imagecodecs" not in str(error):
+                    raise
+                samples = _tiff_by_pillow(data, page)
+            if page.samplesperpixel > 1 and int(page.planarconfig) == 2:
+                samples = np.moveaxis(samples, 0, -1)
+            return samples, photometric, colours
+
+    samples, photometric, colours = _guarded("TIFF", load)
+    if photometric not in (1, 2, _CFA):
+        raise DecodeError(
+            f"this TIFF stores colours in a way (photometric {photometric}) that hotpixd does not read;"
+            " save it in grey or RGB"
+        )
+    return _from_pixels(samples, about, colours)
+
+
+def _require_tiff_size(page: Any) -> None:
+    _require_size(page.imagewidth, page.imagelength)
+    if page.bitspersample not in (8, 16) or int(page.sampleformat) != 1:
+        raise DecodeError(
+            f"this TIFF has samples of {page.bitspersample} bit that are not whole numbers of 8 or 16 bit;"
+            " save it with 8 or 16 bit"
+        )
+
+
+def _tiff_pattern(page: Any) -> str:
+    """Return the colours of a TIFF/EP mosaic, or "" if it does not name a 2x2 pattern."""
+    tag = page.tags.get(33422)
+    repeat = page.tags.get(33421)
+    values = tuple(bytes(tag.value) if isinstance(tag.value, bytes) else tag.value) if tag else ()
+    if repeat is None or tuple(repeat.value) != (2, 2) or len(values) != 4 or max(values) > 6:
+        return ""
+    return "".join("RGBCMYW"[value] for value in values)
+
+
+def _tiff_by_pillow(data: bytes, page: Any) -> NDArray[np.generic]:
+    from PIL import TiffImagePlugin
+
+    if page.bitspersample == 16 and page.samplesperpixel > 1:
+        raise DecodeError(
+            "this TIFF is compressed in a way that needs the package imagecodecs; save it without compression"
+        )
+    with TiffImagePlugin.TiffImageFile(io.BytesIO(data)) as image:
+        image.load()
+        return np.asarray(image)
+
+
+def _from_pixels(samples: NDArray[np.generic], about: Metadata, colours: str = "") -> _Picture:
+    """Return a lossless picture: grey is raw of a pattern yet unknown, colour is rendered."""
+    if samples.ndim == 3 and samples.shape[2] in (1, 2):
+        samples = samples[:, :, 0]
+    if samples.ndim == 2:
+        return _Picture(samples, colours or "LLLL", 1, SampleKind.RAW, about)
+    if samples.ndim != 3 or samples.shape[2] not in (3, 4):
+        raise DecodeError(f"this picture has the shape {samples.shape}; hotpixd reads grey and RGB")
+    rgb = np.ascontiguousarray(samples[:, :, :3])
+    return _Picture(rgb.reshape(rgb.shape[0], -1), "RGB", 3, SampleKind.RENDERED, about)
+
+
+# Camera raw
+
+
+def _read_raw(file: BinaryIO, path: Path) -> _Picture:
+    file.seek(0)
+    about = metadata.from_file(file)
+    with _silent_stderr():
+        return _unpacked(file, path, about)
+
+
+def _unpacked(file: BinaryIO, path: Path, about: Metadata) -> _Picture:
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", RuntimeWarning
+        )  # about fork, for the developer and not the photographer
+        import rawpy
+
+    raw = rawpy.RawPy()
+    try:
+        _open_raw(raw, file, path)
+        raw.unpack()
+        if raw.raw_type is not rawpy.RawType.Flat:
+            raise DecodeError(
+                "this raw file holds a computed colour picture (linear DNG, sRAW or Foveon), not the sensor's samples;"
+                " set the camera to full-size RAW, or use the original instead of a converted DNG"
+            )
+        sizes = raw.sizes
+        _require_size(sizes.width, sizes.height)
+        colours = _raw_colours(raw)
+        # The array keeps `raw` alive, which must not be closed then. Only margins make a copy necessary.
+        samples = np.ascontiguousarray(raw.raw_image_visible)
+        black = [float(level) for level in raw.black_level_per_channel]
+        white = float(raw.white_level)
+        about = about.filled_from(_other(raw))
+    except rawpy.LibRawIOError as error:
+        file.seek(0)
+        while file.read(1 << 24):  # a disk that fails raises OSError here; else the content is to blame
+            pass
+        raise DecodeError("the raw file is cut off before its end; copy it from the camera again") from error
+    except rawpy.LibRawFileUnsupportedError as error:
+        raise DecodeError(
+            "LibRaw does not know this raw file: it is damaged, or its camera is newer than the installed rawpy"
+        ) from error
+    except rawpy.LibRawError as error:
+        raise DecodeError(_broken("raw", error)) from error
+    except (MemoryError, RuntimeError, ValueError, NotImplementedError) as error:
+        raise DecodeError(_broken("raw", error)) from error
+    return _Picture(
+        samples,
+        colours,
+        1,
+        SampleKind.RAW,
+        about,
+        black_level_adu=sum(black) / len(black),
+        white_level_adu=white or None,
+    )
+
+
+def _open_raw(raw: Any, file: BinaryIO, path: Path) -> None:
+    try:
+        # By name, not from memory: LibRaw then reads uncompressed samples straight to their place.
+        raw.open_file(os.fspath(path))
+    except UnicodeEncodeError:  # a name that is not UTF-8, which rawpy cannot pass on
+        file.seek(0)
+        raw.open_buffer(file)
+
+
+def _raw_colours(raw: Any) -> str:
+    """Return the letters of one period at the origin of the visible area, which may begin inside the pattern."""
+    names = raw.color_desc.decode("ascii", "replace")
+    period = raw.raw_pattern.shape[0]
+    top, left = raw.sizes.top_margin, raw.sizes.left_margin
+    if period == 1:
+        return "L"
+    if period not in (2, 6):
+        raise DecodeError(
+            f"this sensor's colours repeat after {period} rows, which hotpixd does not handle yet"
+        )
+    return "".join(names[raw.raw_color(top + y, left + x)] for y in range(period) for x in range(period))
+
+
+def _other(raw: Any) -> Metadata:
+    """Return what LibRaw knows about the shot, zeros meaning unknown."""
+    other = raw.other
+    taken_at: datetime | None = other.timestamp
+    if taken_at is not None and taken_at.year < 1990:  # the epoch stands for no time
+        taken_at = None
+    return Metadata(
+        exposure_s=round(float(other.shutter_speed), 7) or None,
+        iso=float(other.iso_speed) or None,
+        taken_at=taken_at,
+    )
+
+
+# FITS
+
+
+def _read_fits(data: bytes) -> _Picture:
+    try:
+        from astropy.io import fits
+    except ImportError as error:
+        raise DecodeError('reading FITS needs astropy: pip install "hotpixd[fits]"') from error
+    raise DecodeError("FITS is not read yet")
+
+
+# Common
+
+
+def _guarded(format_name: str, load: Callable[[], _Loaded]) -> _Loaded:
+    """Return what `load` reads from memory; whatever it raises, the content is to blame.
+
+    Readers in Python meet broken files with anything from struct.error to RecursionError.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return load()
+    except DecodeError:
+        raise
+    except Exception as error:
+        raise DecodeError(_broken(format_name, error)) from error
+
+
+def _checked(picture: _Picture) -> Samples:
+    """Return the samples as uint8 or uint16, C-contiguous, native byte order."""
+    samples = picture.samples
+    if samples.dtype.kind != "u" or samples.dtype.itemsize > 2:
+        raise DecodeError(f"the samples are {samples.dtype.name}; hotpixd reads whole numbers of 8 or 16 bit")
+    return np.ascontiguousarray(samples, dtype=np.uint8 if samples.dtype.itemsize == 1 else np.uint16)
+
+
+def _require_size(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise DecodeError("the picture has no pixels; copy it from the camera again")
+    if width * height > MAX_PIXELS:
+        raise DecodeError(
+            f"the header says {width} x {height} pixels, more than any camera has; the file is damaged"
+        )
+
+
+def _require_sides(layout: SensorLayout) -> None:
+    if min(layout.width, layout.height) < MIN_SIDE or (
+        min(layout.width, layout.height) // layout.period < MIN_PLANE_SIDE
+    ):
+        raise DecodeError(
+            f"the picture is only {layout.width} x {layout.height} pixels; this is no camera's full frame"
+        )
+
+
+def _refuse_half_written(samples: Samples) -> None:
+    """Refuse raw samples that end in zeros although they do not begin with them."""
+    if samples[-1].any():
+        return
+    lit = np.flatnonzero(samples.any(axis=1))
+    if lit.size == 0:
+        raise DecodeError(
+            "every sample is zero; the file is only half written, copy it from the camera again"
+        )
+    last = int(lit[-1])
+    empty = samples.shape[0] - 1 - last
+    # In an 8-bit dark two of five rows are all zero too, but then they are everywhere, not all at the end.
+    share_above = 1.0 - lit.size / (last + 1)
+    if empty >= MIN_EMPTY_ROWS and share_above**empty < 1e-9:
+        raise DecodeError(
+            f"the last {empty} of {samples.shape[0]} rows are all zero; the file is only half written,"
+            " copy it from the camera again"
+        )
+
+
+def _refuse_edited(about: Metadata, width: int, height: int) -> None:
+    for program in (about.software, about.creator):
+        if program and any(name in program.lower() for name in EDITORS):
+            raise DecodeError(
+                f"the picture was written by {program}, so its pixels are no longer the camera's; use the original"
+            )
+    if about.width and about.height and {about.width, about.height} != {width, height}:
+        raise DecodeError(
+            f"the camera wrote {about.width} x {about.height} pixels, the file has {width} x {height}:"
+            " it was cropped or resized; use the original"
+        )
+
+
+def _broken(format_name: str, error: BaseException | None) -> str:
+    reason = f" ({' '.join(str(error).split())})" if error is not None and str(error) else ""
+    return f"the {format_name} file is damaged or cut off{reason}; copy it from the camera again"
+
+
+class _Stderr:
+    """Turns the C library's stderr away while LibRaw runs, which prints its complaints there.
+
+    Python writes to file descriptor 2 itself, so logs and tracebacks of other threads still arrive.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._variable: ctypes.c_void_p | None = None
+        self._real: int | None = None
+        self._null: int | None = None
+        # Elsewhere (musl) the variable is constant and writing it would crash.
+        if platform.libc_ver()[0] == "glibc":
+            library = ctypes.CDLL(None)
+            library.fopen.restype = ctypes.c_void_p
+            self._variable = ctypes.c_void_p.in_dll(library, "stderr")
+            self._null = library.fopen(b"/dev/null", b"w")
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        if self._variable is None or self._null is None:
+            yield
+            return
+        with self._lock:
+            if self._users == 0:
+                self._real = self._variable.value
+                self._variable.value = self._null
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    self._variable.value = self._real
+
+
+_stderr = _Stderr()
+_silent_stderr = _stderr.silent

@@ -48,7 +48,6 @@ BASE_GAIN: Final = FULL_WELL_E / SPAN_ADU
 """e-/ADU at base ISO: 2.84, about that of a full-frame 14-bit camera."""
 
 READ_NOISE_E: Final = 3.0
-PRNU: Final = 0.01
 DSNU_MEAN_E_PER_S: Final = 0.5
 DSNU_SIGMA: Final = 0.5
 """Standard deviation of the logarithm of a healthy site's dark current."""
@@ -75,7 +74,9 @@ PSF_SIGMA: Final = 0.7
 EDGE_WIDTH: Final = PSF_SIGMA * math.sqrt(12.0)
 """Width of the linear ramp whose line spread has the standard deviation of the lens blur."""
 
-TEXTURE_SIZE: Final = 2048
+TEXTURE_SIZES: Final = (256, 2048)
+"""Smallest and largest period of the textures, in sites."""
+
 MIN_SPACING: Final = 6
 """Sites between two defects, so that each is judged by healthy neighbours."""
 
@@ -88,6 +89,9 @@ STAR_SLOPE: Final = 0.8
 """Exponent of the star counts: N(brighter than F) ~ F**-slope."""
 
 SKY_E_PER_S: Final = 140.0
+
+GROUND_TINTS: Final = np.array([(0.12, -0.3), (-0.1, -0.45), (0.0, -0.05), (0.2, -0.5), (-0.05, 0.1)])
+"""Natural logarithms of red/green and blue/green: soil, grass, stone, sand, snow in shade."""
 
 SATURATION: Final = np.float32(1.25)
 """How much a camera's standard style lifts colours off grey."""
@@ -162,6 +166,8 @@ class VirtualSensor:
         Everything random follows from it.
     hot_range_adu_per_s
         Dark currents are drawn log-uniformly from it, at base ISO and the reference temperature.
+    prnu
+        Standard deviation of the healthy sites' responses to light, as a fraction of their mean.
     pattern
         Colours of one period: "RGGB" or another Bayer order, `XTRANS`, or "L".
 
@@ -186,6 +192,7 @@ class VirtualSensor:
         model: str = "Virtual Camera",
         serial: str = "V0001",
         hot_range_adu_per_s: tuple[float, float] = (150.0, 12_000.0),
+        prnu: float = 0.01,
         pattern: str = "RGGB",
     ) -> None:
         pattern = XTRANS if pattern.upper() == "XTRANS" else pattern
@@ -193,6 +200,7 @@ class VirtualSensor:
             raise ValueError(f"a pattern consists of the letters R, G, B or of L, got {pattern!r}")
         self.layout = SensorLayout(width, height, pattern)
         self.seed = seed
+        self.prnu = prnu
         self.make, self.model, self.serial = make, model, serial
         self.identity = SensorIdentity(make, model, serial, SampleKind.RAW, self.layout, "uint16")
         self.defects = self._planted(hot, stuck, dead, unstable, clusters, hot_range_adu_per_s)
@@ -216,17 +224,20 @@ class VirtualSensor:
         drawn_iso = _log_uniform(settings, *ISO_RANGE)
         late_s = settings.uniform(0.0, 0.5 * SHOT_INTERVAL_S)
         # Rounded to what a file can hold, so that a frame read back has the very same settings.
-        exposure_s = round(exposure_s or drawn_exposure_s, 3)
-        iso = float(round(iso or drawn_iso))
+        exposure_s = round(drawn_exposure_s if exposure_s is None else exposure_s, 3)
+        iso = float(round(drawn_iso if iso is None else iso))
+        if iso <= 0 or exposure_s < 0:
+            raise ValueError(f"exposure must not be negative and ISO positive, got {exposure_s} s, ISO {iso}")
         temp_c = round(self._drifting_temp_c(index) if sensor_temp_c is None else sensor_temp_c, 2)
         taken_at = FIRST_SHOT + timedelta(milliseconds=round(1000 * (index * SHOT_INTERVAL_S + late_s)))
 
         gain = BASE_GAIN * BASE_ISO / iso
-        mean_e = self._dark_e_per_s * np.float32(exposure_s * 2 ** ((temp_c - REFERENCE_TEMP_C) / DOUBLING_C))
+        integrated_s = exposure_s * 2 ** ((temp_c - REFERENCE_TEMP_C) / DOUBLING_C)
+        mean_e = self._dark_e_per_s * np.float32(integrated_s)
         for defect in self.defects:
             if defect.kind == "unstable" and not self.is_on(defect, index):
                 # The site's leak is in the map; a site that is off is an ordinary one.
-                mean_e[defect.y, defect.x] = DSNU_MEAN_E_PER_S * exposure_s
+                mean_e[defect.y, defect.x] = DSNU_MEAN_E_PER_S * integrated_s
         if scene != "dark":
             light_e = self._light_e(index, scene, exposure_s, gain)
             light_e *= self._response
@@ -303,11 +314,15 @@ class VirtualSensor:
         tifffile.imwrite(
             part,
             shot.mosaic,
-            photometric=32803 if layout.mosaic else 34892,  # CFA or LinearRaw
+            photometric=32803 if layout.mosaic else 1,  # CFA or grey
             extratags=tags,
             metadata=None,
             software=False,
         )
+        if not layout.mosaic:
+            with tifffile.TiffFile(part, mode="r+") as written:
+                # LinearRaw, as DNG wants it; tifffile writes that for three samples only.
+                written.pages.first.tags[262].overwrite(34892)
         part.replace(path)
 
     def write_jpeg(self, path: Path, shot: VirtualShot, quality: int = 95) -> None:
@@ -449,7 +464,7 @@ class VirtualSensor:
     def _response(self) -> Floats:
         """What every site makes of light that would be 1 in a healthy green site."""
         response = self._rng("prnu").standard_normal(self.layout.shape, dtype=np.float32)
-        response *= np.float32(PRNU)
+        response *= np.float32(self.prnu)
         response += np.float32(1.0)
         for letter, plane in self._planes():
             response[plane] *= np.float32(RESPONSE[letter])
@@ -539,20 +554,26 @@ class VirtualSensor:
     def _fixed_scene(self) -> Floats:
         return self._natural_scene(self._rng("tripod"))
 
+    @property
+    def _texture_size(self) -> int:
+        # A quarter wider than the frame, so that frames show different parts; a power of two for the FFT.
+        wanted = 1 << math.ceil(math.log2(1.25 * max(self.layout.shape)))
+        return min(max(wanted, TEXTURE_SIZES[0]), TEXTURE_SIZES[1])
+
     @cached_property
     def _rough(self) -> Floats:
         """Periodic texture with the 1/f amplitudes of natural scenes, blurred by the lens."""
-        return _texture(self._rng("rough"), slope=1.0)
+        return _texture(self._rng("rough"), self._texture_size, slope=1.0)
 
     @cached_property
     def _smooth(self) -> Floats:
         """Periodic texture of clouds and colour casts."""
-        return _texture(self._rng("smooth"), slope=1.7)
+        return _texture(self._rng("smooth"), self._texture_size, slope=1.7)
 
     def _crop(self, texture: Floats, rng: np.random.Generator) -> Floats:
         """Return a piece as large as the sensor from a random place, mirrored and turned at random."""
-        rows = _stretch(self.layout.height, rng)
-        columns = _stretch(self.layout.width, rng)
+        rows = _stretch(self.layout.height, len(texture), rng)
+        columns = _stretch(self.layout.width, len(texture), rng)
         turned = texture.T if rng.random() < 0.5 else texture
         return np.take(np.take(turned, rows, axis=0), columns, axis=1)
 
@@ -561,11 +582,14 @@ class VirtualSensor:
         height, width = self.layout.shape
         clouds = self._crop(self._smooth, rng)
         light = self._crop(self._rough, rng)
-        light *= np.float32(rng.uniform(0.3, 0.65))
+        # Smooth surfaces here, rough ones there: the clouds upside down are as good a map as any.
+        light *= np.float32(rng.uniform(0.35, 0.7)) * np.clip(
+            np.float32(0.55) + np.float32(0.55) * clouds[::-1], np.float32(0.08), np.float32(1.4)
+        )
         rows = np.linspace(0.0, 1.0, height, dtype=np.float32)[:, np.newaxis]
         light += np.float32(rng.uniform(-0.8, 0.8)) * rows
-        tint = rng.normal(0.0, 0.12, 2)
-        cast = np.float32(rng.uniform(0.05, 0.2))
+        tint = GROUND_TINTS[int(rng.integers(len(GROUND_TINTS)))] + rng.normal(0.0, 0.06, 2)
+        cast = np.float32(rng.uniform(0.03, 0.12))
         sky_tint = (-rng.uniform(0.1, 0.45), rng.uniform(0.1, 0.4))
         brightness = np.float32(rng.uniform(0.4, 1.4))
         sky_rows = _skyline(height, width, rng) if rng.random() < 0.7 else np.zeros(width, dtype=np.float32)
@@ -587,53 +611,68 @@ class VirtualSensor:
             colour[: len(in_sky)] += in_sky * (np.float32(sky_tint[own]) - colour[: len(in_sky)])
             light[plane] += colour
         np.exp(light, out=light)
-        self._add_objects(light, rng)
+        self._add_objects(light, sky_rows, rng)
         light *= np.float32(1.0 / float(np.median(light[::5, ::7])))
         return light
 
-    def _add_objects(self, light: Floats, rng: np.random.Generator) -> None:
-        """Draw things with edges over the scene, in place: their light is in units of the scene's median."""
+    def _add_objects(self, light: Floats, sky_rows: Floats, rng: np.random.Generator) -> None:
+        """Draw things with edges over the scene, in place, nearly all of them below the sky."""
         height, width = self.layout.shape
         size = min(height, width)
-        scale = float(np.median(light[::5, ::7]))
-        for _ in range(int(rng.integers(25, 45))):
-            colour = _paint(rng) * np.float32(scale)
-            self._add_shape(light, rng, colour, half=_log_uniform(rng, 2.0, 0.2 * size))
-        for _ in range(int(rng.integers(10, 30))):
-            self._add_line(light, rng, _paint(rng) * np.float32(scale), length=_log_uniform(rng, 20.0, size))
-        count = round(rng.uniform(1e-4, 4e-4) * height * width)
-        x = rng.uniform(0, width, count).astype(np.float32)
-        y = rng.uniform(0, height, count).astype(np.float32)
-        # Glints: a few reach full scale, most are a little brighter than what they lie on.
-        peak = (scale * rng.lognormal(-0.5, 1.2, (count, 1))).astype(np.float32)
-        colours = np.exp(rng.normal(0.0, 0.15, (count, 3))).astype(np.float32)
-        self._add_spots(light, x, y, PSF_SIGMA, peak * colours)
+        scale = np.float32(np.median(light[::5, ::7]))
 
-    def _add_shape(self, light: Floats, rng: np.random.Generator, colour: Floats, half: float) -> None:
-        """Draw a disc or a turned rectangle, some with stripes, in place."""
+        def places(count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+            x, y = rng.uniform(0, width, count), rng.uniform(0, height, count)
+            ground = np.take(sky_rows, x.astype(np.intp))
+            dropped = np.minimum(ground + np.abs(rng.normal(0.0, 0.12 * height, count)), height - 1)
+            return x, np.where((y < ground) & (rng.random(count) < 0.9), dropped, y)
+
+        for centre in zip(*places(int(rng.integers(25, 50))), strict=True):
+            self._add_shape(light, rng, _paint(rng) * scale, centre, half=_log_uniform(rng, 2.0, 0.2 * size))
+        for _ in range(int(rng.integers(10, 30))):
+            self._add_line(light, rng, _paint(rng) * scale, length=_log_uniform(rng, 20.0, size))
+        x, y = places(round(rng.uniform(1e-4, 4e-4) * height * width))
+        # Glints: a few reach full scale, most are a little brighter than what they lie on.
+        peak = scale * rng.lognormal(-0.5, 1.2, (len(x), 1))
+        peaks = (peak * np.exp(rng.normal(0.0, 0.15, (len(x), 3)))).astype(np.float32)
+        self._add_spots(light, x.astype(np.float32), y.astype(np.float32), PSF_SIGMA, peaks)
+
+    def _add_shape(
+        self,
+        light: Floats,
+        rng: np.random.Generator,
+        colour: Floats,
+        centre: tuple[float, float],
+        half: float,
+    ) -> None:
+        """Draw a disc or a rectangle, some with rows of windows or slats, in place."""
         height, width = self.layout.shape
-        centre_x, centre_y = rng.uniform(0, width), rng.uniform(0, height)
-        half_u, half_v = np.float32(half), np.float32(half * rng.uniform(0.15, 1.0))
+        half_u, half_v = np.float32(half * rng.uniform(0.2, 1.0)), np.float32(half)
         reach = math.hypot(half_u, half_v) + EDGE_WIDTH
-        top, bottom = max(0, int(centre_y - reach)), min(height, int(centre_y + reach) + 2)
-        left, right = max(0, int(centre_x - reach)), min(width, int(centre_x + reach) + 2)
-        dy = np.arange(top, bottom, dtype=np.float32)[:, np.newaxis] - np.float32(centre_y)
-        dx = np.arange(left, right, dtype=np.float32) - np.float32(centre_x)
-        if rng.random() < 0.3:
-            cover = _ramp(half_v - np.sqrt(dx * dx + dy * dy))
+        top, bottom = max(0, int(centre[1] - reach)), min(height, int(centre[1] + reach) + 2)
+        left, right = max(0, int(centre[0] - reach)), min(width, int(centre[0] + reach) + 2)
+        dy = np.arange(top, bottom, dtype=np.float32)[:, np.newaxis] - np.float32(centre[1])
+        dx = np.arange(left, right, dtype=np.float32) - np.float32(centre[0])
+        box = light[top:bottom, left:right]
+        paint = np.take(colour, self._colour_index[top:bottom, left:right])
+        if rng.random() < 0.15:
+            cover = _ramp(half_u - np.sqrt(dx * dx + dy * dy))
         else:
             # Most things made by man stand upright.
-            angle = rng.normal(0.0, 0.03) if rng.random() < 0.6 else rng.uniform(0.0, math.pi)
+            angle = rng.normal(0.0, 0.01) if rng.random() < 0.75 else rng.uniform(0.0, math.pi)
             cos, sin = np.float32(math.cos(angle)), np.float32(math.sin(angle))
             u, v = dx * cos + dy * sin, dy * cos - dx * sin
             cover = _ramp(half_u - np.abs(u)) * _ramp(half_v - np.abs(v))
-            if rng.random() < 0.25:
-                stripes = np.sin(u * np.float32(2 * math.pi / _log_uniform(rng, 5.0, 40.0)))
-                cover *= np.float32(1.0) - np.float32(0.8) * np.clip(2 * stripes, 0.0, 1.0)
-        box = light[top:bottom, left:right]
-        paint = np.take(colour, self._colour_index[top:bottom, left:right])
+            if rng.random() < 0.4:
+                step = np.float32(2 * math.pi / _log_uniform(rng, 5.0, 40.0))
+                panes = np.clip(2 * np.sin(step * v), 0.0, 1.0)
+                if rng.random() < 0.7:
+                    panes = panes * np.clip(2 * np.sin(step * u), 0.0, 1.0)
+                paint *= np.float32(1.0) - np.float32(rng.uniform(0.3, 0.9)) * panes
+        # Light falls from one side.
+        paint *= np.float32(1.0) + np.float32(rng.uniform(-0.25, 0.25)) * dx / half_v
         # A little of what lies below shows as the surface's own texture.
-        box += cover * (paint - np.float32(0.92) * box)
+        box += cover * (paint - np.float32(0.93) * box)
 
     def _add_line(self, light: Floats, rng: np.random.Generator, colour: Floats, length: float) -> None:
         """Draw a wire of one or two sites' width, in place."""
@@ -681,7 +720,8 @@ def write_series(
     scene: Scene,
     format: FileFormat = "dng",
     *,
-    first: int = 0,
+    exposure_s: float | None = None,
+    iso: float | None = None,
 ) -> Iterator[Path]:
     """Write truth.json and then the shots, yielding each shot's path once the file is whole.
 
@@ -710,9 +750,9 @@ def write_series(
     part = _part_of(out / "truth.json")
     part.write_text(json.dumps(truth, indent=1) + "\n", encoding="utf-8")
     part.replace(out / "truth.json")
-    for index in range(first, first + frames):
+    for index in range(frames):
         path = out / f"frame_{index + 1:04d}.{format}"
-        shot = sensor.shot(index, scene)
+        shot = sensor.shot(index, scene, exposure_s=exposure_s, iso=iso)
         if format == "dng":
             sensor.write_dng(path, shot)
         else:
@@ -760,9 +800,8 @@ def _read_out(mean_e: Floats, gain: float, rng: np.random.Generator) -> NDArray[
     return mean_e.astype(np.uint16)
 
 
-def _texture(rng: np.random.Generator, slope: float) -> Floats:
-    """Return a periodic gaussian field of mean 0, variance 1 and amplitudes f**-slope, blurred by the lens."""
-    size = TEXTURE_SIZE
+def _texture(rng: np.random.Generator, size: int, slope: float) -> Floats:
+    """Return a periodic gaussian field of mean 0, variance 1, amplitudes f**-slope, blurred by the lens."""
     fy = np.fft.fftfreq(size)[:, np.newaxis]
     fx = np.fft.rfftfreq(size)
     squared = fy * fy + fx * fx
@@ -772,13 +811,14 @@ def _texture(rng: np.random.Generator, slope: float) -> Floats:
     amplitude[0, 0] = 0.0
     spectrum = np.fft.rfft2(rng.standard_normal((size, size), dtype=np.float32)) * amplitude
     field = np.fft.irfft2(spectrum, s=(size, size))
-    return (field / field.std()).astype(np.float32)
+    texture: Floats = (field / field.std()).astype(np.float32)
+    return texture
 
 
-def _stretch(length: int, rng: np.random.Generator) -> NDArray[np.intp]:
+def _stretch(length: int, period: int, rng: np.random.Generator) -> NDArray[np.intp]:
     """Return `length` successive positions of a texture from a random one, forwards or backwards."""
     run = np.arange(length) if rng.random() < 0.5 else np.arange(length)[::-1]
-    positions: NDArray[np.intp] = (run + int(rng.integers(TEXTURE_SIZE))) % TEXTURE_SIZE
+    positions: NDArray[np.intp] = (run + int(rng.integers(period))) % period
     return positions
 
 
@@ -800,7 +840,7 @@ def _paint(rng: np.random.Generator) -> Floats:
         brightness = rng.uniform(0.01, 0.05)
     elif chance > 0.93:
         brightness = rng.uniform(4.0, 20.0)
-    return (brightness * np.exp(rng.normal(0.0, 0.22, 3))).astype(np.float32)
+    return (brightness * np.exp(rng.normal(0.0, 0.15, 3))).astype(np.float32)
 
 
 def _ramp(depth: Floats) -> Floats:

@@ -45,7 +45,7 @@ SPAN_ADU: Final = WHITE_LEVEL_ADU - BLACK_LEVEL_ADU
 FULL_WELL_E: Final = 45_000.0
 BASE_ISO: Final = 100.0
 BASE_GAIN: Final = FULL_WELL_E / SPAN_ADU
-"""e-/ADU at base ISO: 2.84, about that of a full-frame 14-bit camera."""
+"""e-/ADU at base ISO: 2.84, about that of a full-frame 14-bit camera. Below base ISO the well is deeper."""
 
 READ_NOISE_E: Final = 3.0
 DSNU_MEAN_E_PER_S: Final = 0.5
@@ -136,7 +136,7 @@ class VirtualShot:
     """(height, width), ADU with black level."""
 
     exposure_s: float
-    """Shutter time, in whole milliseconds."""
+    """Shutter time, in whole microseconds."""
 
     iso: float
     """Sensitivity, a whole number."""
@@ -157,7 +157,7 @@ class VirtualSensor:
     Parameters
     ----------
     width, height
-        Size in sites. For a Bayer mosaic written as JPEG both should be even.
+        Size in sites.
     hot, stuck, dead, unstable
         Number of single defects of each kind.
     clusters
@@ -224,7 +224,7 @@ class VirtualSensor:
         drawn_iso = _log_uniform(settings, *ISO_RANGE)
         late_s = settings.uniform(0.0, 0.5 * SHOT_INTERVAL_S)
         # Rounded to what a file can hold, so that a frame read back has the very same settings.
-        exposure_s = round(drawn_exposure_s if exposure_s is None else exposure_s, 3)
+        exposure_s = round(drawn_exposure_s, 3) if exposure_s is None else round(exposure_s, 6)
         iso = float(round(drawn_iso if iso is None else iso))
         if iso <= 0 or exposure_s < 0:
             raise ValueError(f"exposure must not be negative and ISO positive, got {exposure_s} s, ISO {iso}")
@@ -281,7 +281,7 @@ class VirtualSensor:
         one = (1, 1)
         zero = (0, 1)
         to_camera = (*one, *zero, *zero, *zero, *one, *zero, *zero, *zero, *one)
-        exposure = (round(shot.exposure_s * 1000), 1000)
+        exposure = (round(shot.exposure_s * 1_000_000), 1_000_000)
         temperature = (round(shot.sensor_temp_c * 100), 100)
         tags: list[tuple[int, str, int, object, bool]] = [
             (271, "s", 0, self.make, True),
@@ -334,8 +334,8 @@ class VirtualSensor:
             encoded = simplejpeg.encode_jpeg(rendered, quality, colorspace="RGB", colorsubsampling="422")
         exif = self._exif(shot)
         segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
-        # EXIF wants its segment right after the start of the image.
         part = _part_of(path)
+        # EXIF wants its segment right after the start of the image.
         part.write_bytes(encoded[:2] + segment + encoded[2:])
         part.replace(path)
 
@@ -360,7 +360,7 @@ class VirtualSensor:
         exif.update({0x010F: self.make, 0x0110: self.model, 0x0112: 1, 0x0132: when})
         exif.get_ifd(0x8769).update(
             {
-                0x829A: IFDRational(round(shot.exposure_s * 1000), 1000),
+                0x829A: IFDRational(round(shot.exposure_s * 1_000_000), 1_000_000),
                 0x8827: round(shot.iso),
                 0x9000: b"0232",
                 0x9003: when,
@@ -682,10 +682,9 @@ class VirtualSensor:
         along, across = (height, width) if steep else (width, height)
         begin, middle = rng.uniform(0, along), rng.uniform(0, across)
         run = np.arange(max(0, int(begin)), min(along, int(begin + length * math.cos(angle))))
-        nearest = np.round(middle + (run - begin) * math.tan(angle)).astype(np.intp)
-        offset = np.arange(-4, 5)[:, np.newaxis]
-        target = nearest + offset
-        distance = (target - (middle + (run - begin) * math.tan(angle))) * math.cos(angle)
+        path = middle + (run - begin) * math.tan(angle)
+        target = np.round(path).astype(np.intp) + np.arange(-4, 5)[:, np.newaxis]
+        distance = (target - path) * math.cos(angle)
         blur = math.hypot(PSF_SIGMA, rng.uniform(0.3, 0.7))
         cover = np.exp(-0.5 * (distance / blur) ** 2).astype(np.float32)
         inside = (target >= 0) & (target < across)
@@ -704,9 +703,8 @@ class VirtualSensor:
         across = np.exp(narrow * (columns - x[:, np.newaxis]) ** 2)
         down = np.exp(narrow * (rows - y[:, np.newaxis]) ** 2)
         spot = down[:, :, np.newaxis] * across[:, np.newaxis, :]
-        inside = ((rows >= 0) & (rows < height))[:, :, np.newaxis] & ((columns >= 0) & (columns < width))[
-            :, np.newaxis
-        ]
+        in_rows, in_columns = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
+        inside = in_rows[:, :, np.newaxis] & in_columns[:, np.newaxis, :]
         site = rows.astype(np.intp)[:, :, np.newaxis] * width + columns.astype(np.intp)[:, np.newaxis, :]
         which = np.broadcast_to(np.arange(len(x))[:, np.newaxis, np.newaxis], site.shape)[inside]
         site = site[inside]
@@ -775,29 +773,27 @@ def _occupy(free: NDArray[np.bool_], site: tuple[int, int]) -> None:
 
 
 def _read_out(mean_e: Floats, gain: float, rng: np.random.Generator) -> NDArray[np.uint16]:
-    """Count electrons, add the amplifier's noise, convert, clip and round. Overwrites `mean_e`.
+    """Count electrons, add the amplifier's noise, convert to ADU, clip and round.
 
     From 4 e- on, the sum of the Poisson count and the gaussian read noise is drawn as one gaussian
-    corrected to its third cumulant (Cornish and Fisher), which costs a fifth of a Poisson draw.
+    corrected to its third cumulant (Cornish and Fisher), which is much cheaper than a Poisson draw.
     Below, the count is drawn exactly.
     """
     noise = rng.standard_normal(mean_e.shape, dtype=np.float32)
-    read_variance = np.float32(READ_NOISE_E**2)
     few = mean_e < 4.0
     counted = rng.poisson(mean_e[few]) + np.float32(READ_NOISE_E) * noise[few]
-    variance = mean_e + read_variance
-    skew = noise * noise
-    skew -= np.float32(1.0)
-    skew *= mean_e
-    skew /= np.float32(6.0) * variance
+    variance = mean_e + np.float32(READ_NOISE_E**2)
+    electrons: Floats = noise * noise
+    electrons -= np.float32(1.0)
+    electrons *= mean_e
+    electrons /= np.float32(6.0) * variance
     noise *= np.sqrt(variance, out=variance)
-    mean_e += noise
-    mean_e += skew
-    mean_e[few] = counted
-    mean_e *= np.float32(1.0 / gain)
-    mean_e += np.float32(BLACK_LEVEL_ADU)
-    np.clip(np.rint(mean_e, out=mean_e), 0.0, WHITE_LEVEL_ADU, out=mean_e)
-    return mean_e.astype(np.uint16)
+    electrons += noise
+    electrons += mean_e
+    electrons[few] = counted
+    adu: Floats = electrons * np.float32(1.0 / gain) + np.float32(BLACK_LEVEL_ADU)
+    np.clip(np.rint(adu, out=adu), 0.0, WHITE_LEVEL_ADU, out=adu)
+    return adu.astype(np.uint16)
 
 
 def _texture(rng: np.random.Generator, size: int, slope: float) -> Floats:

@@ -157,31 +157,31 @@ class Spool:
                     return final
                 # Torn by a power cut before its row was written, or edited through another link.
                 final.unlink()
-            if _link(fd, final):
-                # EIO here is not the source's fault alone: link and source are one file of the state's disk.
-                os.fsync(fd)
-            else:
-                self._copy(fd, path, key)
+            with full_disk_as_state_full(f"to keep {os.fspath(path)!r} in {self.folder}"):
+                if _link(fd, final):
+                    # Link and source are one file, of the state's own disk: EIO here ends the process.
+                    os.fsync(fd)
+                else:
+                    self._copy(fd, path, key)
         return final
 
     def _copy(self, source: int, path: Path | str, key: str) -> None:
         tmp = self.folder / f"{key}.{threading.get_ident()}.tmp"
         digest = blake3()
         try:
-            with full_disk_as_state_full(f"for a copy of {os.fspath(path)!r} in {self.folder}"):
-                fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-                try:
+            fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            try:
 
-                    def keep(block: memoryview) -> None:
-                        digest.update(block)
-                        write_all(fd, block)
+                def keep(block: memoryview) -> None:
+                    digest.update(block)
+                    write_all(fd, block)
 
-                    _each_block(source, path, keep)
-                finally:
-                    os.close(fd)
-                if digest.hexdigest() != key:
-                    raise SpoolError(f"{os.fspath(path)!r} changed while it was copied.")
-                replace_durably(tmp, self.folder / key, step="copy")
+                _each_block(source, path, keep)
+            finally:
+                os.close(fd)
+            if digest.hexdigest() != key:
+                raise SpoolError(f"{os.fspath(path)!r} is not what it was when its key was taken.")
+            replace_durably(tmp, self.folder / key, step="copy")
         except BaseException:
             tmp.unlink(missing_ok=True)
             raise

@@ -131,6 +131,10 @@ class State:
         folder = self.sensor_folder(sensor_id)
         self.ledger.commit()
         written = checkpoint.write_generation(folder, number, header, arrays)
+        for passed_over in checkpoint.generations(folder):
+            # A newer one was found damaged, or `number` would be higher; it must not count as one of the two.
+            if passed_over > written:
+                passed_over.unlink()
         checkpoint.prune(folder)
         return written
 
@@ -139,8 +143,8 @@ class State:
 
         These are the shots covered by the OLDER of the two generations kept of their sensor, as the newer one
         may turn out damaged (`covered_by_older` holds the seq by sensor; without an entry all are kept);
-        refused shots and companions; and files without a row that were here before this process: theirs died before
-        the acknowledgement, and the source is scanned anyway.
+        refused shots and companions; and files without a row that were here before this process: theirs died
+        before the acknowledgement, and the source is scanned anyway.
         """
         # A verdict must be on the disk before the file goes: with the verdict lost a replay would ask for it.
         self.ledger.commit()

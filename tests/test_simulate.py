@@ -197,6 +197,21 @@ def test_moving_frames_share_nothing_but_the_sensor():
             assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.02
 
 
+def test_the_border_of_moving_scenes_does_not_stand_out():
+    """The outermost rows and columns differ from those next to them as much as others do.
+
+    A scene without a sky once had half a sky in its top row: a mark at a fixed place.
+    """
+    clean = VirtualSensor(240, 160, hot=0, stuck=0, dead=0, seed=2, pattern="L")
+    shots = np.array([clean.shot(i, "moving").mosaic for i in range(40)], dtype=np.float64)
+    relative = shots / np.median(shots, axis=(1, 2), keepdims=True)
+    for across in (1, 2):
+        # Scenes differ more than neighbouring rows do: compare each row with the next, scene by scene.
+        profile = np.median(relative, axis=across)
+        steps = np.abs(np.diff(profile, axis=1)).mean(axis=0)
+        assert max(steps[0], steps[-1]) < 2 * np.median(steps)
+
+
 def test_moving_scenes_are_exposed_like_photographs():
     """Medians at 5 to 30 % of full scale, some clipped highlights, some deep shadows."""
     clean = VirtualSensor(600, 400, hot=0, stuck=0, dead=0, seed=4)

@@ -592,7 +592,9 @@ class VirtualSensor:
         cast = np.float32(rng.uniform(0.03, 0.12))
         sky_tint = (-rng.uniform(0.1, 0.45), rng.uniform(0.1, 0.4))
         brightness = np.float32(rng.uniform(0.4, 1.4))
-        sky_rows = _skyline(height, width, rng) if rng.random() < 0.7 else np.zeros(width, dtype=np.float32)
+        # Without a sky its edge lies outside the frame, or the top row would be a fixed mark.
+        no_sky = np.full(width, -EDGE_WIDTH, dtype=np.float32)
+        sky_rows = _skyline(height, width, rng) if rng.random() < 0.7 else no_sky
         # Only the rows which the sky reaches are blended.
         deepest = min(height, max(0, math.ceil(float(sky_rows.max()) + EDGE_WIDTH)))
         y = np.arange(deepest, dtype=np.float32)[:, np.newaxis]

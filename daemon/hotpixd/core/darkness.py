@@ -16,10 +16,10 @@ from hotpixd.core.frame import Samples, SensorLayout
 BLOCK = 16
 """Rows and columns of a plane per block."""
 
-GRID = 12
-"""Blocks looked at along each axis of a plane: 144 blocks find a lit area of 1/144 of the frame."""
+COARSE_GRID = 5
+"""Blocks looked at along each axis of a plane at first: 25 show the light in nearly every light frame."""
 
-FINE_GRID = 40
+FINE_GRID = 16
 """The same for a frame that looks dark on the coarse grid."""
 
 MAX_UNEVEN = 0.25
@@ -32,7 +32,7 @@ MAX_GLOW = 2.0
 """Noise units by which any block may differ: amplifier glow in a corner."""
 
 MAX_TINT = 0.5
-"""Noise units by which planes may differ. Light has a colour; pedestals of readout channels differ by less."""
+"""Noise units by which planes may differ. Light has a colour; pedestals of readout channels differ less."""
 
 MAX_LEVEL = 0.01
 """Share of full scale that the level may lie above a known black level: dark current, not light."""
@@ -77,52 +77,55 @@ def looks_dark(
     Parameters
     ----------
     samples : (height, width * channels) uint8 or uint16
-        Not modified. All are looked at only if the level does not already show light.
+        Not modified. All are looked at only if a few hundred blocks do not already show light.
     black_level_adu, white_level_adu
         Value of a sample without light, and the largest value, if known.
     """
     # A raw frame of a monochrome sensor comes from LibRaw in 16 bit; 8-bit grey of period 1 is a grey JPEG.
     rendered = layout.channels > 1 or (layout.period == 1 and samples.dtype == np.uint8)
-    level_adu, noise_adu = _even_level(samples, layout)
-    if level_adu is None or (rendered and level_adu > RENDERED_MAX_LEVEL_ADU):
-        return False
-    if rendered:
-        return _only_defects_rendered(samples, layout, level_adu, noise_adu) and _even(samples, layout)
-    full_scale_adu = white_level_adu or _full_scale(samples)
-    if black_level_adu:
-        near_black = max(4.0 * noise_adu, MAX_LEVEL * (full_scale_adu - black_level_adu))
-        if abs(level_adu - black_level_adu) > near_black:
+    for grid in (COARSE_GRID, FINE_GRID):
+        floor = _floor(samples, layout, grid)
+        if floor is None:
             return False
-    elif level_adu > MAX_LEVEL_OF_UNKNOWN_BLACK * full_scale_adu:
-        return False
-    return _only_single_sites(samples, level_adu, noise_adu, OUTLIER_MIN_ADU, MAX_OUTLIERS) and _even(
-        samples, layout
-    )
+        level_adu, noise_adu = floor
+        if rendered:
+            highest_adu = RENDERED_MAX_LEVEL_ADU
+        elif black_level_adu:  # 0 may mean that nobody knows it
+            full_adu = (white_level_adu or float(np.iinfo(samples.dtype).max)) - black_level_adu
+            highest_adu = black_level_adu + max(4.0 * noise_adu, MAX_LEVEL * full_adu)
+        else:
+            # The coarse look must not cost a search for the brightest of all samples.
+            full_adu = white_level_adu or _full_scale(samples, exact=grid == FINE_GRID)
+            highest_adu = MAX_LEVEL_OF_UNKNOWN_BLACK * full_adu
+        if level_adu > highest_adu:
+            return False
+    if layout.channels > 1:
+        return _only_defects_rendered(samples, layout, level_adu, noise_adu)
+    if rendered:
+        return _only_single_sites(samples, level_adu, noise_adu, RENDERED_OUTLIER_ADU, RENDERED_MAX_OUTLIERS)
+    return _only_single_sites(samples, level_adu, noise_adu, OUTLIER_MIN_ADU, MAX_OUTLIERS)
 
 
-def _even(samples: Samples, layout: SensorLayout) -> bool:
-    return _even_level(samples, layout, FINE_GRID)[0] is not None
-
-
-def _even_level(samples: Samples, layout: SensorLayout, grid: int = GRID) -> tuple[float | None, float]:
-    """Return (level, noise of one sample) in ADU; level None if it differs from place to place or by colour."""
+def _floor(samples: Samples, layout: SensorLayout, grid: int) -> tuple[float, float] | None:
+    """Return (level, noise of one sample) in ADU; None if the level differs by place or by colour."""
     levels, noises = [], []
-    # Every plane of a Bayer mosaic and every channel; of the 36 of X-Trans one column, which has all colours.
+    # Every plane of a Bayer mosaic and every channel; of the 36 of X-Trans one column, with all colours.
     for index in range(0, layout.plane_count, max(1, layout.plane_count // 6)):
         blocks = _blocks(layout.plane(samples, index), grid)
-        middle = float(np.median(blocks))
-        reach = max(4.0 * 1.4826 * float(np.median(np.abs(blocks - middle))), OUTLIER_MIN_ADU)
-        # Clipped means, not medians: an 8-bit dark is zeros with a one here and there, of median 0 in any light.
+        some = blocks[:, :: max(1, blocks.size // 16384)]
+        middle = float(np.median(some))
+        reach = max(4.0 * 1.4826 * float(np.median(np.abs(some - middle))), OUTLIER_MIN_ADU)
+        # Clipped means, not medians: an 8-bit dark is zeros with a one here and there, median 0 in any light.
         clipped = np.clip(blocks, middle - reach, middle + reach)
         means = clipped.mean(axis=1)
         levels.append(float(np.median(means)))
         noises.append(float(np.sqrt(clipped.var(axis=1).mean())))
         away = np.abs(means - levels[-1])
         if np.quantile(away, 0.9) > MAX_UNEVEN * noises[-1] or away.max() > MAX_GLOW * noises[-1]:
-            return None, noises[-1]
+            return None
     noise_adu = float(np.mean(noises))
     if max(levels) - min(levels) > MAX_TINT * noise_adu:
-        return None, noise_adu
+        return None
     return float(np.mean(levels)), noise_adu
 
 
@@ -132,14 +135,18 @@ def _blocks(plane: NDArray[np.generic], grid: int) -> NDArray[np.float32]:
     rows = np.unique(np.linspace(0, plane.shape[0] - height, grid).astype(int))
     cols = np.unique(np.linspace(0, plane.shape[1] - width, grid).astype(int))
     windows = np.lib.stride_tricks.sliding_window_view(plane, (height, width))
-    return windows[np.ix_(rows, cols)].reshape(-1, height * width).astype(np.float32)
+    blocks: NDArray[np.float32] = windows[np.ix_(rows, cols)].reshape(-1, height * width).astype(np.float32)
+    return blocks
 
 
-def _full_scale(samples: Samples) -> float:
-    """Return the least usual full scale that holds all samples: cameras store 10 to 16 bits in 16."""
+def _full_scale(samples: Samples, exact: bool) -> float:
+    """Return the least usual full scale that holds all samples: cameras store 10 to 16 bits in 16.
+
+    Without `exact`, the highest it can be, at no cost.
+    """
     if samples.dtype == np.uint8:
         return 255.0
-    brightest = int(samples.max())
+    brightest = int(samples.max()) if exact else 65535
     return next(full for full in (1023.0, 4095.0, 16383.0, 65535.0) if full >= brightest)
 
 
@@ -188,8 +195,6 @@ def _only_defects_rendered(
     samples: Samples, layout: SensorLayout, level_adu: float, noise_adu: float
 ) -> bool:
     """Return whether all that stands out is small and of one colour, as a demosaiced hot pixel is."""
-    if layout.channels == 1:
-        return _only_single_sites(samples, level_adu, noise_adu, RENDERED_OUTLIER_ADU, RENDERED_MAX_OUTLIERS)
     threshold = int(level_adu + max(OUTLIER_NOISES * noise_adu, RENDERED_OUTLIER_ADU))
     sites = _outliers(samples, threshold, int(RENDERED_MAX_OUTLIERS * samples.size))
     if sites is None:

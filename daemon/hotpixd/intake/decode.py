@@ -1,4 +1,4 @@
-"""Turn a picture file into a `Frame`: samples as stored, where they lie on the sensor, how the shot was taken.
+"""Turn a picture file into a `Frame`: samples as stored, their place on the sensor, how the shot was taken.
 
 The content decides what a file is, never its name: cards hold JPEGs called
 .nef, and a spool names files by their hash. Pictures that are no straight
@@ -12,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import logging
 import os
 import platform
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -43,14 +44,13 @@ MIN_EMPTY_ROWS = 8
 """Rows of zeros at the end that may mean a half-written file."""
 
 EDITORS = (
-    "adobe", "photoshop", "lightroom", "camera raw", "gimp", "noise ninja", "nikon transfer", "nx studio",
-    "viewnx", "capture nx", "ofotonow", "darktable", "rawtherapee", "art ", "digikam", "showfoto", "capture one",
-    "dxo", "photolab", "affinity", "luminar", "picasa", "google photos", "snapseed", "paint.net", "paint shop",
-    "paintshop", "corel", "irfanview", "xnview", "acdsee", "faststone", "imagemagick", "graphicsmagick", "shotwell",
-    "iphoto", "aperture", "topaz", "neat image", "polarr", "pixelmator", "photoscape", "silkypix",
-    "digital photo professional", "acr", "photos 1", "photos 2", "photos 3", "photos 4", "photos 5",
-    "microsoft windows photo", "windows photo", "hugin", "ptgui", "pixinsight", "siril", "deepskystacker",
-    "helicon", "zerene", "ufraw", "rawstudio", "krita", "instagram", "vsco", "quicktime", "exiftool",
+    "acdsee", "adobe", "affinity", "camera raw", "capture nx", "capture one", "corel", "darktable",
+    "deepskystacker", "digikam", "digital photo professional", "dxo", "faststone", "gimp", "graphicsmagick",
+    "helicon", "hugin", "imagemagick", "instagram", "iphoto", "irfanview", "krita", "lightroom", "luminar",
+    "neat image", "nikon transfer", "noise ninja", "nx studio", "ofotonow", "paint shop", "paint.net",
+    "paintshop", "photolab", "photos ", "photoscape", "photoshop", "picasa", "pixelmator", "pixinsight",
+    "polarr", "ptgui", "rawstudio", "rawtherapee", "shotwell", "showfoto", "silkypix", "siril", "snapseed",
+    "topaz", "ufraw", "viewnx", "vsco", "windows photo", "xnview", "zerene",
 )  # fmt: skip
 """What the names of programs that change pictures contain, in lower case. Firmware names itself otherwise."""
 
@@ -90,11 +90,13 @@ _RAW_STARTS = (
     (0, b"BOTC"),
 )  # fmt: skip
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _CFA, _LINEAR_RAW = 32803, 34892
-_RAW_COMPRESSIONS = {32767, 32769, 32770, 34713, 34892, 65000, 65535, 262, 7}
+_RAW_COMPRESSIONS = {262, 32767, 32769, 32770, 34713, 65000, 65535}
 
 
 _Loaded = TypeVar("_Loaded")
+_warnings_lock = threading.Lock()
 
 
 class DecodeError(Exception):
@@ -176,7 +178,7 @@ def _read(file: BinaryIO, path: Path) -> _Picture:
     if head[:8] == b"\x89PNG\r\n\x1a\n":
         return _read_png(file.read())
     if head[:9] == b"SIMPLE  =":
-        return _read_fits(file.read())
+        return _read_fits(file)
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return _read_tiff_or_raw(file, path)
     if any(head[offset:].startswith(start) for offset, start in _RAW_STARTS):
@@ -233,9 +235,7 @@ def _read_png(data: bytes) -> _Picture:
     depth, colour_type = data[24], data[25]
     _require_size(width, height)
     if colour_type == 3:
-        raise DecodeError(
-            "this PNG has a palette, so its samples are not the camera's; save it in grey or RGB"
-        )
+        raise DecodeError("this PNG has a palette instead of samples; save it in grey or RGB")
     if depth not in (8, 16):
         raise DecodeError(f"this PNG has {depth} bit per sample; hotpixd reads 8 and 16")
     if depth == 16 and colour_type != 0:
@@ -262,7 +262,7 @@ def _read_tiff_or_raw(file: BinaryIO, path: Path) -> _Picture:
 
     first = metadata.first_directory(read)
     if first is None:
-        if read(0, 4)[2:3] in (b"+", b"\0") and read(0, 4)[3:4] in (b"+", b"\0"):
+        if b"+" in read(0, 4):  # BigTIFF
             return _read_tiff(file)
         raise DecodeError(_broken("TIFF or raw", None))
     directories = [first, *first.children(0x014A)]
@@ -271,7 +271,7 @@ def _read_tiff_or_raw(file: BinaryIO, path: Path) -> _Picture:
     camera_raw = (
         read(8, 2) == b"CR"
         or bool(photometrics & {_CFA, _LINEAR_RAW})
-        or bool(compressions & _RAW_COMPRESSIONS - {7})
+        or bool(compressions & _RAW_COMPRESSIONS)
         or bool({0xC612, 0x9216} & first.entries.keys())  # DNGVersion, TIFF/EPStandardID
         or first.number(0x00FE) == 1  # a thumbnail first, as raw files have it
     )
@@ -280,22 +280,27 @@ def _read_tiff_or_raw(file: BinaryIO, path: Path) -> _Picture:
     try:
         return _read_raw(file, path)
     except DecodeError:
-        if first.number(0x0106) != _CFA:
+        # A plain mosaic that LibRaw does not take for a camera's. A damaged raw begins with a preview.
+        if first.number(0x0106) != _CFA or first.number(0x00FE):
             raise
-    return _read_tiff(file)
+        with contextlib.suppress(DecodeError):
+            return _read_tiff(file)
+        raise
 
 
 def _read_tiff(file: BinaryIO) -> _Picture:
     import tifffile
 
+    tifffile.logger().setLevel(logging.CRITICAL)  # what matters becomes a DecodeError
+    about = metadata.from_file(file)
     file.seek(0)
-    data = file.read()
-    about = metadata.from_bytes(data)
 
     def load() -> tuple[NDArray[np.generic], int, str]:
-        with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+        with tifffile.TiffFile(file) as tiff:
             page = tiff.pages.first
             _require_tiff_size(page)
+            if len(tiff.pages) > 1 and tiff.pages[1].shape == page.shape:
+                raise DecodeError("this TIFF holds several pictures; save each in a file of its own")
             photometric = int(page.photometric)
             colours = _tiff_pattern(page) if photometric == _CFA else ""
             try:
@@ -303,7 +308,7 @@ def _read_tiff(file: BinaryIO) -> _Picture:
             except ValueError as error:
                 if "imagecodecs" not in str(error):
                     raise
-                samples = _tiff_by_pillow(data, page)
+                samples = _tiff_by_pillow(file, page)
             if page.samplesperpixel > 1 and int(page.planarconfig) == 2:
                 samples = np.moveaxis(samples, 0, -1)
             return samples, photometric, colours
@@ -336,14 +341,15 @@ def _tiff_pattern(page: Any) -> str:
     return "".join("RGBCMYW"[value] for value in values)
 
 
-def _tiff_by_pillow(data: bytes, page: Any) -> NDArray[np.generic]:
+def _tiff_by_pillow(file: BinaryIO, page: Any) -> NDArray[np.generic]:
     from PIL import TiffImagePlugin
 
     if page.bitspersample == 16 and page.samplesperpixel > 1:
         raise DecodeError(
             "this TIFF is compressed in a way that needs the package imagecodecs; save it without compression"
         )
-    with TiffImagePlugin.TiffImageFile(io.BytesIO(data)) as image:
+    file.seek(0)
+    with TiffImagePlugin.TiffImageFile(io.BytesIO(file.read())) as image:
         image.load()
         return np.asarray(image)
 
@@ -383,7 +389,7 @@ def _unpacked(file: BinaryIO, path: Path, about: Metadata) -> _Picture:
         raw.unpack()
         if raw.raw_type is not rawpy.RawType.Flat:
             raise DecodeError(
-                "this raw file holds a computed colour picture (linear DNG, sRAW or Foveon), not the sensor's samples;"
+                "this raw file holds computed colours (linear DNG, sRAW or Foveon), not the sensor's samples;"
                 " set the camera to full-size RAW, or use the original instead of a converted DNG"
             )
         sizes = raw.sizes
@@ -394,6 +400,8 @@ def _unpacked(file: BinaryIO, path: Path, about: Metadata) -> _Picture:
         black = [float(level) for level in raw.black_level_per_channel]
         white = float(raw.white_level)
         about = about.filled_from(_other(raw))
+        if samples[-1].any():
+            _refuse_empty_end(file)
     except rawpy.LibRawIOError as error:
         file.seek(0)
         while file.read(1 << 24):  # a disk that fails raises OSError here; else the content is to blame
@@ -401,7 +409,7 @@ def _unpacked(file: BinaryIO, path: Path, about: Metadata) -> _Picture:
         raise DecodeError("the raw file is cut off before its end; copy it from the camera again") from error
     except rawpy.LibRawFileUnsupportedError as error:
         raise DecodeError(
-            "LibRaw does not know this raw file: it is damaged, or its camera is newer than the installed rawpy"
+            "LibRaw does not know this raw file: it is damaged, or its camera is newer than this rawpy"
         ) from error
     except rawpy.LibRawError as error:
         raise DecodeError(_broken("raw", error)) from error
@@ -418,6 +426,16 @@ def _unpacked(file: BinaryIO, path: Path, about: Metadata) -> _Picture:
     )
 
 
+def _refuse_empty_end(file: BinaryIO) -> None:
+    """Refuse a compressed raw file whose last eighth was never written: its zeros decode to something."""
+    size = file.seek(0, io.SEEK_END)
+    for tail in (4096, size // 8):
+        file.seek(-min(tail, size), io.SEEK_END)
+        if any(file.read(tail)):
+            return
+    raise DecodeError("the last part of the file is all zero, so it is only half written; copy it again")
+
+
 def _open_raw(raw: Any, file: BinaryIO, path: Path) -> None:
     try:
         # By name, not from memory: LibRaw then reads uncompressed samples straight to their place.
@@ -428,7 +446,7 @@ def _open_raw(raw: Any, file: BinaryIO, path: Path) -> None:
 
 
 def _raw_colours(raw: Any) -> str:
-    """Return the letters of one period at the origin of the visible area, which may begin inside the pattern."""
+    """Return the letters of one period from the visible area's origin, which may lie inside the pattern."""
     names = raw.color_desc.decode("ascii", "replace")
     period = raw.raw_pattern.shape[0]
     top, left = raw.sizes.top_margin, raw.sizes.left_margin
@@ -457,12 +475,77 @@ def _other(raw: Any) -> Metadata:
 # FITS
 
 
-def _read_fits(data: bytes) -> _Picture:
+def _read_fits(file: BinaryIO) -> _Picture:
     try:
         from astropy.io import fits
     except ImportError as error:
         raise DecodeError('reading FITS needs astropy: pip install "hotpixd[fits]"') from error
-    raise DecodeError("FITS is not read yet")
+
+    def load() -> tuple[NDArray[np.generic], dict[str, object]]:
+        # Warning filters are one for all threads: two that save and restore them would mix them up.
+        with _warnings_lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with fits.open(file, memmap=False, lazy_load_hdus=True) as units:
+                for unit in units:
+                    shape: tuple[int, ...] = getattr(unit, "shape", ())
+                    if unit.is_image and (len(shape) == 2 or (len(shape) == 3 and shape[0] == 3)):
+                        _require_size(shape[-1], shape[-2])
+                        return np.asarray(unit.data), dict(unit.header)
+        raise DecodeError("this FITS file holds no picture of two axes")
+
+    data, header = _guarded("FITS", load)
+    samples = _whole_numbers(data)
+    # The standard counts rows from the bottom; programs that store the top row first say so.
+    bottom_up = str(header.get("ROWORDER", "")).strip().upper() != "TOP-DOWN"
+    if bottom_up:
+        samples = samples[..., ::-1, :]
+    if samples.ndim == 3:
+        samples = np.moveaxis(samples, 0, -1)
+    colours = _fits_pattern(header, data.shape[-2], bottom_up)
+    return replace(_from_pixels(samples, metadata.from_fits_header(header), colours), kind=_fits_kind(header))
+
+
+def _whole_numbers(data: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Return FITS samples as unsigned integers; programs store 16-bit counts as 32-bit or float too."""
+    if data.dtype.kind == "u" and data.dtype.itemsize <= 2:
+        return data
+    values = np.asarray(data, dtype=np.float64 if data.dtype.itemsize > 2 else np.int32)
+    if not np.isfinite(values).all() or (values != np.rint(values)).any():
+        raise DecodeError(
+            "the samples of this FITS file are fractions, so it was calibrated or stacked; use single raw frames"
+        )
+    if values.min() < 0 or values.max() > 65535:
+        raise DecodeError(
+            f"the samples of this FITS file go from {values.min():.0f} to {values.max():.0f},"
+            " not within 0 to 65535; use frames as the camera stored them"
+        )
+    return values.astype(np.uint16)
+
+
+def _fits_pattern(header: Mapping[str, object], height: int, bottom_up: bool) -> str:
+    """Return the colours at the top left; BAYERPAT names those of the rows in the order of the file.
+
+    So reads Siril, which turns the pattern with the picture.
+    """
+    pattern = str(header.get("BAYERPAT", "")).strip().upper()
+    if len(pattern) != 4 or not set(pattern) <= set("RGBCMYW"):  # "NONE", "TRUE", or a grey camera
+        return ""
+    right, down = (_offset(header.get(keyword)) for keyword in ("XBAYROFF", "YBAYROFF"))
+    rows = [(height - 1 - y if bottom_up else y) + down for y in (0, 1)]
+    return "".join(pattern[row % 2 * 2 + (x + right) % 2] for row in rows for x in (0, 1))
+
+
+def _offset(value: object) -> int:
+    return int(value) if isinstance(value, (int, float)) and abs(value) < 1e6 else 0
+
+
+def _fits_kind(header: Mapping[str, object]) -> ShotKind | None:
+    stated = str(header.get("IMAGETYP") or header.get("FRAME") or "").lower()
+    if "dark" in stated or "bias" in stated or "zero" in stated:
+        return ShotKind.DARK
+    if any(word in stated for word in ("light", "object", "flat", "science")):
+        return ShotKind.LIGHT
+    return None
 
 
 # Common
@@ -474,21 +557,23 @@ def _guarded(format_name: str, load: Callable[[], _Loaded]) -> _Loaded:
     Readers in Python meet broken files with anything from struct.error to RecursionError.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return load()
+        return load()
     except DecodeError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk; readers give theirs no number
+            raise
         raise DecodeError(_broken(format_name, error)) from error
 
 
 def _checked(picture: _Picture) -> Samples:
     """Return the samples as uint8 or uint16, C-contiguous, native byte order."""
     samples = picture.samples
-    if samples.dtype.kind != "u" or samples.dtype.itemsize > 2:
-        raise DecodeError(f"the samples are {samples.dtype.name}; hotpixd reads whole numbers of 8 or 16 bit")
-    return np.ascontiguousarray(samples, dtype=np.uint8 if samples.dtype.itemsize == 1 else np.uint16)
+    if samples.dtype.kind == "u" and samples.dtype.itemsize == 1:
+        return np.ascontiguousarray(samples, dtype=np.uint8)
+    if samples.dtype.kind == "u" and samples.dtype.itemsize == 2:
+        return np.ascontiguousarray(samples, dtype=np.uint16)
+    raise DecodeError(f"the samples are {samples.dtype.name}; hotpixd reads whole numbers of 8 or 16 bit")
 
 
 def _require_size(width: int, height: int) -> None:
@@ -524,7 +609,7 @@ def _refuse_half_written(samples: Samples) -> None:
     share_above = 1.0 - lit.size / (last + 1)
     if empty >= MIN_EMPTY_ROWS and share_above**empty < 1e-9:
         raise DecodeError(
-            f"the last {empty} of {samples.shape[0]} rows are all zero; the file is only half written,"
+            f"the last {empty} of {samples.shape[0]} rows are all zero, so the file is only half written;"
             " copy it from the camera again"
         )
 
@@ -533,7 +618,7 @@ def _refuse_edited(about: Metadata, width: int, height: int) -> None:
     for program in (about.software, about.creator):
         if program and any(name in program.lower() for name in EDITORS):
             raise DecodeError(
-                f"the picture was written by {program}, so its pixels are no longer the camera's; use the original"
+                f"the picture was written by {program}, so its pixels are not the camera's; use the original"
             )
     if about.width and about.height and {about.width, about.height} != {width, height}:
         raise DecodeError(
@@ -545,6 +630,20 @@ def _refuse_edited(about: Metadata, width: int, height: int) -> None:
 def _broken(format_name: str, error: BaseException | None) -> str:
     reason = f" ({' '.join(str(error).split())})" if error is not None and str(error) else ""
     return f"the {format_name} file is damaged or cut off{reason}; copy it from the camera again"
+
+
+def keep_large_buffers() -> bool:
+    """Make the C allocator keep freed frames for the next one; return whether it could.
+
+    By default glibc returns buffers above 32 MB to the kernel and gets them back page by page. Meant for the
+    main thread of a process that decodes one frame after another (other threads' arenas end at 64 MB): there
+    decoding 24 megapixels took 111 ms instead of 125 (JPEG) and 65 instead of 84 (uncompressed DNG), on a
+    2.6 GHz server core. The memory of the largest frame then stays with the process.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 class _Stderr:

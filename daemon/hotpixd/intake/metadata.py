@@ -37,6 +37,7 @@ _TYPE_FORMATS = {1: "B", 2: "c", 3: "H", 4: "I", 5: "II", 6: "b", 7: "c", 8: "h"
 _MAX_ENTRIES = 512  # no camera writes as many; a broken count must not cost time
 _MAX_VALUE_BYTES = 65536
 _MAX_SEGMENTS = 256
+_FITS_SERIALS = ("CAMSERNO", "SERIALNO", "SERNUM", "SERIAL", "CAMERAID", "CAMID", "DETSER")
 _CANON_UUID = bytes.fromhex("85c0b687820f11e08111f4ce462b6a48")
 
 
@@ -108,11 +109,7 @@ def from_fits_header(header: Mapping[str, object]) -> Metadata:
     """Read the keywords that FITS camera programs write (MaxIm DL, N.I.N.A., SharpCap, INDI, Siril)."""
     return Metadata(
         model=clean_text(_first(header, "INSTRUME", "CAMERA", "CAMNAME")),
-        serial=clean_serial(
-            clean_text(
-                _first(header, "CAMSERNO", "SERIALNO", "SERNUM", "SERIAL", "CAMERAID", "CAMID", "DETSER")
-            )
-        ),
+        serial=clean_serial(clean_text(_first(header, *_FITS_SERIALS))),
         exposure_s=_non_negative(_float(_first(header, "EXPTIME", "EXPOSURE"))),
         iso=_non_negative(_float(_first(header, "GAIN", "ISOSPEED"))),
         sensor_temp_c=_temperature(_float(_first(header, "CCD-TEMP", "DET-TEMP", "CCDTEMP", "CAMTEMP"))),
@@ -123,6 +120,8 @@ def from_fits_header(header: Mapping[str, object]) -> Metadata:
 
 def clean_text(value: object) -> str | None:
     """Return `value` without NULs and surrounding blanks; None if nothing that names something is left."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
     if not isinstance(value, str):
         return None
     text = " ".join(value.replace("\0", " ").split())
@@ -222,11 +221,10 @@ def read_directory(read: Read, base: int, offset: int, order: str) -> Directory 
     if not 0 < count <= _MAX_ENTRIES:
         return None
     body = read(base + offset + 2, 12 * count + 4)
+    whole = len(body) // 12 * 12
     entries = {
         tag: (kind, number, field)
-        for tag, kind, number, field in struct.iter_unpack(
-            order + "HHI4s", body[: len(body) // 12 * 12][: 12 * count]
-        )
+        for tag, kind, number, field in struct.iter_unpack(order + "HHI4s", body[: min(whole, 12 * count)])
     }
     tail = body[12 * count : 12 * count + 4]
     following = struct.unpack(order + "I", tail)[0] if len(tail) == 4 else 0

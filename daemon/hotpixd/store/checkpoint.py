@@ -27,9 +27,9 @@ import re
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -135,10 +135,11 @@ def write_generation(
 
                 put(_MAGIC + _HEADER_LENGTH.pack(len(text)) + text)
                 chunks = (chunk for array in arrays.values() for chunk in _chunks(array))
-                for payload, planes in _in_order(_packed, chunks):
-                    put(_CHUNK_HEAD.pack(len(payload), planes))
-                    put(payload)
-                    failpoint("amid_generation")
+                with closing(_in_order(_packed, chunks)) as packed:
+                    for payload, planes in packed:
+                        put(_CHUNK_HEAD.pack(len(payload), planes))
+                        put(payload)
+                        failpoint("amid_generation")
                 write_all(fd, digest.digest())
             finally:
                 os.close(fd)
@@ -165,8 +166,9 @@ def read_generation(path: Path) -> Generation:
             # Chunks of nothing but zeros are never touched again, and so take no memory.
             arrays[name] = np.zeros(shape, dtype)
             places += list(_chunks(arrays[name]))
-        for _ in _in_order(_unpack, _stored_chunks(file, end, places)):
-            pass
+        with closing(_in_order(_unpack, _stored_chunks(file, end, places))) as unpacked:
+            for _ in unpacked:
+                pass
         return Generation(number, header, arrays)
 
 
@@ -260,7 +262,7 @@ def _unpack(job: tuple[NDArray[Any], bytes, int]) -> None:
         target[:, k] = content[row * place.size : (row + 1) * place.size]
 
 
-def _in_order(work: Callable[[_A], _B], jobs: Iterator[_A]) -> Iterator[_B]:
+def _in_order(work: Callable[[_A], _B], jobs: Iterator[_A]) -> Generator[_B, None, None]:
     """Do the jobs on a few threads and give the results in order, never more than a few ahead."""
     with ThreadPoolExecutor(_THREADS, "generation") as pool:
         waiting: deque[Future[_B]] = deque()

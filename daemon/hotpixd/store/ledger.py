@@ -233,20 +233,20 @@ class Ledger:
 
     def _open(self) -> None:
         self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        # What fits in it is not written twice; a frame's observations need 0.2 MB.
-        self._db.execute("PRAGMA cache_size = -16384")
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
             raise StateError(
                 f"The ledger {self.path} has format {version}, and this hotpixd knows none above"
                 f" {SCHEMA_VERSION}. Use the newer hotpixd that wrote it."
             )
+        (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if tables and version == 0:
+            raise StateError(f"{self.path} is a database, but not a ledger of hotpixd.")
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        # What fits in it is not written twice; a frame's observations need 0.2 MB.
+        self._db.execute("PRAGMA cache_size = -16384")
         if version == 0:
-            (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            if tables:
-                raise StateError(f"{self.path} is a database, but not a ledger of hotpixd.")
             # One transaction: after a power cut there is all of the schema, or a new ledger is made.
             self._db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
             # SQLite fsyncs the folder for its log, not for the database itself.
@@ -284,21 +284,11 @@ class Ledger:
             self._apply_pending()
             if not self._db.in_transaction:
                 self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany(
-                "INSERT INTO shot(key, name, path, size, received_at, kind_given) VALUES (?, ?, ?, ?, ?, ?)"
-                " ON CONFLICT(key) DO NOTHING",
-                [
-                    (s.key, _file_text(s.name), _file_text(s.path), s.size, s.received_at, s.kind_given)
-                    for s in shots
-                ],
-            )
-            rows = [
-                self._db.execute("SELECT seq FROM shot WHERE key = ?", (s.key,)).fetchone() for s in shots
-            ]
+            seqs = [self._receive_one(shot) for shot in shots]
             failpoint("before_receive")
             self._commit()
             failpoint("after_receive")
-        return [seq for (seq,) in rows]
+        return seqs
 
     def find(self, key: str) -> ShotRow | None:
         """Return the shot of this key, if it was ever received."""
@@ -403,8 +393,8 @@ class Ledger:
         sensor_id: str,
         seq: int,
         sites: NDArray[np.integer] | Sequence[int],
-        value_adu: NDArray[np.floating] | Sequence[float],
-        excess_adu: NDArray[np.floating] | Sequence[float],
+        value_adu: NDArray[np.floating | np.integer] | Sequence[float],
+        excess_adu: NDArray[np.floating | np.integer] | Sequence[float],
         events: NDArray[np.integer] | Sequence[int],
     ) -> None:
         """Write what the frame `seq` showed at some sites; four columns of one length.
@@ -426,8 +416,8 @@ class Ledger:
     def observations(self, sensor_id: str, site: int | Iterable[int] | None = None) -> list[Observation]:
         """Return what was observed of a sensor, of one site, some or all, ordered by (seq, site).
 
-        One site takes about 10 us per frame; all sites take 5 us and 300 bytes per row, so ask for all of a short
-        history only.
+        One site takes about 10 us per frame; all sites take 5 us and 300 bytes per row, so ask for all of a
+        short history only.
         """
         number = self._numbers.get(sensor_id)
         # CROSS JOIN fixes the order of the loops: for each shot, look its sites up by the primary key.
@@ -499,6 +489,23 @@ class Ledger:
         for statement, rows in self._pending[self._applied :]:
             self._db.executemany(statement, rows)
             self._applied += 1
+
+    def _receive_one(self, shot: Received) -> int:
+        known = self._db.execute("SELECT seq FROM shot WHERE key = ?", (shot.key,)).fetchone()
+        if known is not None:
+            return int(known[0])
+        row = (
+            shot.key,
+            _file_text(shot.name),
+            _file_text(shot.path),
+            shot.size,
+            shot.received_at,
+            shot.kind_given,
+        )
+        added = self._db.execute(
+            "INSERT INTO shot(key, name, path, size, received_at, kind_given) VALUES (?, ?, ?, ?, ?, ?)", row
+        )
+        return added.lastrowid or 0
 
     def _commit(self) -> None:
         if self._db.in_transaction:

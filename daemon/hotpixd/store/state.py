@@ -78,6 +78,8 @@ class State:
                 self._lock = _locked(self.root / "lock")
                 try:
                     make_folder(self.root / "sensors")
+                    for unfinished in self.root.glob("sensors/*/*.tmp"):
+                        unfinished.unlink()
                     self.spool = Spool(self.root / "spool")
                     self.ledger = Ledger(self.root / "ledger.sqlite")
                 except BaseException:

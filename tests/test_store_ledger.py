@@ -1,0 +1,451 @@
+"""The ledger: acknowledged rows stay, derived rows can be written again, and damage is said, not mended."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from hotpixd.store.durable import StateError
+from hotpixd.store.ledger import Ledger, Received, ShotRow, Tally, TransitionRow
+
+
+def shot(number: int, name: str = "IMG.CR3") -> Received:
+    return Received(f"{number:064x}", name, f"/card/{name}", 1000 + number, "2026-11-22T20:00:00Z")
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    yield ledger
+    ledger.close()
+
+
+def killed(ledger: Ledger) -> Ledger:
+    """Return what a new process finds after this one was killed: the files as they are, without a commit."""
+    copy = ledger.path.parent / "after" / ledger.path.name
+    copy.parent.mkdir(exist_ok=True)
+    for suffix in ("", "-wal"):
+        old = Path(f"{copy}{suffix}")
+        old.unlink(missing_ok=True)
+        source = Path(f"{ledger.path}{suffix}")
+        if source.exists():
+            old.write_bytes(source.read_bytes())
+    return Ledger(copy)
+
+
+def folded(ledger: Ledger, *numbers: int, sensor: str = "cam") -> list[int]:
+    ledger.add_sensor(sensor, {})
+    seqs = ledger.receive([shot(number) for number in numbers])
+    for seq in seqs:
+        ledger.conclude(seq, verdict="folded", sensor_id=sensor, counted=True)
+    return seqs
+
+
+def test_a_received_shot_survives_a_kill(ledger: Ledger) -> None:
+    """receive is the acknowledgement: its rows are on the disk when it returns."""
+    assert ledger.receive([shot(1), shot(2)]) == [1, 2]
+    after = killed(ledger)
+    found = after.find(shot(2).key)
+    assert found is not None
+    assert (found.seq, found.verdict, found.size, found.counted) == (2, "received", 1002, None)
+    after.close()
+
+
+def test_a_known_key_keeps_its_row(ledger: Ledger) -> None:
+    """The same content met again, in one batch or later, is the same shot."""
+    assert ledger.receive([shot(1), replace(shot(1), name="copy.CR3"), shot(2)]) == [1, 1, 2]
+    assert ledger.receive([shot(2), shot(3)]) == [2, 3]
+    found = ledger.find(shot(1).key)
+    assert found is not None
+    assert found.name == "IMG.CR3"
+
+
+@pytest.mark.parametrize(
+    "raw", [b"plain.CR3", "ü λ.CR3".encode(), b"a\nb\t.CR3", b"\xff\xfe\x80.CR3", b"'--%"]
+)
+def test_names_of_any_bytes_round_trip(ledger: Ledger, raw: bytes) -> None:
+    """What the file system says is what comes back, and reasons may quote it."""
+    name = os.fsdecode(raw)
+    (seq,) = ledger.receive([shot(1, name)])
+    ledger.conclude(seq, verdict="refused", reason=f"{name} is no picture")
+    after = ledger.refused()
+    assert [os.fsencode(row.name) for row in after] == [raw]
+    assert after[0].path == f"/card/{name}"
+    assert after[0].reason == f"{name} is no picture"
+
+
+def test_derived_rows_wait_and_go_with_the_next_acknowledgement(ledger: Ledger) -> None:
+    """They are seen at once, lost by a kill before a commit, and kept by the next receive or commit."""
+    folded(ledger, 1)
+    seen = ledger.find(shot(1).key)
+    assert seen is not None
+    assert seen.verdict == "folded"
+    lost = killed(ledger)
+    assert [row.verdict for row in lost.rows_to_replay({})] == ["received"]
+    lost.close()
+    ledger.receive([shot(2)])
+    kept = killed(ledger)
+    assert [row.verdict for row in kept.rows_to_replay({})] == ["folded", "received"]
+    kept.close()
+    ledger.conclude(2, verdict="refused", reason="no picture")
+    ledger.commit()
+    last = killed(ledger)
+    assert [row.verdict for row in last.rows_to_replay({})] == ["folded"]
+    last.close()
+
+
+def test_conclusions_add_up(ledger: Ledger) -> None:
+    """Only the columns named change; numpy's numbers are numbers."""
+    (seq,) = ledger.receive([shot(1)])
+    ledger.conclude(seq, verdict="folded", sensor_id="cam", exposure_s=np.float32(0.5), iso=np.int64(800))
+    ledger.conclude(seq, counted=np.bool_(False), not_counted_because="scene did not change", lift=1.25)
+    assert ledger.find(shot(1).key) == ShotRow(
+        seq=1,
+        key=shot(1).key,
+        name="IMG.CR3",
+        path="/card/IMG.CR3",
+        size=1001,
+        received_at="2026-11-22T20:00:00Z",
+        kind_given=None,
+        verdict="folded",
+        reason=None,
+        sensor_id="cam",
+        kind=None,
+        exposure_s=0.5,
+        iso=800.0,
+        sensor_temp_c=None,
+        taken_at=None,
+        counted=False,
+        not_counted_because="scene did not change",
+        lift=1.25,
+        samples_digest=None,
+    )
+
+
+def test_conclusions_of_unknown_columns_are_refused(ledger: Ledger) -> None:
+    """A column that replay does not own, or a slip, never reaches SQL."""
+    for columns in ({"key": "x"}, {"verdict = 'folded' --": "x"}, {}):
+        with pytest.raises(ValueError, match="no columns"):
+            ledger.conclude(1, **columns)  # type: ignore[arg-type]
+
+
+def test_a_verdict_that_does_not_exist_is_refused(ledger: Ledger) -> None:
+    """The schema knows the four verdicts."""
+    (seq,) = ledger.receive([shot(1)])
+    ledger.conclude(seq, verdict="eaten")  # type: ignore[arg-type]
+    with pytest.raises(sqlite3.IntegrityError):
+        ledger.commit()
+    ledger._pending.clear()
+
+
+def test_a_replay_gets_what_no_generation_covers_in_order(ledger: Ledger) -> None:
+    """Undecided shots, and folded ones after the cover of their sensor; never refused ones or companions."""
+    a = folded(ledger, 1, 2, 3, sensor="a")
+    b = folded(ledger, 4, 5, sensor="b")
+    undecided = ledger.receive([shot(6), shot(7), shot(8)])
+    ledger.conclude(undecided[0], verdict="refused", reason="no picture")
+    ledger.conclude(undecided[1], verdict="companion", sensor_id="a")
+
+    def replay(**covers: int) -> list[int]:
+        return [row.seq for row in ledger.rows_to_replay(covers)]
+
+    assert replay() == [*a, *b, undecided[2]]
+    assert replay(a=2) == [a[2], *b, undecided[2]]
+    assert replay(a=3, b=4) == [b[1], undecided[2]]
+    assert replay(a=3, b=5, c=9) == [undecided[2]]
+
+
+def test_a_refused_shot_can_be_forgotten_and_comes_back_later_in_order(ledger: Ledger) -> None:
+    """Its seq is not used again; what was folded cannot be forgotten."""
+    (seq,) = ledger.receive([shot(1)])
+    ledger.conclude(seq, verdict="refused", reason="decoder crashed")
+    ledger.forget(shot(1).key)
+    ledger.forget(shot(99).key)
+    assert ledger.find(shot(1).key) is None
+    assert ledger.receive([shot(1)]) == [2]
+    with pytest.raises(ValueError, match="received"):
+        ledger.forget(shot(1).key)
+    ledger.conclude(2, verdict="folded", sensor_id="cam")
+    with pytest.raises(ValueError, match="folded"):
+        ledger.forget(shot(1).key)
+
+
+def test_observations_come_back_with_their_shots(ledger: Ledger) -> None:
+    """Per site, some or all; NaN is unknown; a second writing replaces the first."""
+    seqs = folded(ledger, 1, 2)
+    ledger.conclude(seqs[0], exposure_s=2.0, iso=400, sensor_temp_c=21.5, taken_at="2026", kind="dark")
+    sites = np.array([5, 24_000_000, 7])
+    for value in (1.0, 2.0):
+        for seq in seqs:
+            excess = np.array([1.5, np.nan, 3.5], np.float32)
+            ledger.add_observations("cam", seq, sites, sites * value, excess, np.array([1, 0, 2], np.uint8))
+    first, second = ledger.observations("cam", 5)
+    assert first == (1, 5, 10.0, 1.5, 1, 2.0, 400.0, 21.5, "2026", "dark", True)
+    assert (second.seq, second.exposure_s) == (2, None)
+    assert ledger.observations("cam", np.int64(5)) == [first, second]  # type: ignore[arg-type]
+    assert [(o.seq, o.site) for o in ledger.observations("cam", [7, 5])] == [(1, 5), (1, 7), (2, 5), (2, 7)]
+    assert [(o.seq, o.site) for o in ledger.observations("cam")] == [
+        (seq, site) for seq in seqs for site in (5, 7, 24_000_000)
+    ]
+    assert ledger.observations("cam", 24_000_000)[0].excess_adu is None
+    assert ledger.observations("cam", 6) == []
+    assert ledger.observations("cam", []) == []
+    assert ledger.observations("other") == []
+    with pytest.raises(ValueError, match="zip"):
+        ledger.add_observations("cam", 1, [1, 2], [1.0], [1.0], [1])
+    with pytest.raises(KeyError):
+        ledger.add_observations("other", 1, [], [], [], [])
+
+
+def test_transitions_and_sensors_come_back(ledger: Ledger) -> None:
+    """In order, with their details; a sensor can be described anew and survives the process."""
+    folded(ledger, 1, 2)
+    ledger.add_sensor("b", {"make": "Canon"})
+    rows = [
+        TransitionRow("cam", 9, 1, "appeared", {"log_e": 3.5, "name": "\udcff"}),
+        TransitionRow("cam", 9, 2, "stable", {}),
+        TransitionRow("b", 9, 2, "dropped", {}),
+    ]
+    ledger.add_transitions(reversed(rows))
+    ledger.add_transitions(rows)
+    assert ledger.transitions("cam") == rows[:2]
+    assert ledger.transitions("b") == rows[2:]
+    assert ledger.transitions("c") == []
+    ledger.add_sensor("cam", {"make": "Nikon"})
+    ledger.commit()
+    after = killed(ledger)
+    assert after.sensors() == {"cam": {"make": "Nikon"}, "b": {"make": "Canon"}}
+    assert after.transitions("cam") == rows[:2]
+    after.add_sensor("c", {})
+    assert list(after.sensors()) == ["cam", "b", "c"]
+    after.close()
+
+
+def test_a_replay_starts_from_a_clean_slate(ledger: Ledger) -> None:
+    """What was derived from shots after the cover goes, of that sensor only."""
+    for sensor, first in (("a", 1), ("b", 10)):
+        for seq in folded(ledger, *range(first, first + 3), sensor=sensor):
+            ledger.add_observations(sensor, seq, [1], [1.0], [1.0], [1])
+            ledger.add_transitions([TransitionRow(sensor, 1, seq, "appeared", {})])
+    ledger.delete_derived_after("a", 2)
+    assert [o.seq for o in ledger.observations("a")] == [1, 2]
+    assert [t.seq for t in ledger.transitions("a")] == [1, 2]
+    assert [o.seq for o in ledger.observations("b")] == [4, 5, 6]
+    ledger.delete_derived_after("unknown", 0)
+
+
+def test_the_tally_counts_by_sensor_and_verdict(ledger: Ledger) -> None:
+    """Every shot is counted once; shots of no sensor come first."""
+    assert ledger.tally() == []
+    assert ledger.last_shot() is None
+    folded(ledger, 3, 1, 2)
+    ledger.conclude(2, counted=False)
+    seqs = ledger.receive([shot(4), shot(5), shot(6)])
+    ledger.conclude(seqs[0], verdict="refused", reason="no picture")
+    ledger.conclude(seqs[1], verdict="companion", sensor_id="cam")
+    assert ledger.tally() == [
+        Tally(None, received=1, refused=1),
+        Tally("cam", folded=3, counted=2, companion=1),
+    ]
+    assert ledger.frame_keys("cam") == [shot(n).key for n in (1, 2, 3)]
+    last, last_of_cam = ledger.last_shot(), ledger.last_shot("cam")
+    assert last is not None
+    assert last_of_cam is not None
+    assert (last.seq, last_of_cam.seq) == (6, 5)
+
+
+def test_a_commit_that_failed_can_be_tried_again(ledger: Ledger) -> None:
+    """A failed receive acknowledges nothing and loses no derived row that waits."""
+    folded(ledger, 1)
+    ledger.add_observations("cam", 1, [5], [1.0], [1.0], [1])
+    assert len(ledger.observations("cam")) == 1
+    with pytest.raises(sqlite3.IntegrityError):
+        ledger.receive([shot(2), replace(shot(3), size=None)])  # type: ignore[arg-type]
+    assert ledger.find(shot(2).key) is None
+    assert len(ledger.observations("cam")) == 1
+    assert ledger.receive([shot(2)]) == [2]
+    after = killed(ledger)
+    assert len(after.observations("cam")) == 1
+    after.close()
+
+
+def test_a_ledger_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
+    """The sentence names both formats, and the file stays as it is."""
+    path = tmp_path / "ledger.sqlite"
+    Ledger(path).close()
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 99")
+    before = path.read_bytes()
+    with pytest.raises(StateError, match="format 99"):
+        Ledger(path)
+    assert path.read_bytes() == before
+
+
+def test_another_programs_database_is_left_alone(tmp_path: Path) -> None:
+    """No table is added to what is not ours."""
+    path = tmp_path / "ledger.sqlite"
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE theirs(x)")
+    before = path.read_bytes()
+    with pytest.raises(StateError, match="not a ledger"):
+        Ledger(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["no database", "torn", "zeros inside"])
+def test_a_damaged_ledger_is_named_and_kept(tmp_path: Path, damage: str) -> None:
+    """Damage ends in a StateError with the file's name; nothing is deleted or mended."""
+    path = tmp_path / "ledger.sqlite"
+    ledger = Ledger(path)
+    ledger.receive([shot(n, f"{n}" * 20) for n in range(2000)])
+    ledger.close()
+    content = path.read_bytes()
+    broken = {
+        "no database": b"x" * len(content),
+        "torn": content[:5000],
+        "zeros inside": content[:8192] + bytes(len(content) - 8192),
+    }[damage]
+    path.write_bytes(broken)
+    with pytest.raises(StateError, match=r"ledger\.sqlite"):
+        Ledger(path).check()
+    assert path.read_bytes() == broken
+
+
+def test_a_whole_ledger_passes_its_check(ledger: Ledger) -> None:
+    """check says nothing where nothing is wrong."""
+    folded(ledger, 1, 2, 3)
+    ledger.check()
+
+
+def test_a_second_connection_is_kept_out(ledger: Ledger) -> None:
+    """Nobody reads the database beside its one process: that is where SQLite's WAL-reset bug lives."""
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        sqlite3.connect(ledger.path, timeout=0).execute("SELECT * FROM shot")
+
+
+class AgainstADict(RuleBasedStateMachine):
+    """Any order of receiving, concluding, forgetting, committing, killing and closing agrees with a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = Path(self.folder.name) / "ledger.sqlite"
+        self.ledger = Ledger(self.path)
+        self.shots: dict[str, tuple[int, str]] = {}
+        self.seen: dict[int, set[int]] = {}
+        self.durable_shots: dict[str, tuple[int, str]] = {}
+        self.durable_seen: dict[int, set[int]] = {}
+        self.next = 1
+        self.ledger.add_sensor("cam", {})
+        self.ledger.commit()
+
+    def committed(self) -> None:
+        self.durable_shots = dict(self.shots)
+        self.durable_seen = {seq: set(sites) for seq, sites in self.seen.items()}
+
+    @rule(numbers=st.lists(st.integers(0, 9), max_size=4))
+    def receive(self, numbers: list[int]) -> None:
+        """Acknowledge some shots, some of them again."""
+        seqs = self.ledger.receive([shot(n) for n in numbers])
+        for n, seq in zip(numbers, seqs, strict=True):
+            if shot(n).key not in self.shots:
+                assert seq >= self.next
+                self.shots[shot(n).key] = (seq, "received")
+                self.next = seq + 1
+            assert self.shots[shot(n).key][0] == seq
+        self.committed()
+
+    @precondition(lambda self: self.shots)
+    @rule(data=st.data(), verdict=st.sampled_from(["folded", "refused", "companion"]))
+    def conclude(self, data: st.DataObject, verdict: str) -> None:
+        """Give one shot a verdict."""
+        key = data.draw(st.sampled_from(sorted(self.shots)))
+        seq = self.shots[key][0]
+        self.ledger.conclude(seq, verdict=verdict, sensor_id="cam")  # type: ignore[arg-type]
+        self.shots[key] = (seq, verdict)
+
+    @precondition(lambda self: self.shots)
+    @rule(data=st.data(), sites=st.sets(st.integers(0, 5)))
+    def observe(self, data: st.DataObject, sites: set[int]) -> None:
+        """Write observations of one shot."""
+        seq = self.shots[data.draw(st.sampled_from(sorted(self.shots)))][0]
+        n = len(sites)
+        self.ledger.add_observations("cam", seq, sorted(sites), [1.0] * n, [1.0] * n, [1] * n)
+        self.seen.setdefault(seq, set()).update(sites)
+
+    @rule(seq=st.integers(0, 20))
+    def replay(self, seq: int) -> None:
+        """Remove what was derived after a shot."""
+        self.ledger.delete_derived_after("cam", seq)
+        self.seen = {s: sites for s, sites in self.seen.items() if s <= seq}
+
+    @rule(number=st.integers(0, 9))
+    def forget(self, number: int) -> None:
+        """Forget a refused shot; any other is refused."""
+        key = shot(number).key
+        if key in self.shots and self.shots[key][1] in ("received", "folded"):
+            with pytest.raises(ValueError, match="forgotten"):
+                self.ledger.forget(key)
+            return
+        self.ledger.forget(key)
+        self.shots.pop(key, None)
+
+    @rule()
+    def commit(self) -> None:
+        """Commit what waits."""
+        self.ledger.commit()
+        self.committed()
+
+    @rule()
+    def kill(self) -> None:
+        """Go on with the files as a killed process leaves them."""
+        survivor = killed(self.ledger)
+        survivor.close()
+        self.ledger._db.close()
+        for suffix in ("", "-wal"):
+            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+        survivor.path.rename(self.path)
+        self.ledger = Ledger(self.path)
+        self.shots = dict(self.durable_shots)
+        self.seen = {seq: set(sites) for seq, sites in self.durable_seen.items()}
+
+    @rule()
+    def reopen(self) -> None:
+        """Close in order and open again."""
+        self.ledger.close()
+        self.committed()
+        self.ledger = Ledger(self.path)
+
+    @invariant()
+    def agrees(self) -> None:
+        """Shots, replay order and observations are those of the dict."""
+        by_seq = sorted((seq, key, verdict) for key, (seq, verdict) in self.shots.items())
+        replayed = [(row.seq, row.key, row.verdict) for row in self.ledger.rows_to_replay({"cam": 3})]
+        assert replayed == [s for s in by_seq if s[2] == "received" or (s[2] == "folded" and s[0] > 3)]
+        assert self.ledger.frame_keys("cam") == sorted(
+            key for _, key, verdict in by_seq if verdict == "folded"
+        )
+        is_folded = {seq for seq, _, verdict in by_seq if verdict == "folded"}
+        assert [(o.seq, o.site) for o in self.ledger.observations("cam")] == sorted(
+            (seq, site) for seq, sites in self.seen.items() if seq in is_folded for site in sites
+        )
+
+    def teardown(self) -> None:
+        """Close and remove."""
+        self.ledger.close()
+        self.folder.cleanup()
+
+
+TestAgainstADict = AgainstADict.TestCase
+TestAgainstADict.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)

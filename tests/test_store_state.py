@@ -1,0 +1,207 @@
+"""The state directory: made for one, held by one, and emptied only of what no replay needs."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hotpixd
+from hotpixd.store.checkpoint import generations, newest
+from hotpixd.store.ledger import Received
+from hotpixd.store.state import State, StateError, StateLocked, StateMissing, default_state_dir
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(hotpixd.__file__).parents[1])}
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[State]:
+    with State(tmp_path / "state") as state:
+        yield state
+
+
+def received(state: State, number: int) -> int:
+    """Take one shot into custody and acknowledge it."""
+    source = state.root.parent / f"IMG_{number}.CR3"
+    source.write_text(f"shot {number}")
+    key = state.spool.hash_file(source)
+    state.spool.take(source, key)
+    return state.ledger.receive([Received(key, source.name, str(source), 6, "2026-11-22T20:00:00Z")])[0]
+
+
+def folded(state: State, number: int, sensor: str = "cam") -> int:
+    seq = received(state, number)
+    state.ledger.conclude(seq, verdict="folded", sensor_id=sensor)
+    return seq
+
+
+def kept(state: State) -> set[int]:
+    """Numbers of the shots in the spool."""
+    return {int(state.spool.path(key).read_text().split()[1]) for key in list(state.spool.keys())}
+
+
+def test_a_new_state_is_private_and_complete(tmp_path: Path) -> None:
+    """Folders are made, parents too, with mode 0700."""
+    root = tmp_path / "deep" / "state"
+    with State(root) as state:
+        state.sensor_folder("canon-eos-r6_0123.raw")
+        for folder in (root, root / "spool", root / "sensors", root / "sensors" / "canon-eos-r6_0123.raw"):
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    with State(root, create=False) as state:
+        assert state.ledger.tally() == []
+
+
+def test_a_reader_does_not_make_a_state(tmp_path: Path) -> None:
+    """Reading what was never written is StateMissing, and leaves no folder behind."""
+    with pytest.raises(StateMissing, match="no state"):
+        State(tmp_path / "state", create=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_opening_is_refused_with_the_holders_name(state: State) -> None:
+    """The sentence names the process and its command; after close the way is free."""
+    with pytest.raises(StateLocked, match=rf"in use by process {os.getpid()} \(.*pytest"):
+        State(state.root)
+    with pytest.raises(StateLocked):
+        State(state.root, create=False)
+    state.close()
+    state.close()
+    State(state.root).close()
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    """While another process lives it holds the state; killed, it holds nothing."""
+    script = (
+        "import sys; from hotpixd.store.state import State;"
+        " state = State(sys.argv[1]); print('open', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path],
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"open\n"
+        with pytest.raises(StateLocked, match=f"process {other.pid} "):
+            State(tmp_path)
+        other.kill()
+        other.wait()
+    State(tmp_path).close()
+
+
+def test_a_place_that_cannot_be_used_is_an_error_in_a_sentence(tmp_path: Path) -> None:
+    """A file in the way, of the root or of a part of it, and a root below a file."""
+    file = tmp_path / "file"
+    file.write_text("")
+    for root in (file, file / "below"):
+        with pytest.raises(StateError, match="file"):
+            State(root)
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "spool").write_text("")
+    for _ in range(2):  # the lock was let go
+        with pytest.raises(StateError, match="spool") as caught:
+            State(tmp_path / "state")
+        assert not isinstance(caught.value, StateLocked)
+
+
+def test_a_place_that_cannot_be_written_is_an_error_in_a_sentence(tmp_path: Path) -> None:
+    """Somebody else's folder, or a read-only one."""
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    tmp_path.chmod(0o500)
+    with pytest.raises(StateError, match="Permission denied"):
+        State(tmp_path / "state")
+
+
+def test_a_damaged_ledger_does_not_keep_the_lock(tmp_path: Path) -> None:
+    """After the error another try gets the same error, not StateLocked."""
+    (tmp_path / "ledger.sqlite").write_bytes(b"x" * 5000)
+    for _ in range(2):
+        with pytest.raises(StateError, match=r"ledger\.sqlite is damaged") as caught:
+            State(tmp_path)
+        assert not isinstance(caught.value, StateLocked)
+
+
+def test_where_the_state_is_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd's directory, the first if there are several; else the user's."""
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/hotpixd:/var/lib/other")
+    assert default_state_dir() == Path("/var/lib/hotpixd")
+    for unset in ("", None):
+        if unset is None:
+            monkeypatch.delenv("STATE_DIRECTORY")
+        else:
+            monkeypatch.setenv("STATE_DIRECTORY", unset)
+        monkeypatch.setenv("XDG_STATE_HOME", "/home/me/.state")
+        assert default_state_dir() == Path("/home/me/.state/hotpixd")
+
+
+@pytest.mark.parametrize("sensor_id", ["", ".", "..", "a/b", ".hidden", "a b", "a\n", "x" * 300])
+def test_a_sensors_id_is_the_name_of_a_folder(state: State, sensor_id: str) -> None:
+    """An id that would leave the folder, or hide in it, is refused."""
+    with pytest.raises(ValueError, match="sensor's id"):
+        state.sensor_folder(sensor_id)
+
+
+def test_a_checkpoint_commits_the_verdicts_first(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generation never covers a shot whose verdict a kill could still take away."""
+    seq = folded(state, 1)
+    assert state.ledger._pending
+    state.checkpoint("cam", 1, {"covers": seq}, {"sums": np.ones(4, np.uint32)})
+    assert not state.ledger._pending
+    found, _ = newest(state.sensor_folder("cam"))
+    assert found is not None
+    assert found.header == {"covers": 1}
+
+
+def test_a_damaged_newer_generation_does_not_count_as_kept(state: State) -> None:
+    """After passing over a damaged one, the two kept are the two that are whole."""
+    for number in range(1, 5):
+        state.checkpoint("cam", number, {"covers": number}, {})
+    folder = state.sensor_folder("cam")
+    for path in generations(folder):
+        path.write_bytes(b"damaged")
+    state.checkpoint("cam", 1, {"covers": 9}, {})
+    state.checkpoint("cam", 2, {"covers": 10}, {})
+    assert [path.name for path in generations(folder)] == ["gen-00000002.hpx", "gen-00000001.hpx"]
+    assert newest(folder)[1] == []
+
+
+def test_the_spool_keeps_what_a_replay_may_ask_for(state: State) -> None:
+    """Shots after the older generation's cover, and undecided ones, stay; the rest goes."""
+    for number in range(1, 6):
+        folded(state, number)
+    refused, companion, _ = received(state, 6), received(state, 7), received(state, 8)
+    folded(state, 9, sensor="other")
+    state.ledger.conclude(refused, verdict="refused", reason="no picture")
+    state.ledger.conclude(companion, verdict="companion")
+    assert state.settle_spool({}) == 2
+    assert kept(state) == {1, 2, 3, 4, 5, 8, 9}
+    assert state.settle_spool({"cam": 3, "unknown": 99}) == 3
+    assert kept(state) == {4, 5, 8, 9}
+    assert state.settle_spool({"cam": 3}) == 0
+    replayed = {row.key for row in state.ledger.rows_to_replay({"cam": 3})}
+    assert replayed == set(state.spool.keys())
+    assert not state.ledger._pending
+
+
+def test_orphans_of_an_earlier_process_go_and_those_of_this_one_stay(tmp_path: Path) -> None:
+    """A file without a row is dropped only if it was there before this process and was not taken again."""
+    sources = [tmp_path / f"{n}.CR3" for n in range(3)]
+    keys = []
+    with State(tmp_path / "state") as state:
+        for source in sources:
+            source.write_text(f"shot {source.stem}")
+            keys.append(state.spool.hash_file(source))
+            state.spool.take(source, keys[-1])
+        assert state.settle_spool({}) == 0
+    with State(tmp_path / "state") as state:
+        state.spool.take(sources[1], keys[1])
+        assert state.settle_spool({}) == 2
+        assert list(state.spool.keys()) == [keys[1]]

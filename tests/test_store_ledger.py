@@ -108,7 +108,7 @@ def test_derived_rows_wait_and_go_with_the_next_acknowledgement(ledger: Ledger) 
 def test_conclusions_add_up(ledger: Ledger) -> None:
     """Only the columns named change; numpy's numbers are numbers."""
     (seq,) = ledger.receive([shot(1)])
-    ledger.conclude(seq, verdict="folded", sensor_id="cam", exposure_s=np.float32(0.5), iso=np.int64(800))
+    ledger.conclude(seq, verdict="folded", sensor_id="cam", exposure_s=np.float32(0.5), iso=np.float64(800))
     ledger.conclude(seq, counted=np.bool_(False), not_counted_because="scene did not change", lift=1.25)
     assert ledger.find(shot(1).key) == ShotRow(
         seq=1,

@@ -12,7 +12,7 @@ import errno
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -122,5 +122,8 @@ def make_folder(folder: Path) -> None:
     except FileExistsError:
         if not folder.is_dir():
             raise
+        # Whoever made it may have died before this. The folder of an old state's root may be closed to us.
+        with suppress(PermissionError):
+            fsync_folder(folder.parent)
         return
     fsync_folder(folder.parent)

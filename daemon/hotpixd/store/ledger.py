@@ -206,7 +206,10 @@ _CONCLUSION_COLUMNS = frozenset(Conclusion.__annotations__)
 
 
 class Ledger:
-    """The ledger's one connection. Use it from the thread that opened it."""
+    """The ledger's one connection. Use it from the thread that opened it.
+
+    Derived rows wait in memory: where many come without a `receive` (a replay), call `commit` now and then.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open the ledger or make a new one.

@@ -40,6 +40,9 @@ MAX_LEVEL = 0.01
 MAX_LEVEL_OF_UNKNOWN_BLACK = 0.03
 """Share of full scale below which a level without a known black level may be that of no light."""
 
+MAX_NOISE = 0.02
+"""Share of full scale that noise may reach, at the highest ISO settings. More is texture."""
+
 OUTLIER_NOISES = 6.0
 """A sample this many noise units above the level stands out; of 1e9 normal samples one does."""
 
@@ -84,20 +87,20 @@ def looks_dark(
     # A raw frame of a monochrome sensor comes from LibRaw in 16 bit; 8-bit grey of period 1 is a grey JPEG.
     rendered = layout.channels > 1 or (layout.period == 1 and samples.dtype == np.uint8)
     for grid in (COARSE_GRID, FINE_GRID):
-        floor = _floor(samples, layout, grid)
+        floor = _floor(samples, layout, grid, rendered)
         if floor is None:
             return False
         level_adu, noise_adu = floor
         if rendered:
-            highest_adu = RENDERED_MAX_LEVEL_ADU
+            highest_adu, full_adu = RENDERED_MAX_LEVEL_ADU, 255.0
         elif black_level_adu:  # 0 may mean that nobody knows it
             full_adu = (white_level_adu or float(np.iinfo(samples.dtype).max)) - black_level_adu
-            highest_adu = black_level_adu + max(4.0 * noise_adu, MAX_LEVEL * full_adu)
+            highest_adu = black_level_adu + MAX_LEVEL * full_adu
         else:
             # The coarse look must not cost a search for the brightest of all samples.
             full_adu = white_level_adu or _full_scale(samples, exact=grid == FINE_GRID)
             highest_adu = MAX_LEVEL_OF_UNKNOWN_BLACK * full_adu
-        if level_adu > highest_adu:
+        if level_adu > highest_adu or (not rendered and noise_adu > MAX_NOISE * full_adu):
             return False
     if layout.channels > 1:
         return _only_defects_rendered(samples, layout, level_adu, noise_adu)
@@ -106,7 +109,7 @@ def looks_dark(
     return _only_single_sites(samples, level_adu, noise_adu, OUTLIER_MIN_ADU, MAX_OUTLIERS)
 
 
-def _floor(samples: Samples, layout: SensorLayout, grid: int) -> tuple[float, float] | None:
+def _floor(samples: Samples, layout: SensorLayout, grid: int, rendered: bool) -> tuple[float, float] | None:
     """Return (level, noise of one sample) in ADU; None if the level differs by place or by colour."""
     levels, noises = [], []
     # Every plane of a Bayer mosaic and every channel; of the 36 of X-Trans one column, with all colours.
@@ -121,7 +124,11 @@ def _floor(samples: Samples, layout: SensorLayout, grid: int) -> tuple[float, fl
         levels.append(float(np.median(means)))
         noises.append(float(np.sqrt(clipped.var(axis=1).mean())))
         away = np.abs(means - levels[-1])
-        if np.quantile(away, 0.9) > MAX_UNEVEN * noises[-1] or away.max() > MAX_GLOW * noises[-1]:
+        if np.quantile(away, 0.9) > MAX_UNEVEN * noises[-1]:
+            return None
+        # A demosaiced hot pixel lifts its block over a floor without noise; what it is, is judged later.
+        glow = away[blocks.max(axis=1) <= middle + RENDERED_OUTLIER_ADU] if rendered else away
+        if glow.max(initial=0.0) > MAX_GLOW * noises[-1]:
             return None
     noise_adu = float(np.mean(noises))
     if max(levels) - min(levels) > MAX_TINT * noise_adu:
@@ -173,22 +180,30 @@ def _only_single_sites(
         return False
     if sites.size == 0:
         return True
-    accompanied = np.zeros(sites.size, bool)
     excess = samples.ravel()[sites].astype(np.float32) - level_adu
-    width = samples.shape[1]
-    for down, right in ((0, 1), (1, -1), (1, 0), (1, 1)):
-        column = sites % width + right
-        mate = np.minimum(np.searchsorted(sites, sites + down * width + right), sites.size - 1)
-        touching = (sites[mate] == sites + down * width + right) & (column >= 0) & (column < width)
-        fainter = np.minimum(excess, excess[mate])
-        brighter = np.maximum(excess, excess[mate])
-        touching &= fainter >= COMPANION * brighter
-        accompanied |= touching
-        accompanied[mate[touching]] = True
+    pairs = _touching(sites, samples.shape[1])
+    leaked = np.zeros(sites.size, bool)
+    for one, other in (pairs, pairs[::-1]):
+        leaked[one[excess[one] < COMPANION * excess[other]]] = True
+    both = ~leaked[pairs[0]] & ~leaked[pairs[1]]
+    accompanied = np.unique(pairs[:, both]).size
     # Strewn at random, this part of the sites has one of its 8 neighbours among the others.
     by_chance = 1.0 - (1.0 - sites.size / samples.size) ** 8
     allowed = sites.size * (1.5 * by_chance + 0.05) + 4.0
-    return bool(np.count_nonzero(accompanied) <= allowed)
+    return bool(accompanied <= allowed)
+
+
+def _touching(sites: NDArray[np.intp], width: int) -> NDArray[np.intp]:
+    """Return the pairs of sites (ascending flat indices) that are among each other's 8 neighbours, (2, pairs)."""
+    pairs = []
+    columns = sites % width
+    for down, right in ((0, 1), (1, -1), (1, 0), (1, 1)):
+        wanted = sites + down * width + right
+        mate = np.minimum(np.searchsorted(sites, wanted), sites.size - 1)
+        inside = (columns + right >= 0) & (columns + right < width)
+        one = np.flatnonzero((sites[mate] == wanted) & inside)
+        pairs.append(np.stack([one, mate[one]]))
+    return np.concatenate(pairs, axis=1)
 
 
 def _only_defects_rendered(

@@ -136,7 +136,8 @@ def decode(path: Path, kind: ShotKind | None = None) -> Frame:
     OSError
         If the disk cannot be read.
     """
-    with path.open("rb") as file:
+    # Unbuffered: a buffer would copy the whole content once more, 6 ms for a 6 MB JPEG.
+    with path.open("rb", buffering=0) as file:
         picture = _read(file, path)
     samples = _checked(picture)
     height, width = samples.shape[0], samples.shape[1] // picture.channels
@@ -512,7 +513,7 @@ def _whole_numbers(data: NDArray[np.generic]) -> NDArray[np.generic]:
     values = np.asarray(data, dtype=np.float64 if data.dtype.itemsize > 2 else np.int32)
     if not np.isfinite(values).all() or (values != np.rint(values)).any():
         raise DecodeError(
-            "the samples of this FITS file are fractions, so it was calibrated or stacked; use single raw frames"
+            "the samples of this FITS file are fractions: it was calibrated or stacked; use single raw frames"
         )
     if values.min() < 0 or values.max() > 65535:
         raise DecodeError(

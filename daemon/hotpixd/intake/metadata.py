@@ -13,6 +13,7 @@ documented by ExifTool (https://exiftool.org/TagNames/).
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +34,9 @@ TIFF_MAGICS = {
 }
 """First four bytes of TIFF and of the raw files built on it, with the byte order."""
 
-_TYPE_FORMATS = {1: "B", 2: "c", 3: "H", 4: "I", 5: "II", 6: "b", 7: "c", 8: "h", 9: "i", 10: "ii"}
+_TYPE_FORMATS = {
+    1: "B", 2: "c", 3: "H", 4: "I", 5: "II", 6: "b", 7: "c", 8: "h", 9: "i", 10: "ii", 11: "f", 12: "d",
+}  # fmt: skip
 _MAX_ENTRIES = 512  # no camera writes as many; a broken count must not cost time
 _MAX_VALUE_BYTES = 65536
 _MAX_SEGMENTS = 256
@@ -185,7 +188,7 @@ class Directory:
         count = len(value) // struct.calcsize("=" + unit)
         flat = struct.unpack(self.order + unit * count, value)
         if len(unit) == 1:
-            return tuple(flat)
+            return tuple(number for number in flat if math.isfinite(number))
         return tuple(over / under for over, under in zip(flat[::2], flat[1::2], strict=True) if under)
 
     def number(self, tag: int) -> float | None:
@@ -375,7 +378,7 @@ def _from_directory(directory: Directory) -> Metadata:
 
 def _exposure_s(directory: Directory) -> float | None:
     exposure_s = directory.number(0x829A)
-    if exposure_s is not None:
+    if exposure_s is not None and exposure_s >= 0:
         return exposure_s
     apex = directory.number(0x9201)  # ShutterSpeedValue = -log2(seconds)
     return 2.0**-apex if apex is not None and abs(apex) < 30 else None

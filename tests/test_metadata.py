@@ -174,8 +174,10 @@ def test_fits_keywords_are_read():
             b"MM\0*\0\0\0\x08",
             b"IIU\0\x08\0\0\0",
             b"\xff\xd8\xff\xe1\x01\0Exif\0\0II*\0\x08\0\0\0",
+            b"FUJIFILM",
+            b"\0\0\0\x18ftypcrx ",
+            b"\x89PNG\r\n\x1a\n",
         ]
-        + [b"FUJIFILM", b"\0\0\0\x18ftypcrx ", b"\x89PNG\r\n\x1a\n"]
     ),
     rest=st.binary(max_size=600),
 )

@@ -62,6 +62,9 @@ leaks 1 to 3 % into them.
 RENDERED_MAX_LEVEL_ADU = 8.0
 """Highest floor of a rendered 8-bit dark: noise clipped at black, lifted by the tone curve."""
 
+RENDERED_GLOW_ADU = 0.5
+"""The least by which a rendered block must differ: the rim of a hot pixel's 3 x 3 lifts it by 0.3."""
+
 RENDERED_OUTLIER_ADU = 16.0
 """The least that stands out of a rendered frame, where noise comes in smoothed blotches."""
 
@@ -127,8 +130,9 @@ def _floor(samples: Samples, layout: SensorLayout, grid: int, rendered: bool) ->
         if np.quantile(away, 0.9) > MAX_UNEVEN * noises[-1]:
             return None
         # A demosaiced hot pixel lifts its block over a floor without noise; what it is, is judged later.
-        glow = away[blocks.max(axis=1) <= middle + RENDERED_OUTLIER_ADU] if rendered else away
-        if glow.max(initial=0.0) > MAX_GLOW * noises[-1]:
+        calm = blocks.max(axis=1) <= middle + RENDERED_OUTLIER_ADU if rendered else np.ones(means.size, bool)
+        glow = max(MAX_GLOW * noises[-1], RENDERED_GLOW_ADU if rendered else 0.0)
+        if away[calm].max(initial=0.0) > glow:
             return None
     noise_adu = float(np.mean(noises))
     if max(levels) - min(levels) > MAX_TINT * noise_adu:
@@ -194,7 +198,7 @@ def _only_single_sites(
 
 
 def _touching(sites: NDArray[np.intp], width: int) -> NDArray[np.intp]:
-    """Return the pairs of sites (ascending flat indices) that are among each other's 8 neighbours, (2, pairs)."""
+    """Return the pairs of ascending flat indices that are among each other's 8 neighbours, (2, pairs)."""
     pairs = []
     columns = sites % width
     for down, right in ((0, 1), (1, -1), (1, 0), (1, 1)):

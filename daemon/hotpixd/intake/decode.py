@@ -231,7 +231,7 @@ def _read_png(data: bytes) -> _Picture:
     from PIL import PngImagePlugin
 
     if len(data) < 33 or data[12:16] != b"IHDR":
-        raise DecodeError(_broken("PNG", None))
+        raise DecodeError(_broken("PNG"))
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     depth, colour_type = data[24], data[25]
     _require_size(width, height)
@@ -265,7 +265,7 @@ def _read_tiff_or_raw(file: BinaryIO, path: Path) -> _Picture:
     if first is None:
         if b"+" in read(0, 4):  # BigTIFF
             return _read_tiff(file)
-        raise DecodeError(_broken("TIFF or raw", None))
+        raise DecodeError(_broken("TIFF or raw"))
     directories = [first, *first.children(0x014A)]
     photometrics = {directory.number(0x0106) for directory in directories}
     compressions = {directory.number(0x0103) for directory in directories}
@@ -413,9 +413,9 @@ def _unpacked(file: BinaryIO, path: Path, about: Metadata) -> _Picture:
             "LibRaw does not know this raw file: it is damaged, or its camera is newer than this rawpy"
         ) from error
     except rawpy.LibRawError as error:
-        raise DecodeError(_broken("raw", error)) from error
+        raise DecodeError(_broken("raw")) from error
     except (MemoryError, RuntimeError, ValueError, NotImplementedError) as error:
-        raise DecodeError(_broken("raw", error)) from error
+        raise DecodeError(_broken("raw")) from error
     return _Picture(
         samples,
         colours,
@@ -564,7 +564,7 @@ def _guarded(format_name: str, load: Callable[[], _Loaded]) -> _Loaded:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk; readers give theirs no number
             raise
-        raise DecodeError(_broken(format_name, error)) from error
+        raise DecodeError(_broken(format_name)) from error
 
 
 def _checked(picture: _Picture) -> Samples:
@@ -628,7 +628,7 @@ def _refuse_edited(about: Metadata, width: int, height: int) -> None:
         )
 
 
-def _broken(format_name: str, error: BaseException | None) -> str:
+def _broken(format_name: str, error: BaseException | None = None) -> str:
     reason = f" ({' '.join(str(error).split())})" if error is not None and str(error) else ""
     return f"the {format_name} file is damaged or cut off{reason}; copy it from the camera again"
 

@@ -19,9 +19,7 @@ Tag = tuple[int, str, int, object, bool]
 def mosaic(height: int = 64, width: int = 80, level: float = 900.0, noise: float = 30.0) -> np.ndarray:
     """Return uneven light on a 14-bit sensor."""
     rng = np.random.default_rng(5)
-    scene = level * (
-        1.0 + 0.5 * np.sin(np.arange(width) / 9.0)[None, :] * np.cos(np.arange(height) / 7.0)[:, None]
-    )
+    scene = level * (1.0 + 0.5 * np.sin(np.arange(width) / 9.0)[None, :] * np.cos(np.arange(height) / 7.0)[:, None])
     return np.clip(rng.normal(scene + 256, noise), 0, 16383).astype(np.uint16)
 
 
@@ -94,9 +92,7 @@ def colour(height: int = 64, width: int = 80) -> np.ndarray:
     return rng.integers(60, 220, (height, width, 3), dtype=np.uint8)
 
 
-def tiff_ifd(
-    entries: list[tuple[int, int, int, bytes]], start: int, order: str = "<", following: int = 0
-) -> bytes:
+def tiff_ifd(entries: list[tuple[int, int, int, bytes]], start: int, order: str = "<", following: int = 0) -> bytes:
     """Return a TIFF directory that lies at `start`: (tag, type, count, value), long values behind it."""
     head = struct.pack(order + "H", len(entries))
     body, tail = b"", b""

@@ -29,9 +29,7 @@ def stored(frame: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(frame), 0, WHITE).astype(np.uint16)
 
 
-def add_stars(
-    frame: np.ndarray, count: int, fwhm: float = 2.2, flux: float = 4000.0, seed: int = 1
-) -> np.ndarray:
+def add_stars(frame: np.ndarray, count: int, fwhm: float = 2.2, flux: float = 4000.0, seed: int = 1) -> np.ndarray:
     """Add point sources of the given width at random places; `flux` is the peak of the brightest, in ADU."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[-6:7, -6:7]
@@ -50,9 +48,7 @@ def add_hot(frame: np.ndarray, share: float, seed: int = 2) -> np.ndarray:
     return frame
 
 
-@pytest.mark.parametrize(
-    "layout", [LAYOUT, SensorLayout(WIDTH, HEIGHT, "L"), SensorLayout(WIDTH, HEIGHT, "G" * 36)]
-)
+@pytest.mark.parametrize("layout", [LAYOUT, SensorLayout(WIDTH, HEIGHT, "L"), SensorLayout(WIDTH, HEIGHT, "G" * 36)])
 def test_noise_around_black_is_dark(layout):
     """A frame of the black level and noise alone is dark, in each kind of mosaic."""
     assert looks_dark(stored(black_frame()), layout, BLACK, WHITE)

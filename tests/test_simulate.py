@@ -92,9 +92,7 @@ def test_settings_stay_in_their_ranges_and_time_goes_on(sensor: VirtualSensor):
     small = VirtualSensor(16, 16, hot=0, stuck=0, dead=0)
     shots = [small.shot(index, "dark") for index in range(60)]
     assert min(s.exposure_s for s in shots) < 0.6 < 1.0 < max(s.exposure_s for s in shots)
-    assert all(
-        0.3 <= s.exposure_s <= 2.0 and 50 <= s.iso <= 200 and 20 <= s.sensor_temp_c <= 24 for s in shots
-    )
+    assert all(0.3 <= s.exposure_s <= 2.0 and 50 <= s.iso <= 200 and 20 <= s.sensor_temp_c <= 24 for s in shots)
     assert all(abs(b.sensor_temp_c - a.sensor_temp_c) < 0.1 for a, b in pairwise(shots))
     assert all(a.taken_at < b.taken_at for a, b in pairwise(shots))
 
@@ -103,10 +101,7 @@ def test_hot_excess_is_linear_in_exposure_and_doubles_per_6_c(sensor: VirtualSen
     """The dark signal is dark current x exposure x ISO x 2^(dT / 6), up to the white level."""
     settings = [(0.4, 100, 20.0, 1.0), (0.8, 100, 20.0, 2.0), (0.4, 200, 20.0, 2.0), (0.4, 100, 26.0, 2.0)]
     for exposure_s, iso, temp_c, factor in settings:
-        shots = [
-            sensor.shot(i, "dark", exposure_s=exposure_s, iso=iso, sensor_temp_c=temp_c).mosaic
-            for i in range(16)
-        ]
+        shots = [sensor.shot(i, "dark", exposure_s=exposure_s, iso=iso, sensor_temp_c=temp_c).mosaic for i in range(16)]
         for defect in of_kind(sensor, "hot"):
             assert defect.dark_current_adu_per_s is not None
             expected = 0.4 * factor * defect.dark_current_adu_per_s
@@ -121,9 +116,7 @@ def test_stuck_sites_say_the_same_always(sensor: VirtualSensor):
     """Whatever the light."""
     for scene in SCENES:
         mosaic = sensor.shot(1, scene).mosaic
-        assert [mosaic[d.y, d.x] for d in of_kind(sensor, "stuck")] == [
-            d.level_adu for d in of_kind(sensor, "stuck")
-        ]
+        assert [mosaic[d.y, d.x] for d in of_kind(sensor, "stuck")] == [d.level_adu for d in of_kind(sensor, "stuck")]
 
 
 def test_dead_sites_hardly_respond_to_light(sensor: VirtualSensor):
@@ -133,9 +126,7 @@ def test_dead_sites_hardly_respond_to_light(sensor: VirtualSensor):
         healthy = mosaics[0][defect.y % 2 :: 2, defect.x % 2 :: 2]
         signal = float(np.median(healthy)) - BLACK_LEVEL_ADU
         assert defect.response is not None
-        assert mean_at(mosaics, defect) - BLACK_LEVEL_ADU == pytest.approx(
-            defect.response * signal, abs=0.02 * signal
-        )
+        assert mean_at(mosaics, defect) - BLACK_LEVEL_ADU == pytest.approx(defect.response * signal, abs=0.02 * signal)
 
 
 def test_unstable_sites_are_on_for_their_share_of_frames_in_runs(sensor: VirtualSensor):
@@ -260,9 +251,7 @@ def test_libraw_reads_the_very_samples_of_a_dng(tmp_path: Path, pattern: str):
     with rawpy.imread(str(tmp_path / "a.dng")) as raw:
         assert np.array_equal(raw.raw_image_visible, shot.mosaic)
         colours = raw.color_desc.decode()
-        assert [colours[raw.raw_color(d.y, d.x)] for d in sensor.defects] == [
-            d.colour for d in sensor.defects
-        ]
+        assert [colours[raw.raw_color(d.y, d.x)] for d in sensor.defects] == [d.colour for d in sensor.defects]
         assert set(raw.black_level_per_channel) == {BLACK_LEVEL_ADU}
         assert raw.white_level == WHITE_LEVEL_ADU
     assert [path.name for path in tmp_path.iterdir()] == ["a.dng"]
@@ -318,9 +307,7 @@ def test_a_jpeg_looks_like_a_cameras(tmp_path: Path, sensor: VirtualSensor):
 @pytest.mark.parametrize("pattern", ["RGGB", "BGGR", XTRANS])
 def test_rendering_keeps_colours_in_place(pattern: str):
     """A hot site shows in the rendered picture at its own address and in its own colour."""
-    sensor = VirtualSensor(
-        301, 201, hot=20, stuck=0, dead=0, seed=8, pattern=pattern, hot_range_adu_per_s=(5e3, 8e3)
-    )
+    sensor = VirtualSensor(301, 201, hot=20, stuck=0, dead=0, seed=8, pattern=pattern, hot_range_adu_per_s=(5e3, 8e3))
     rendered = sensor.rendered(sensor.shot(0, "dark", exposure_s=1.0, iso=100))
     assert rendered.shape == (201, 301, 3)
     for defect in sensor.defects:

@@ -152,9 +152,7 @@ STEPS = [
 ]
 
 
-def test_killed_at_any_step_it_comes_back_to_the_same_state(
-    tmp_path: Path, inbox: Path, reference: str
-) -> None:
+def test_killed_at_any_step_it_comes_back_to_the_same_state(tmp_path: Path, inbox: Path, reference: str) -> None:
     """SIGKILL at the first and third pass of each failpoint, then a run to the end: no shot lost or twice."""
 
     def wrong(order: str) -> str | None:
@@ -180,9 +178,7 @@ def test_killed_again_and_again_it_still_arrives(tmp_path: Path, inbox: Path, re
     assert run(tmp_path / "state", inbox).stdout == reference
 
 
-def test_a_full_disk_acknowledges_nothing_and_harms_nothing(
-    inbox: Path, reference: str, tmp_path: Path
-) -> None:
+def test_a_full_disk_acknowledges_nothing_and_harms_nothing(inbox: Path, reference: str, tmp_path: Path) -> None:
     """On file systems of growing size: StateFull or success, and after growing the undisturbed result."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system takes root")

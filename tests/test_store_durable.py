@@ -23,9 +23,7 @@ def test_a_write_that_stops_short_is_continued(tmp_path: Path, monkeypatch: pyte
     assert path.read_bytes() == bytes(range(100))
 
 
-def test_replacing_fsyncs_the_file_before_and_the_folder_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replacing_fsyncs_the_file_before_and_the_folder_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """replace_durably makes content durable before the name, and the name before it returns."""
     tmp, final = tmp_path / "new.tmp", tmp_path / "final"
     tmp.write_text("new")

@@ -71,9 +71,7 @@ def test_a_known_key_keeps_its_row(ledger: Ledger) -> None:
     assert found.name == "IMG.CR3"
 
 
-@pytest.mark.parametrize(
-    "raw", [b"plain.CR3", "ü λ.CR3".encode(), b"a\nb\t.CR3", b"\xff\xfe\x80.CR3", b"'--%"]
-)
+@pytest.mark.parametrize("raw", [b"plain.CR3", "ü λ.CR3".encode(), b"a\nb\t.CR3", b"\xff\xfe\x80.CR3", b"'--%"])
 def test_names_of_any_bytes_round_trip(ledger: Ledger, raw: bytes) -> None:
     """What the file system says is what comes back, and reasons may quote it."""
     name = os.fsdecode(raw)
@@ -433,9 +431,7 @@ class AgainstADict(RuleBasedStateMachine):
         by_seq = sorted((seq, key, verdict) for key, (seq, verdict) in self.shots.items())
         replayed = [(row.seq, row.key, row.verdict) for row in self.ledger.rows_to_replay({"cam": 3})]
         assert replayed == [s for s in by_seq if s[2] == "received" or (s[2] == "folded" and s[0] > 3)]
-        assert self.ledger.frame_keys("cam") == sorted(
-            key for _, key, verdict in by_seq if verdict == "folded"
-        )
+        assert self.ledger.frame_keys("cam") == sorted(key for _, key, verdict in by_seq if verdict == "folded")
         is_folded = {seq for seq, _, verdict in by_seq if verdict == "folded"}
         assert [(o.seq, o.site) for o in self.ledger.observations("cam")] == sorted(
             (seq, site) for seq, sites in self.seen.items() if seq in is_folded for site in sites

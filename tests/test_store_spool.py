@@ -211,9 +211,7 @@ def test_the_spool_is_nobody_elses(spool: Spool) -> None:
     assert stat.S_IMODE(spool.folder.stat().st_mode) == 0o700
 
 
-def test_a_full_disk_is_reported_and_leaves_nothing(
-    spool: Spool, shot: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing(spool: Spool, shot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ENOSPC while copying is StateFull, and the partial copy is removed."""
     refuse_links(monkeypatch, errno.EXDEV)
 

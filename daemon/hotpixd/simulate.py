@@ -420,9 +420,7 @@ class VirtualSensor:
             x = {2: 0, 3: width - 1}.get(edge, x)
             if free[y, x]:
                 return y, x
-        raise ValueError(
-            f"{width}x{height} sites have no room for that many defects {MIN_SPACING} sites apart"
-        )
+        raise ValueError(f"{width}x{height} sites have no room for that many defects {MIN_SPACING} sites apart")
 
     def _defect(
         self,
@@ -600,9 +598,7 @@ class VirtualSensor:
         y = np.arange(deepest, dtype=np.float32)[:, np.newaxis]
         sky = np.clip((sky_rows - y) / np.float32(EDGE_WIDTH) + np.float32(0.5), 0.0, 1.0)
         light[:deepest] *= np.float32(1.0) - sky
-        light[:deepest] += sky * (
-            brightness + np.float32(0.8) * rows[:deepest] + np.float32(0.2) * clouds[:deepest]
-        )
+        light[:deepest] += sky * (brightness + np.float32(0.8) * rows[:deepest] + np.float32(0.2) * clouds[:deepest])
         # Colour: logarithms of red/green and blue/green, each at the sites of its own colour only.
         for letter, plane in self._planes():
             if letter not in "RB":

@@ -174,9 +174,7 @@ def _outliers(samples: Samples, threshold: int, limit: int) -> NDArray[np.intp] 
     return np.concatenate(found)
 
 
-def _only_single_sites(
-    samples: Samples, level_adu: float, noise_adu: float, min_adu: float, max_share: float
-) -> bool:
+def _only_single_sites(samples: Samples, level_adu: float, noise_adu: float, min_adu: float, max_share: float) -> bool:
     """Return whether the sites that stand out lie as if strewn at random, as hot pixels do."""
     threshold = int(level_adu + max(OUTLIER_NOISES * noise_adu, min_adu))
     sites = _outliers(samples, threshold, int(max_share * samples.size))
@@ -210,9 +208,7 @@ def _touching(sites: NDArray[np.intp], width: int) -> NDArray[np.intp]:
     return np.concatenate(pairs, axis=1)
 
 
-def _only_defects_rendered(
-    samples: Samples, layout: SensorLayout, level_adu: float, noise_adu: float
-) -> bool:
+def _only_defects_rendered(samples: Samples, layout: SensorLayout, level_adu: float, noise_adu: float) -> bool:
     """Return whether all that stands out is small and of one colour, as a demosaiced hot pixel is."""
     threshold = int(level_adu + max(OUTLIER_NOISES * noise_adu, RENDERED_OUTLIER_ADU))
     sites = _outliers(samples, threshold, int(RENDERED_MAX_OUTLIERS * samples.size))
@@ -222,10 +218,7 @@ def _only_defects_rendered(
         return True
     pixels = np.unique(sites // layout.channels)
     rows, cols = np.divmod(pixels, layout.width)
-    excess = (
-        samples.reshape(layout.height, layout.width, layout.channels)[rows, cols].astype(np.float32)
-        - level_adu
-    )
+    excess = samples.reshape(layout.height, layout.width, layout.channels)[rows, cols].astype(np.float32) - level_adu
     # A hot photosite lights one colour; what lights two colours alike is light.
     ordered = np.sort(excess, axis=1)
     white = np.count_nonzero(ordered[:, -2] > 0.6 * ordered[:, -1])

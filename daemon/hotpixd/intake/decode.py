@@ -188,12 +188,8 @@ def _read(file: BinaryIO, path: Path) -> _Picture:
         if head[offset:].startswith(start):
             raise DecodeError(f"this is {name}, which cannot be used; set the camera to RAW or JPEG")
     if not any(head):
-        raise DecodeError(
-            "the file begins with zeros, so it is only half written; copy it from the camera again"
-        )
-    raise DecodeError(
-        "this is no picture of a known kind; hotpixd reads camera raw, DNG, JPEG, TIFF, PNG and FITS"
-    )
+        raise DecodeError("the file begins with zeros, so it is only half written; copy it from the camera again")
+    raise DecodeError("this is no picture of a known kind; hotpixd reads camera raw, DNG, JPEG, TIFF, PNG and FITS")
 
 
 # JPEG
@@ -208,9 +204,7 @@ def _read_jpeg(data: bytes) -> _Picture:
         raise DecodeError(_broken("JPEG", error)) from error
     _require_size(width, height)
     if colourspace in ("CMYK", "YCCK"):
-        raise DecodeError(
-            "this JPEG is in CMYK colours, which no camera writes; use the original from the camera"
-        )
+        raise DecodeError("this JPEG is in CMYK colours, which no camera writes; use the original from the camera")
     grey = colourspace == "Gray"
     about = metadata.from_bytes(data)
     _refuse_edited(about, width, height)  # before the expensive part
@@ -219,9 +213,7 @@ def _read_jpeg(data: bytes) -> _Picture:
         samples = simplejpeg.decode_jpeg(data, colorspace="GRAY" if grey else "RGB")
     except (ValueError, MemoryError) as error:
         raise DecodeError(_broken("JPEG", error)) from error
-    return _Picture(
-        samples.reshape(height, -1), "L" if grey else "RGB", 1 if grey else 3, SampleKind.RENDERED, about
-    )
+    return _Picture(samples.reshape(height, -1), "L" if grey else "RGB", 1 if grey else 3, SampleKind.RENDERED, about)
 
 
 # PNG
@@ -379,9 +371,7 @@ def _read_raw(file: BinaryIO, path: Path) -> _Picture:
 
 def _unpacked(file: BinaryIO, path: Path, about: Metadata) -> _Picture:
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", RuntimeWarning
-        )  # about fork, for the developer and not the photographer
+        warnings.simplefilter("ignore", RuntimeWarning)  # about fork, for the developer and not the photographer
         import rawpy
 
     raw = rawpy.RawPy()
@@ -454,9 +444,7 @@ def _raw_colours(raw: Any) -> str:
     if period == 1:
         return "L"
     if period not in (2, 6):
-        raise DecodeError(
-            f"this sensor's colours repeat after {period} rows, which hotpixd does not handle yet"
-        )
+        raise DecodeError(f"this sensor's colours repeat after {period} rows, which hotpixd does not handle yet")
     return "".join(names[raw.raw_color(top + y, left + x)] for y in range(period) for x in range(period))
 
 
@@ -581,9 +569,7 @@ def _require_size(width: int, height: int) -> None:
     if width < 1 or height < 1:
         raise DecodeError("the picture has no pixels; copy it from the camera again")
     if width * height > MAX_PIXELS:
-        raise DecodeError(
-            f"the header says {width} x {height} pixels, more than any camera has; the file is damaged"
-        )
+        raise DecodeError(f"the header says {width} x {height} pixels, more than any camera has; the file is damaged")
 
 
 def _require_sides(layout: SensorLayout) -> None:
@@ -601,9 +587,7 @@ def _refuse_half_written(samples: Samples) -> None:
         return
     lit = np.flatnonzero(samples.any(axis=1))
     if lit.size == 0:
-        raise DecodeError(
-            "every sample is zero; the file is only half written, copy it from the camera again"
-        )
+        raise DecodeError("every sample is zero; the file is only half written, copy it from the camera again")
     last = int(lit[-1])
     empty = samples.shape[0] - 1 - last
     # In an 8-bit dark two of five rows are all zero too, but then they are everywhere, not all at the end.

@@ -91,9 +91,7 @@ class Generation:
     """Owned by the caller, writable."""
 
 
-def write_generation(
-    folder: Path, number: int, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
-) -> Path:
+def write_generation(folder: Path, number: int, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Path:
     """Write generation `number` durably; when this returns, it survives a power cut.
 
     The arrays must not change meanwhile. Extra memory is below 40 MB whatever their size. A
@@ -291,9 +289,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
                 raise GenerationError(f"Generation {path} is cut short.")
             magic = file.read(len(_MAGIC))
             if magic[:6] == _MAGIC[:6] and magic != _MAGIC:
-                raise GenerationError(
-                    f"Generation {path} is damaged, or of a format newer than this hotpixd."
-                )
+                raise GenerationError(f"Generation {path} is damaged, or of a format newer than this hotpixd.")
             if magic != _MAGIC:
                 raise GenerationError(f"{path} is not a generation of hotpixd.")
             digest = blake3(magic)
@@ -337,9 +333,7 @@ def _header(
     return int(content["number"]), dict(content["header"]), described
 
 
-def _stored_chunks(
-    file: BinaryIO, end: int, places: list[NDArray[Any]]
-) -> Iterator[tuple[NDArray[Any], bytes, int]]:
+def _stored_chunks(file: BinaryIO, end: int, places: list[NDArray[Any]]) -> Iterator[tuple[NDArray[Any], bytes, int]]:
     for place in places:
         length, planes = _CHUNK_HEAD.unpack(file.read(_CHUNK_HEAD.size))
         if length > end - file.tell():

@@ -335,8 +335,7 @@ class Ledger:
         marks = ", ".join("?" * len(covers))
         return list(
             self._shots(
-                "WHERE verdict = 'received'"
-                f" OR verdict = 'folded' AND sensor_id NOT IN ({marks}){after} ORDER BY seq",
+                f"WHERE verdict = 'received' OR verdict = 'folded' AND sensor_id NOT IN ({marks}){after} ORDER BY seq",
                 [*covers, *wanted],
             )
         )
@@ -386,10 +385,7 @@ class Ledger:
 
     def sensors(self) -> dict[str, dict[str, Any]]:
         """Return the identity of each sensor by its id, in the order in which they came."""
-        return {
-            id_: json.loads(text)
-            for id_, text in self._rows("SELECT id, identity FROM sensor ORDER BY number")
-        }
+        return {id_: json.loads(text) for id_, text in self._rows("SELECT id, identity FROM sensor ORDER BY number")}
 
     def add_observations(
         self,
@@ -449,10 +445,7 @@ class Ledger:
         """
         self._later(
             "INSERT OR REPLACE INTO transition(sensor, seq, site, change, detail) VALUES (?, ?, ?, ?, ?)",
-            [
-                (self._numbers[r.sensor_id], int(r.seq), int(r.site), r.change, json.dumps(dict(r.detail)))
-                for r in rows
-            ],
+            [(self._numbers[r.sensor_id], int(r.seq), int(r.site), r.change, json.dumps(dict(r.detail))) for r in rows],
         )
 
     def transitions(self, sensor_id: str) -> list[TransitionRow]:

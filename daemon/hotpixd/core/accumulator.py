@@ -1,0 +1,288 @@
+"""Exact running sums and event counts of one sensor.
+
+State is the sufficient statistic and nothing else: per sample the sum, the sum
+of squares and how often it was extreme or outstanding, high or low. All are
+integers, so its size does not grow with the number of frames, a merge of two
+parts equals one pass bit for bit, and a replay ends with the same digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hotpixd.core import kernels
+from hotpixd.core.frame import Samples, SensorLayout
+
+COUNTS = ("high", "low", "high_outstanding", "low_outstanding")
+"""Names of the four event counts, in the order in which they are stored."""
+
+EachSlab = Callable[[Callable[[tuple[int, int]], Any], Sequence[tuple[int, int]]], Iterable[Any]]
+"""A `map` over slabs of rows; a thread pool's uses several cores."""
+
+_ROOM = 1 << 17
+"""Samples at a limit that one slab of one frame can report."""
+
+_BLOCK = 1 << 20
+"""Samples per step where a whole-sensor computation needs temporary arrays."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrameEvents:
+    """The events of one frame. `events` and `pattern_bits` are buffers, overwritten by the next fold."""
+
+    events: NDArray[np.uint8]
+    """(height, padded) event bits of each sample, see `kernels`."""
+
+    totals: NDArray[np.int64]
+    """(4,) samples per event, in the order of COUNTS."""
+
+    pattern_bits: NDArray[np.uint8]
+    """(height, padded / 8), one bit per sample: part of the scene's pattern."""
+
+    phases: NDArray[np.int64]
+    """(PHASE_ROWS, PHASE_COLS) samples of the pattern by position in the grid."""
+
+
+def _width_for(limit: int, *widths: type[np.unsignedinteger[Any]]) -> np.dtype[Any]:
+    """Return the first of `widths` that holds `limit`."""
+    for width in widths:
+        if limit <= np.iinfo(width).max:
+            return np.dtype(width)
+    raise OverflowError(f"{limit} does not fit in {np.dtype(widths[-1])}")
+
+
+class Accumulator:
+    """Sums over every frame folded, counts over the frames counted as evidence.
+
+    Parameters
+    ----------
+    layout : SensorLayout
+    dtype : "uint8" or "uint16", of the samples
+    each_slab : a `map`; a thread pool's spreads the rows over cores
+    slabs : number of slabs
+    """
+
+    def __init__(self, layout: SensorLayout, dtype: str, *, each_slab: EachSlab = map, slabs: int = 1) -> None:
+        if min(layout.height // layout.row_step, layout.shape[1] // layout.col_step) < kernels.WINDOW:
+            raise ValueError(
+                f"a plane needs at least {kernels.WINDOW} rows and columns; "
+                f"{layout.width}x{layout.height} with colours {layout.colours!r} has fewer"
+            )
+        self.layout = layout
+        self.dtype = np.dtype(dtype)
+        self.frames = 0
+        self.counted = 0
+        self._largest = int(np.iinfo(self.dtype).max)
+        rows, cols = layout.shape
+        self.total: NDArray[Any] = np.zeros((rows, cols), np.uint32)
+        self.squares: NDArray[Any] = np.zeros((rows, cols), np.uint32 if dtype == "uint8" else np.uint64)
+        self.counts: dict[str, NDArray[Any]] = {name: np.zeros((rows, cols), np.uint8) for name in COUNTS}
+        padded = -(-cols // kernels.PHASE_COLS) * kernels.PHASE_COLS
+        self._events = np.zeros((rows, padded), np.uint8)
+        self._bits = np.zeros((rows, padded // 8), np.uint8)
+        self._each_slab = each_slab
+        edges = np.linspace(0, rows, slabs + 1).astype(int)
+        self._slabs = [(int(a), int(b)) for a, b in itertools.pairwise(edges) if b > a]
+
+    def fold(self, samples: Samples, *, lone: bool) -> FrameEvents:
+        """Add a frame to the sums, in place, and find its events.
+
+        Parameters
+        ----------
+        samples : (height, width * channels), ADU, of the accumulator's dtype; not modified
+        lone : drop extremes that touch an extreme of another plane. For light frames of a mosaic: stars and
+            details light several colours at once, a defect lights one site.
+
+        Raises
+        ------
+        ValueError
+            If shape or dtype differ from the accumulator's.
+        """
+        if samples.shape != self.layout.shape or samples.dtype != self.dtype:
+            raise ValueError(
+                f"a frame of shape {samples.shape} {samples.dtype} cannot be folded into "
+                f"{self.layout.shape} {self.dtype}"
+            )
+        self._make_room_for_sums(self.frames + 1)
+        contiguous = np.ascontiguousarray(samples)
+
+        def fold_slab(slab: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+            totals = np.zeros(len(COUNTS), np.int64)
+            phases = np.zeros((kernels.PHASE_ROWS, kernels.PHASE_COLS), np.int64)
+            kernels.fold_rows(
+                contiguous, self.layout.row_step, self.layout.col_step, lone, self.total, self.squares,
+                self._events, totals, phases, self._bits, *slab,
+            )  # fmt: skip
+            return totals, phases
+
+        parts = list(self._each_slab(fold_slab, self._slabs))
+        self.frames += 1
+        totals = np.sum([totals for totals, _ in parts], axis=0)
+        phases = np.sum([phases for _, phases in parts], axis=0)
+        return FrameEvents(self._events, totals, self._bits, phases)
+
+    def count(self, frame: FrameEvents, limits: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Add the events of the frame folded last to the counts, in place.
+
+        Parameters
+        ----------
+        frame : what `fold` returned for it
+        limits : (3, K) extremes needed high, low and on either side, by outstanding events so far; see
+            `evidence.count_limits`
+
+        Returns
+        -------
+        (K,) int64, sorted
+            Flat indices of samples at a limit. One that two outstanding events brought near it is named at its
+            next outstanding event.
+        """
+        self._make_room_for_counts(self.counted + 1)
+        largest = int(np.iinfo(self.counts["high"].dtype).max)
+        bounded = np.minimum(limits, largest).astype(np.int64)
+
+        def count_slab(slab: tuple[int, int]) -> NDArray[np.int64]:
+            reached = np.empty(_ROOM, np.int64)
+            n = kernels.count_rows(frame.events, *self.counts.values(), bounded, reached, *slab)
+            return reached[: min(n, _ROOM)]
+
+        parts = list(self._each_slab(count_slab, self._slabs))
+        self.counted += 1
+        return np.concatenate(parts)
+
+    def forget_counts(self) -> None:
+        """Start the counts anew; the sums stay."""
+        for name in COUNTS:
+            self.counts[name] = np.zeros(self.layout.shape, np.uint8)
+        self.counted = 0
+
+    def merge(self, other: Accumulator) -> None:
+        """Add another accumulator of the same sensor, in place: the result is that of one pass over both.
+
+        Raises
+        ------
+        ValueError
+            If layout or dtype differ.
+        """
+        if other.layout != self.layout or other.dtype != self.dtype:
+            raise ValueError("accumulators of different sensors cannot be merged")
+        self._make_room_for_sums(self.frames + other.frames)
+        self._make_room_for_counts(self.counted + other.counted)
+        self.total += other.total
+        self.squares += other.squares
+        for name, count in self.counts.items():
+            count += other.counts[name]
+        self.frames += other.frames
+        self.counted += other.counted
+
+    def _make_room_for_sums(self, frames: int) -> None:
+        width = _width_for(frames * self._largest, np.uint32, np.uint64)
+        self.total = self.total.astype(max(width, self.total.dtype), copy=False)
+        width = _width_for(frames * self._largest**2, np.uint32, np.uint64)
+        self.squares = self.squares.astype(max(width, self.squares.dtype), copy=False)
+
+    def _make_room_for_counts(self, counted: int) -> None:
+        # One more than the largest count must fit too: it is the limit that is never reached.
+        width = _width_for(counted + 1, np.uint8, np.uint16, np.uint32)
+        for name, count in self.counts.items():
+            self.counts[name] = count.astype(max(width, count.dtype), copy=False)
+
+    def mean(self, sites: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the mean sample at flat indices `sites`, ADU; NaN before the first frame."""
+        if not self.frames:
+            return np.full(sites.shape, np.nan)
+        return np.asarray(self.total.ravel()[sites] / self.frames)
+
+    def variance(self, sites: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the population variance of the samples at flat indices `sites`, ADU^2."""
+        return self._m2(sites) / max(self.frames, 1)
+
+    def counts_at(self, sites: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the four counts at flat indices `sites`: (4, K) in the order of COUNTS."""
+        return np.stack([count.ravel()[sites].astype(np.int64) for count in self.counts.values()])
+
+    def least_variance(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+        """Return the k samples of least variance over all frames, as Welford's algorithm would rank them.
+
+        M2 = sum of squares - sum^2 / n is the same number, from exact integers. Ties go to the lower index.
+
+        Returns
+        -------
+        sites : (k,) int64 flat indices
+        m2 : (k,) sum of squared deviations from the mean, ADU^2
+        mean : (k,) ADU
+
+        References
+        ----------
+        Welford (1962), Technometrics 4(3), 419-420.
+        """
+        best = np.empty(0, np.int64)
+        keys = np.empty(0, np.uint64)
+        for start in range(0, self.layout.size, _BLOCK):
+            sites = np.arange(start, min(start + _BLOCK, self.layout.size))
+            block = self._scaled_m2(slice(sites[0], sites[-1] + 1))
+            if k < block.size:
+                chosen = np.flatnonzero(block <= np.partition(block, k - 1)[k - 1])
+                sites, block = sites[chosen], block[chosen]
+            best, keys = np.concatenate([best, sites]), np.concatenate([keys, block])
+            order = np.lexsort((best, keys))[:k]
+            best, keys = best[order], keys[order]
+        return best, self._m2(best), self.mean(best)
+
+    def _scaled_m2(self, where: slice | NDArray[np.int64]) -> NDArray[np.uint64]:
+        # n M2 = n Q - S^2 exactly. The terms may wrap, the difference does not while n^2 2^30 < 2^64 for
+        # 16-bit samples, that is up to 131,072 frames.
+        total = self.total.ravel()[where].astype(np.uint64)
+        return np.uint64(self.frames) * self.squares.ravel()[where].astype(np.uint64) - total * total
+
+    def _m2(self, sites: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.asarray(self._scaled_m2(sites) / max(self.frames, 1))
+
+    def digest(self, keys: Iterable[str] = ()) -> str:
+        """Return SHA-256 over layout, sums, counts and the frames' keys; the width they are stored in is no part.
+
+        Parameters
+        ----------
+        keys : names of the frames folded, in any order
+        """
+        h = hashlib.sha256()
+        head = (self.layout.width, self.layout.height, self.layout.colours, self.layout.channels)
+        h.update(repr((*head, str(self.dtype), self.frames, self.counted)).encode())
+        for array in (self.total, self.squares, *self.counts.values()):
+            flat = array.ravel()
+            for start in range(0, flat.size, _BLOCK):
+                h.update(flat[start : start + _BLOCK].astype("<u8").data)
+        for key in sorted(keys):
+            h.update(key.encode() + b"\n")
+        return h.hexdigest()
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the state's arrays by name, not copied."""
+        return {"total": self.total, "squares": self.squares, **self.counts}
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]], frames: int, counted: int) -> None:
+        """Take over arrays that `arrays` once returned.
+
+        Raises
+        ------
+        ValueError
+            If one is missing or has another shape.
+        """
+        for name in ("total", "squares", *COUNTS):
+            if name not in arrays or arrays[name].shape != self.layout.shape:
+                raise ValueError(f"saved array {name!r} is missing or not of shape {self.layout.shape}")
+        self.total, self.squares = arrays["total"], arrays["squares"]
+        self.counts = {name: arrays[name] for name in COUNTS}
+        self.frames, self.counted = frames, counted
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        held = (self.total, self.squares, self._events, self._bits, *self.counts.values())
+        return sum(array.nbytes for array in held)

@@ -1,0 +1,432 @@
+"""The compiled loops: one frame in, exact sums and one byte of events per sample out.
+
+Every array has the frame's own order (`SensorLayout.shape`). Neighbours of one
+plane lie `step` rows or columns apart, so a Bayer mosaic and interleaved RGB
+need no de-interleaving.
+
+What makes it fast, measured: inner loops are small functions over whole rows,
+so that LLVM vectorises each of them; a window's maximum is separable, along the
+row first and then over the rows kept in a ring; results are cast back to the
+samples' own width, since numba widens small integers; nogil, so that two
+threads take two halves of the rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba as nb
+import numpy as np
+
+HALF_WINDOW = 3
+"""Plane rows and columns on either side of a sample in its window."""
+
+WINDOW = 2 * HALF_WINDOW + 1
+"""Width of the window: a sample has WINDOW**2 - 1 = 48 neighbours of its plane."""
+
+HIGH, LOW, HIGH_OUTSTANDING, LOW_OUTSTANDING, PATTERN = 1, 2, 4, 8, 16
+"""Bits of a sample's events: strict maximum or minimum of its window, and by more than half the window's range.
+
+PATTERN marks the samples whose return in the next frame tells that the scene stands still.
+"""
+
+PHASE_ROWS, PHASE_COLS = 16, 48
+"""Extremes are counted by position in this grid of samples: JPEG codes blocks of 8 or 16 pixels of 3 samples."""
+
+BLOCK = 256
+"""Samples of a row that are counted together, then looked at one by one only if one of them is at a limit."""
+
+_FAST: dict[str, Any] = {"boundscheck": False, "nogil": True, "error_model": "numpy", "cache": True}
+
+
+@nb.njit(inline="always")
+def _larger(a, b):  # type: ignore[no-untyped-def]
+    # numba's max() widens unsigned integers, which halves the speed or worse.
+    return a if a > b else b
+
+
+@nb.njit(inline="always")
+def _smaller(a, b):  # type: ignore[no-untyped-def]
+    return a if a < b else b
+
+
+@nb.njit(**_FAST)
+def _highest_along(a, b, c, d, e, f, g, around, whole):  # type: ignore[no-untyped-def]
+    """Maximum over the 7 samples of a row's windows, without and with the middle one.
+
+    The row comes as seven slices, one step apart: an index computed with a step might be negative for all
+    that LLVM knows, and then it does not vectorise.
+    """
+    for i in range(around.size):
+        t = _larger(_larger(_larger(a[i], b[i]), c[i]), _larger(_larger(e[i], f[i]), g[i]))
+        around[i] = t
+        whole[i] = _larger(t, d[i])
+
+
+@nb.njit(**_FAST)
+def _lowest_along(a, b, c, d, e, f, g, around, whole):  # type: ignore[no-untyped-def]
+    for i in range(around.size):
+        t = _smaller(_smaller(_smaller(a[i], b[i]), c[i]), _smaller(_smaller(e[i], f[i]), g[i]))
+        around[i] = t
+        whole[i] = _smaller(t, d[i])
+
+
+@nb.njit(**_FAST)
+def _extremes_at_edge(x, step, i, high_around, high, low_around, low):  # type: ignore[no-untyped-def]
+    """The same for a sample near a row's end: its window is shifted inwards, still 7 samples wide."""
+    phase = i % step
+    count = (x.size - phase + step - 1) // step
+    start = min(max(i // step - HALF_WINDOW, 0), count - WINDOW)
+    first = start * step + phase
+    if first == i:
+        first += step
+    top = bottom = x[first]
+    for k in range(start, start + WINDOW):
+        j = k * step + phase
+        if j != i:
+            top = _larger(top, x[j])
+            bottom = _smaller(bottom, x[j])
+    high_around[i], low_around[i] = top, bottom
+    high[i], low[i] = _larger(top, x[i]), _smaller(bottom, x[i])
+
+
+@nb.njit(**_FAST)
+def _highest_across(a, b, c, d, e, f, around, out):  # type: ignore[no-untyped-def]
+    for i in range(out.size):
+        above = _larger(_larger(a[i], b[i]), c[i])
+        below = _larger(_larger(d[i], e[i]), f[i])
+        out[i] = _larger(_larger(above, below), around[i])
+
+
+@nb.njit(**_FAST)
+def _lowest_across(a, b, c, d, e, f, around, out):  # type: ignore[no-untyped-def]
+    for i in range(out.size):
+        above = _smaller(_smaller(a[i], b[i]), c[i])
+        below = _smaller(_smaller(d[i], e[i]), f[i])
+        out[i] = _smaller(_smaller(above, below), around[i])
+
+
+@nb.njit(inline="always")
+def _only_outstanding(bits, centred):  # type: ignore[no-untyped-def]
+    """Where the window is not centred (`centred` 0), keep an extreme only if it is outstanding.
+
+    There a mere gradient makes the last sample before the border extreme, but never outstanding.
+    """
+    kept = np.uint8(bits & np.uint8(12 | np.uint8(bits >> 2)))
+    return np.uint8(bits if centred else kept)
+
+
+@nb.njit(**_FAST)
+def _events_of_row(x, top, bottom, out):  # type: ignore[no-untyped-def]
+    """Events of samples whose 48 neighbours span bottom..top."""
+    width = x.dtype.type
+    for i in range(x.size):
+        spread = width(top[i] - bottom[i])
+        # 2 (x - top) > top - bottom + 1, without leaving the samples' width.
+        half = width(width(spread >> 1) + width(spread & 1))
+        high = np.uint8(x[i] > top[i])
+        low = np.uint8(x[i] < bottom[i])
+        high_out = np.uint8(high & np.uint8(width(x[i] - top[i]) > half))
+        low_out = np.uint8(low & np.uint8(width(bottom[i] - x[i]) > half))
+        extreme = np.uint8(high | low)
+        out[i] = np.uint8(high | (low << 1) | (high_out << 2) | (low_out << 3) | (extreme << 4))
+
+
+@nb.njit(**_FAST)
+def _restrict_row(row, centred):  # type: ignore[no-untyped-def]
+    for i in range(row.size):
+        row[i] = _only_outstanding(row[i], centred[i])
+
+
+@nb.njit(inline="always")
+def _judged(own, n, ne, e, se, s, sw, w, nw):  # type: ignore[no-untyped-def]
+    """Event bits of a mosaic's site, given those of the 8 adjacent sites.
+
+    Details of a scene light several colours at once, a defect lights one site. So an extreme beside an extreme of its
+    own side is no event. An outstanding one is dropped only beside an outstanding one or two extremes, since every
+    seventh site touches an extreme by chance.
+
+    What remains and is not outstanding is the pattern: with outstanding ones, the sensor's own defects would look
+    like a scene that stands still; with crowded ones, tracked stars would, which the above deals with.
+    """
+    once = np.uint8(n | ne | e | se | s | sw | w | nw)
+    # Carry-save: a bit is set where at least two neighbours have it.
+    twice = np.uint8(n & ne)
+    seen = np.uint8(n | ne)
+    twice = np.uint8(twice | (seen & e))
+    seen = np.uint8(seen | e)
+    twice = np.uint8(twice | (seen & se))
+    seen = np.uint8(seen | se)
+    twice = np.uint8(twice | (seen & s))
+    seen = np.uint8(seen | s)
+    twice = np.uint8(twice | (seen & sw))
+    seen = np.uint8(seen | sw)
+    twice = np.uint8(twice | (seen & w))
+    seen = np.uint8(seen | w)
+    twice = np.uint8(twice | (seen & nw))
+    outstanding = np.uint8(own & 12)
+    crowded_out = np.uint8(outstanding & np.uint8(once | np.uint8(twice << 2)))
+    kept_out = np.uint8(outstanding & np.uint8(~crowded_out))
+    extreme = np.uint8(own & 3)
+    plain = np.uint8(extreme & np.uint8(~np.uint8(outstanding >> 2)))
+    kept = np.uint8(np.uint8(plain & np.uint8(~once)) | np.uint8(kept_out >> 2))
+    pattern = np.uint8(plain & np.uint8(~once))
+    pattern = np.uint8(np.uint8(pattern | np.uint8(pattern >> 1)) & 1)
+    return np.uint8(kept | kept_out | np.uint8(pattern << 4))
+
+
+@nb.njit(**_FAST)
+def _judge_row(above, here, below, centred, out):  # type: ignore[no-untyped-def]
+    n = here.size
+    a, b, c = above[: n - 2], above[1 : n - 1], above[2:]
+    d, e, f = here[: n - 2], here[1 : n - 1], here[2:]
+    g, h, k = below[: n - 2], below[1 : n - 1], below[2:]
+    middle = out[1 : n - 1]
+    for i in range(n - 2):
+        middle[i] = _judged(e[i], b[i], c[i], f[i], k[i], h[i], g[i], d[i], a[i])
+    none = np.uint8(0)
+    out[0] = _judged(here[0], above[0], above[1], here[1], below[1], below[0], none, none, none)
+    z = n - 1
+    out[z] = _judged(here[z], above[z], none, none, none, below[z], below[z - 1], here[z - 1], above[z - 1])
+    for i in range(n):
+        out[i] = _only_outstanding(out[i], centred[i])
+
+
+@nb.njit(**_FAST)
+def _add_sums(x, total, squares):  # type: ignore[no-untyped-def]
+    for i in range(x.size):
+        total[i] += total.dtype.type(x[i])
+    for i in range(x.size):
+        v = squares.dtype.type(x[i])
+        squares[i] += v * v
+
+
+@nb.njit(**_FAST)
+def _tally_row(row, highs, lows, pattern):  # type: ignore[no-untyped-def]
+    """Count a row's bits by column phase; the row is as long as a multiple of the phases."""
+    for start in range(0, row.size, PHASE_COLS):
+        block = row[start : start + PHASE_COLS]
+        for j in range(PHASE_COLS):
+            highs[j] += np.uint16(block[j] & 1)
+            lows[j] += np.uint16((block[j] >> 1) & 1)
+            pattern[j] += np.uint16((block[j] >> 4) & 1)
+
+
+@nb.njit(**_FAST)
+def _pack_pattern(words, bits):  # type: ignore[no-untyped-def]
+    """One PATTERN bit per sample. A product gathers the lowest bits of 8 bytes in its top byte."""
+    for w in range(words.size):
+        bit = (words[w] >> np.uint64(4)) & np.uint64(0x0101010101010101)
+        bits[w] = np.uint8((bit * np.uint64(0x0102040810204080)) >> np.uint64(56))
+
+
+@nb.njit(**_FAST)
+def _count_outstanding(words):  # type: ignore[no-untyped-def]
+    high, low = np.int64(0), np.int64(0)
+    for w in range(words.size):
+        # About one word in a thousand, so the branch is foreseen.
+        if words[w] & np.uint64(0x0C0C0C0C0C0C0C0C):
+            for k in range(8):
+                b = words[w] >> np.uint64(8 * k)
+                high += np.int64((b >> np.uint64(2)) & np.uint64(1))
+                low += np.int64((b >> np.uint64(3)) & np.uint64(1))
+    return high, low
+
+
+@nb.njit(**_FAST)
+def _survey_row(row, words, totals, phases, bits):  # type: ignore[no-untyped-def]
+    highs, lows = np.zeros(PHASE_COLS, np.uint16), np.zeros(PHASE_COLS, np.uint16)
+    pattern = np.zeros(PHASE_COLS, np.uint16)
+    _tally_row(row, highs, lows, pattern)
+    for j in range(PHASE_COLS):
+        totals[0] += highs[j]
+        totals[1] += lows[j]
+        phases[j] += pattern[j]
+    _pack_pattern(words, bits)
+    high, low = _count_outstanding(words)
+    totals[2] += high
+    totals[3] += low
+
+
+@nb.njit(**_FAST)
+def fold_rows(samples, row_step, col_step, lone, total, squares, events, totals, phases, bits, first, last):  # type: ignore[no-untyped-def]
+    """Add rows first..last of a frame to the sums and find their events.
+
+    Parameters
+    ----------
+    samples : (rows, cols) uint8 or uint16
+    row_step, col_step : steps to the next sample of the same plane
+    lone : judge a site by the 8 adjacent ones, see `_judged`; else every event stays and is pattern too
+    total, squares : (rows, cols) unsigned, changed in place
+    events : (rows, padded) uint8, cols rounded up to a multiple of PHASE_COLS; overwritten, padding zero
+    totals : (4,) int64, samples high, low, outstanding high and low, added to
+    phases : (PHASE_ROWS, PHASE_COLS) int64, samples of the pattern per position of the grid, added to
+    bits : (rows, padded / 8) uint8, one bit per sample: pattern; overwritten
+    """
+    rows, cols = samples.shape
+    depth = WINDOW * row_step
+    dtype = samples.dtype
+    high, high_around = np.empty((depth, cols), dtype), np.empty((depth, cols), dtype)
+    low, low_around = np.empty((depth, cols), dtype), np.empty((depth, cols), dtype)
+    top, bottom = np.empty(cols, dtype), np.empty(cols, dtype)
+    centred = np.zeros(cols, np.uint8)
+    centred[HALF_WINDOW * col_step : cols - HALF_WINDOW * col_step] = 1
+    not_centred = np.zeros(cols, np.uint8)
+    before = not_centred
+    found = np.zeros((3, cols), np.uint8)
+    words = events.view(np.uint64)
+    margin = 1 if lone else 0
+    begin, end = max(first - margin, 0), min(last + margin, rows)
+    ready = max(min((begin // row_step - HALF_WINDOW) * row_step, rows - depth), 0)
+    s = col_step
+    edge, inner = HALF_WINDOW * s, cols - (WINDOW - 1) * s
+    if begin == 0:
+        found[2] = 0
+    for y in range(begin, end):
+        phase = y % row_step
+        count = (rows - phase + row_step - 1) // row_step
+        middle = y // row_step
+        start = min(max(middle - HALF_WINDOW, 0), count - WINDOW)
+        while ready <= (start + WINDOW - 1) * row_step + phase:
+            x, k = samples[ready], ready % depth
+            a, b, c, d = x[:inner], x[s : s + inner], x[2 * s : 2 * s + inner], x[edge : edge + inner]
+            e, f, g = x[4 * s : 4 * s + inner], x[5 * s : 5 * s + inner], x[6 * s : 6 * s + inner]
+            here = slice(edge, edge + inner)
+            _highest_along(a, b, c, d, e, f, g, high_around[k, here], high[k, here])
+            _lowest_along(a, b, c, d, e, f, g, low_around[k, here], low[k, here])
+            for i in range(edge):
+                _extremes_at_edge(x, col_step, i, high_around[k], high[k], low_around[k], low[k])
+                j = cols - 1 - i
+                _extremes_at_edge(x, col_step, j, high_around[k], high[k], low_around[k], low[k])
+            ready += 1
+        own = y % depth
+        ring = np.empty(6, np.int64)
+        n = 0
+        for k in range(start, start + WINDOW):
+            if k != middle:
+                ring[n] = (k * row_step + phase) % depth
+                n += 1
+        _highest_across(
+            high[ring[0]], high[ring[1]], high[ring[2]], high[ring[3]], high[ring[4]], high[ring[5]],
+            high_around[own], top,
+        )  # fmt: skip
+        _lowest_across(
+            low[ring[0]], low[ring[1]], low[ring[2]], low[ring[3]], low[ring[4]], low[ring[5]],
+            low_around[own], bottom,
+        )  # fmt: skip
+        inside = centred if start + HALF_WINDOW == middle else not_centred
+        if not lone:
+            _events_of_row(samples[y], top, bottom, events[y, :cols])
+            _restrict_row(events[y, :cols], inside)
+            _survey_row(events[y], words[y], totals, phases[y % PHASE_ROWS], bits[y])
+            continue
+        _events_of_row(samples[y], top, bottom, found[y % 3])
+        if y - 1 >= first:
+            _judge_row(found[(y - 2) % 3], found[(y - 1) % 3], found[y % 3], before, events[y - 1, :cols])
+            _survey_row(events[y - 1], words[y - 1], totals, phases[(y - 1) % PHASE_ROWS], bits[y - 1])
+        before = inside
+    if lone and last == rows:
+        found[rows % 3] = 0
+        _judge_row(found[(rows - 2) % 3], found[(rows - 1) % 3], found[rows % 3], before, events[rows - 1, :cols])
+        _survey_row(events[rows - 1], words[rows - 1], totals, phases[(rows - 1) % PHASE_ROWS], bits[rows - 1])
+    for y in range(first, last):
+        _add_sums(samples[y], total[y], squares[y])
+
+
+@nb.njit(**_FAST)
+def _count_extremes(row, high, low, high_limit, low_limit, both_limit):  # type: ignore[no-untyped-def]
+    """Add a stretch of extremes to the counts; return nonzero if any count is at its limit."""
+    width = high.dtype.type
+    at_limit = np.uint8(0)
+    for i in range(high.size):
+        a = width(high[i] + (row[i] & 1))
+        b = width(low[i] + ((row[i] >> 1) & 1))
+        high[i] = a
+        low[i] = b
+        over = (a >= high_limit) | (b >= low_limit) | (width(a + b) >= both_limit)
+        at_limit = np.uint8(at_limit | np.uint8(over))
+    return at_limit
+
+
+@nb.njit(**_FAST)
+def _reaches(high, low, high_out, low_out, limits):  # type: ignore[no-untyped-def]
+    """Whether the counts of one sample reach a limit, see `count_rows`."""
+    most = limits.shape[1] - 1
+    if np.int64(high) >= limits[0, min(np.int64(high_out), most)]:
+        return True
+    if np.int64(low) >= limits[1, min(np.int64(low_out), most)]:
+        return True
+    outstanding = np.int64(high_out) + np.int64(low_out)
+    return np.int64(high) + np.int64(low) >= limits[2, min(outstanding, most)]
+
+
+@nb.njit(**_FAST)
+def count_rows(events, high, low, high_outstanding, low_outstanding, limits, reached, first, last):  # type: ignore[no-untyped-def]
+    """Add rows first..last of a frame's events to the counts; return how many samples are at a limit.
+
+    Parameters
+    ----------
+    events : (rows, padded) uint8, from `fold_rows`
+    high, low, high_outstanding, low_outstanding : (rows, cols) unsigned, changed in place
+    limits : (3, K) int64, K > 1: extremes high, low, either that a sample with k outstanding ones needs,
+        falling with k; the last entry serves for all greater k. They fit the counts' width
+    reached : (room,) int64, overwritten with flat indices as far as there is room. A sample that had only
+        outstanding events before the last one may be left out until its next
+    """
+    words = events.view(np.uint64)
+    cols = high.shape[1]
+    width = high.dtype.type
+    # Two outstanding events are so rare that they are looked for one by one, below.
+    high_limit, low_limit, both_limit = width(limits[0, 1]), width(limits[1, 1]), width(limits[2, 1])
+    n = 0
+    for y in range(first, last):
+        before = n
+        for w in range(words.shape[1]):
+            word = words[y, w]
+            if word & np.uint64(0x0C0C0C0C0C0C0C0C):
+                for k in range(8):
+                    b = (word >> np.uint64(8 * k)) & np.uint64(15)
+                    if b & np.uint64(12):
+                        i = 8 * w + k
+                        if b & np.uint64(HIGH_OUTSTANDING):
+                            high_outstanding[y, i] += 1
+                        if b & np.uint64(LOW_OUTSTANDING):
+                            low_outstanding[y, i] += 1
+                        # Its extreme of this frame is counted below.
+                        a, c = (
+                            high[y, i] + (b & np.uint64(1)),
+                            low[y, i] + ((b >> np.uint64(1)) & np.uint64(1)),
+                        )
+                        if _reaches(a, c, high_outstanding[y, i], low_outstanding[y, i], limits):
+                            if n < reached.size:
+                                reached[n] = y * cols + i
+                            n += 1
+        for start in range(0, cols, BLOCK):
+            stop = min(start + BLOCK, cols)
+            row, a, b = events[y, start:stop], high[y, start:stop], low[y, start:stop]
+            if not _count_extremes(row, a, b, high_limit, low_limit, both_limit):
+                continue
+            for i in range(start, stop):
+                # Outstanding ones of this frame are in already.
+                if events[y, i] & 12:
+                    continue
+                if _reaches(high[y, i], low[y, i], high_outstanding[y, i], low_outstanding[y, i], limits):
+                    if n < reached.size:
+                        reached[n] = y * cols + i
+                    n += 1
+        if n - before > 1 and n <= reached.size:
+            reached[before:n].sort()
+    return n
+
+
+@nb.njit(**_FAST)
+def overlap(a, b):  # type: ignore[no-untyped-def]
+    """Number of bits set in both of two uint64 arrays."""
+    n = 0
+    for i in range(a.size):
+        v = a[i] & b[i]
+        # Kernighan would loop; these bits are sparse, so nearly every word is zero.
+        while v != 0:
+            v &= v - np.uint64(1)
+            n += 1
+    return n

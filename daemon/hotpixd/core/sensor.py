@@ -1,0 +1,499 @@
+"""All that is known of one sensor: frames in, transitions and defects out.
+
+Joins the exact sums, the evidence and the life cycle of sites. What it holds is
+a function of the frames folded and their order, so a replay ends in the same
+state and reports the same transitions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hotpixd.core import defects, evidence
+from hotpixd.core.accumulator import Accumulator, EachSlab, FrameEvents
+from hotpixd.core.defects import Defect
+from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, ShotKind
+from hotpixd.core.tracks import OBSERVATION, Kind, Status, Tracks, neighbours_of
+
+
+@dataclass(frozen=True, slots=True)
+class DetectionSettings:
+    """What it takes to call a site defective."""
+
+    alpha: float = 0.01
+    """Chance that any defect ever declared stable on a sensor is false, if frames are independent."""
+
+    min_frames: int = 4
+    """Counted frames before anything is stable, whatever the evidence: chance is not the only cause of coincidence."""
+
+    floor_sigma: float = 3.0
+    """Least excess that matters, in units of the plane's robust single-frame noise; below it a defect is warm."""
+
+    scene_lift_raw: float = 3.5
+    """A light frame that repeats the extremes of an earlier one more often than this times chance is not counted.
+
+    Measured on raw mosaics: moving scenes 1.0 to 1.6 at 1 % PRNU and to 3.4 at 2 %, tracked stars 1.1, tripod 13
+    to 24.
+    """
+
+    scene_lift_rendered: float = 2.5
+    """The same for rendered pictures: moving scenes 1.2 to 1.9, tracked stars 3.1 to 5.8, tripod 21 to 24."""
+
+    scene_memory: int = 8
+    """Counted light frames a new one is compared with."""
+
+    spread_limit: float = 0.12
+    """Mean excess of the adjacent sites over a site's own, above which it is a point source, not a defect."""
+
+    epoch_frames: int = 1000
+    """Counted frames after which the evidence of sites not yet stable starts anew, so that new defects show soon."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """A site's change of life cycle."""
+
+    site: int
+    """Flat index of the sample."""
+
+    change: str
+    """"appeared", "stable", "recovered" or "dropped"."""
+
+    kind: str
+    """Kind of defect, as far as it is known by then."""
+
+    log_e: float
+    """ln e-value by then."""
+
+    excess_sigma: float
+    """Mean excess in units of the plane's noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoldReport:
+    """What one frame changed."""
+
+    counted: bool
+    """Whether it was new evidence."""
+
+    not_counted_because: str | None
+    """A sentence if it was not."""
+
+    lift: float | None
+    """How much more often than chance it repeats an earlier frame; None for darks and the first frame."""
+
+    transitions: tuple[Transition, ...]
+    """Changes of life cycle, in order of site."""
+
+    observed_sites: NDArray[np.int64]
+    """(K,) flat indices of the sites observed."""
+
+    observations: NDArray[Any]
+    """(K,) of `tracks.OBSERVATION`."""
+
+
+_NO_OBSERVATIONS = (np.empty(0, np.int64), np.empty(0, OBSERVATION))
+
+_FIRST_EPOCH_SHARE = 0.9
+"""Of alpha. Most defects are there from the start; the later epochs share the rest."""
+
+_CANDIDATE_AT = 0.5
+"""Certainty from which a site is a candidate. e is then above sqrt(N/alpha), which at most sqrt(N alpha) healthy
+sites ever reach."""
+
+_DROPPED_BELOW = 0.25
+"""Certainty below which a candidate is forgotten."""
+
+_RECOVERED_AT = 13.0
+"""ln evidence for recovery: ln(MOST_OBSERVED / 0.01), and at least 13 telling frames in a row."""
+
+_RESTUDY = 8
+"""Counted frames between two looks at the kinds of all tracks."""
+
+_ADJACENT = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx)
+
+_STANDS_OUT = 2.0
+"""Mean excess of the adjacent sites in robust deviations of their neighbourhood. Tracked stars have 3 to 1000."""
+
+_MERGED_WITHIN = 2
+"""Pixels. In a rendered picture one photosite spreads over its neighbours and several channels."""
+
+_ECHO_WITHIN = 16
+"""Pixels. JPEG codes blocks of up to 16 pixels; a strong defect rings through its own."""
+
+_ECHO_RATIO = 8.0
+"""A site with this many times less excess than one that near is its echo."""
+
+
+@dataclass(slots=True)
+class _Running:
+    """The plain numbers of the state."""
+
+    counted_total: int = 0
+    not_counted: int = 0
+    light_frames: int = 0
+    epoch: int = 1
+    black_level_adu: float | None = None
+    white_level_adu: float | None = None
+
+
+class Sensor:
+    """The running state of one sensor.
+
+    Parameters
+    ----------
+    identity : whose frames
+    settings : what it takes to call a site defective
+    each_slab, slabs : how to spread rows over cores, see `Accumulator`
+    """
+
+    def __init__(
+        self,
+        identity: SensorIdentity,
+        settings: DetectionSettings | None = None,
+        *,
+        each_slab: EachSlab = map,
+        slabs: int = 1,
+    ) -> None:
+        self.identity = identity
+        self.layout = identity.layout
+        self.settings = settings or DetectionSettings()
+        self.accumulator = Accumulator(self.layout, identity.dtype, each_slab=each_slab, slabs=slabs)
+        self._rates = evidence.NullRates()
+        self._gate = evidence.SceneGate(self.layout, self.settings.scene_memory)
+        self._tracks = Tracks(self.layout)
+        self._noise_squares = np.zeros(self.layout.plane_count)
+        self._running = _Running()
+        self._rendered = identity.samples is SampleKind.RENDERED
+        settings = self.settings
+        self._lift_limit = settings.scene_lift_rendered if self._rendered else settings.scene_lift_raw
+
+    @property
+    def frames(self) -> int:
+        """Frames folded."""
+        return self.accumulator.frames
+
+    @property
+    def frames_counted(self) -> int:
+        """Frames that were new evidence."""
+        return self._running.counted_total
+
+    @property
+    def threshold(self) -> float:
+        """ln e at which a site is stable.
+
+        ln(N / (share x alpha)). The first epoch has 90 % of alpha, the k-th of the others 10 % / (k (k - 1)): all
+        shares add up to one, so the promise holds for ever.
+        """
+        epoch = self._running.epoch
+        share = _FIRST_EPOCH_SHARE if epoch == 1 else (1 - _FIRST_EPOCH_SHARE) / (epoch * (epoch - 1))
+        return math.log(self.layout.size / (share * self.settings.alpha))
+
+    def fold(self, frame: Frame, seq: int) -> FoldReport:
+        """Fold one frame.
+
+        Parameters
+        ----------
+        frame : of this sensor
+        seq : ledger row of the shot; grows from call to call
+
+        Raises
+        ------
+        ValueError
+            If the frame is of another sensor.
+        """
+        if frame.sensor != self.identity:
+            raise ValueError("a frame of another sensor cannot be folded")
+        light = frame.kind is ShotKind.LIGHT
+        events = self.accumulator.fold(frame.samples, lone=light and self.layout.mosaic)
+        running = self._running
+        running.light_frames += light
+        running.black_level_adu = frame.black_level_adu
+        running.white_level_adu = frame.white_level_adu
+        self._noise_squares += defects.noise_of(frame, self.layout) ** 2
+        lift = self._gate.lift(events) if light else None
+        if lift is not None and lift > self._lift_limit:
+            running.not_counted += 1
+            why = f"the scene does not move: it repeats an earlier frame {lift:.1f} times as often as chance"
+            return FoldReport(False, why, lift, (), *_NO_OBSERVATIONS)
+        if light:
+            self._gate.remember(events)
+        transitions = self._count(events, seq)
+        sites, seen = self._observe(frame, events)
+        transitions += self._settle(seen, seq)
+        transitions.sort(key=lambda t: t.site)
+        return FoldReport(True, None, lift, tuple(transitions), sites, seen)
+
+    def _count(self, events: FrameEvents, seq: int) -> list[Transition]:
+        """Count a frame as evidence and follow the sites that become candidates."""
+        if self.accumulator.counted >= self.settings.epoch_frames:
+            self._start_epoch()
+        self._rates.include(events, self.layout)
+        n = self.accumulator.counted + 1
+        level = _CANDIDATE_AT * self.threshold
+        reached = self.accumulator.count(events, evidence.count_limits(n, self._rates, level))
+        self._running.counted_total += 1
+        new = np.setdiff1d(reached, self._tracks.rows["site"])
+        log_e = evidence.combined_log_e(n, self.accumulator.counts_at(new), self._rates)
+        new, log_e = new[log_e >= level], log_e[log_e >= level]
+        if self._rendered:
+            new, log_e = self._strongest(new, log_e)
+        positions = self._tracks.add(new, log_e, seq)
+        return self._transitions("appeared", positions)
+
+    def _start_epoch(self) -> None:
+        self.accumulator.forget_counts()
+        self._rates = evidence.NullRates()
+        self._running.epoch += 1
+        self._tracks.rows["base"] = 0
+        self._tracks.rows["base_counted"] = 0
+
+    def _strongest(
+        self, sites: NDArray[np.int64], log_e: NDArray[np.float64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Of the sites that one bad photosite lights in a rendered picture, keep the strongest.
+
+        Candidates that turn out weaker than a new neighbour are dropped.
+        """
+        tracks = self._tracks
+        excess = np.abs(self._mean_excess(sites))
+        order = np.lexsort((sites, -excess, -log_e))
+        kept: list[int] = []
+        x, y = self._pixels(sites)
+        tx, ty = self._pixels(tracks.rows["site"])
+        fixed = tracks.rows["status"] != Status.CANDIDATE
+        strength = np.where(fixed, np.inf, tracks.rows["log_e"])
+        weaker = np.zeros(len(tracks), bool)
+        for i in order:
+            near = (np.abs(tx - x[i]) <= _MERGED_WITHIN) & (np.abs(ty - y[i]) <= _MERGED_WITHIN)
+            if (strength[near & ~weaker] >= log_e[i]).any():
+                continue
+            if kept and _near(x[kept], y[kept], x[i], y[i], _MERGED_WITHIN).any():
+                continue
+            weaker |= near
+            kept.append(int(i))
+        tracks.drop(np.flatnonzero(weaker))
+        kept.sort()
+        return sites[kept], log_e[kept]
+
+    def _observe(self, frame: Frame, events: FrameEvents) -> tuple[NDArray[np.int64], NDArray[Any]]:
+        positions = self._tracks.observed()
+        seen = defects.observe(frame, events.events, self._tracks, positions)
+        self._tracks.observe(positions, seen)
+        return self._tracks.rows["site"][positions], seen
+
+    def _settle(self, seen: NDArray[Any], seq: int) -> list[Transition]:
+        """Move sites through their life cycle after a counted frame."""
+        tracks = self._tracks
+        if not len(tracks):
+            return []
+        rows = tracks.rows
+        log_e = self._log_e_now()
+        rows["log_e"] = np.where(rows["status"] == Status.CANDIDATE, log_e, np.maximum(rows["log_e"], log_e))
+        enough = (log_e >= self.threshold) & (self.accumulator.counted >= self.settings.min_frames)
+        rising = np.flatnonzero(enough & (rows["status"] != Status.STABLE))
+        if rising.size or self._running.counted_total % _RESTUDY == 0:
+            self._classify()
+        made = self._recovered(seen)
+        rising = rising[~self._is_no_defect(rising)]
+        rows["status"][rising] = Status.STABLE
+        rows["stable_seq"][rising] = seq
+        rows["frames_to_stable"][rising] = self.accumulator.counted
+        rows["recovery"][rising] = 0.0
+        made += self._transitions("stable", rising)
+        faded = np.flatnonzero((rows["status"] == Status.CANDIDATE) & (log_e < _DROPPED_BELOW * self.threshold))
+        made += self._transitions("dropped", faded)
+        tracks.drop(faded)
+        return made
+
+    def _recovered(self, seen: NDArray[Any]) -> list[Transition]:
+        rows = self._tracks.rows
+        positions = self._tracks.observed()
+        stable = rows["status"][positions] == Status.STABLE
+        positions, seen = positions[stable], seen[stable]
+        if not len(positions):
+            return []
+        defective, step = defects.recovery_steps(rows[positions], seen, not self._rendered, self._white_level())
+        recovery = np.where(defective, 0.0, rows["recovery"][positions] + step)
+        rows["recovery"][positions] = recovery
+        healed = positions[recovery >= _RECOVERED_AT]
+        rows["status"][healed] = Status.RECOVERED
+        # What made it stable is spent: to come back it needs new evidence.
+        rows["base"][healed] = self.accumulator.counts_at(rows["site"][healed]).T
+        rows["base_counted"][healed] = self.accumulator.counted
+        return self._transitions("recovered", healed)
+
+    def _is_no_defect(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether sites with evidence enough are something else: a point source, or an echo of JPEG coding."""
+        if not positions.size:
+            return np.zeros(0, bool)
+        if self._rendered:
+            return self._is_echo(positions)
+        if self._running.light_frames and self.layout.mosaic:
+            return self._is_point_source(positions)
+        return np.zeros(len(positions), bool)
+
+    def _is_point_source(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """A star that stays raises its 8 adjacent sites over their own planes, in the mean frame; a defect does not."""
+        rows = self._tracks.rows
+        sites = rows["site"][positions]
+        y, x = np.divmod(sites, self.layout.shape[1])
+        own = self._mean_excess(sites)
+        around = np.full((8, len(sites)), np.nan)
+        clear = np.full((8, len(sites)), np.nan)
+        for k, (dy, dx) in enumerate(_ADJACENT):
+            ny, nx = y + dy, x + dx
+            there = (ny >= 0) & (nx >= 0) & (ny < self.layout.shape[0]) & (nx < self.layout.shape[1])
+            neighbour = np.where(there, ny * self.layout.shape[1] + nx, 0)
+            # An adjacent defect is no sign of a star.
+            there &= ~np.isin(neighbour, rows["site"])
+            excess, spread = self._mean_excess_and_spread(neighbour[there])
+            around[k, there] = excess
+            clear[k, there] = excess / spread
+        n = np.maximum(np.isfinite(around).sum(axis=0), 1)
+        ratio = np.nansum(around, axis=0) / n / np.maximum(own, 1e-9)
+        # After few frames of moving scenes the mean frame is uneven everywhere, not only here.
+        stands_out = np.nansum(clear, axis=0) / n > _STANDS_OUT
+        counts = self.accumulator.counts_at(sites)
+        bright = (counts[0] > counts[1]) & (own > 0)
+        return np.asarray(bright & stands_out & (ratio >= self.settings.spread_limit))
+
+    def _is_echo(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        rows = self._tracks.rows
+        x, y = self._pixels(rows["site"])
+        excess = np.abs(self._mean_excess(rows["site"]))
+        return np.array(
+            [bool((excess[_near(x, y, x[i], y[i], _ECHO_WITHIN)] > _ECHO_RATIO * excess[i]).any()) for i in positions]
+        )
+
+    def _log_e_now(self) -> NDArray[np.float64]:
+        rows = self._tracks.rows
+        counts = self.accumulator.counts_at(rows["site"]) - rows["base"].T
+        log_e = np.empty(len(rows))
+        for base in np.unique(rows["base_counted"]):
+            same = rows["base_counted"] == base
+            n = self.accumulator.counted - int(base)
+            log_e[same] = evidence.combined_log_e(n, counts[:, same], self._rates)
+        return log_e
+
+    def _classify(self) -> None:
+        suspects = defects.weigh(self.accumulator, self._tracks, self._noise(), self._running.black_level_adu)
+        counts = self.accumulator.counts_at(self._tracks.rows["site"])
+        defects.classify(
+            self._tracks,
+            suspects,
+            counts,
+            self.identity.samples,
+            self._white_level(),
+            self.settings.floor_sigma,
+        )
+
+    def _transitions(self, change: str, positions: NDArray[np.int64]) -> list[Transition]:
+        rows = self._tracks.rows[positions]
+        sigma = self._mean_excess(rows["site"]) / self._noise()[self._planes(rows["site"])]
+        return [
+            Transition(int(row["site"]), change, Kind(row["kind"]).name.lower(), float(row["log_e"]), float(s))
+            for row, s in zip(rows, sigma, strict=True)
+        ]
+
+    def _mean_excess(self, sites: NDArray[np.int64]) -> NDArray[np.float64]:
+        return self._mean_excess_and_spread(sites)[0]
+
+    def _mean_excess_and_spread(self, sites: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Mean-frame excess over the median of the neighbours, and the neighbours' robust deviation, ADU."""
+        around = self.accumulator.mean(neighbours_of(sites, self.layout))
+        median = np.median(around, axis=1)
+        spread = 1.4826 * np.median(np.abs(around - median[:, None]), axis=1)
+        return self.accumulator.mean(sites) - median, np.maximum(spread, 1e-3)
+
+    def _planes(self, sites: NDArray[np.int64]) -> NDArray[np.int64]:
+        row, col = np.divmod(sites, self.layout.shape[1])
+        return np.asarray(row % self.layout.row_step * self.layout.col_step + col % self.layout.col_step)
+
+    def _pixels(self, sites: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        row, col = np.divmod(sites, self.layout.shape[1])
+        return col // self.layout.channels, row
+
+    def _noise(self) -> NDArray[np.float64]:
+        return np.asarray(np.sqrt(self._noise_squares / max(self.frames, 1)))
+
+    def _white_level(self) -> float:
+        white = self._running.white_level_adu
+        return float(np.iinfo(self.identity.dtype).max) if white is None else white
+
+    def defects(self, *, candidates: bool = False) -> list[Defect]:
+        """Return the stable defects in order of site; with `candidates` the candidates and the recovered too."""
+        tracks = self._tracks
+        if not len(tracks):
+            return []
+        self._classify()
+        suspects = defects.weigh(self.accumulator, tracks, self._noise(), self._running.black_level_adu)
+        current, iso = defects.dark_current(tracks, self.identity.samples, self._white_level())
+        found = []
+        for i in np.argsort(tracks.rows["site"], kind="stable"):
+            row = tracks.rows[i]
+            status = Status(row["status"])
+            if status is not Status.STABLE and not candidates:
+                continue
+            kind = Kind(row["kind"])
+            was_stable = status is not Status.CANDIDATE
+            leaks = kind in (Kind.HOT, Kind.WARM, Kind.UNSTABLE) and math.isfinite(current[i])
+            found.append(
+                Defect(
+                    site=int(row["site"]),
+                    status=status.name.lower(),
+                    kind=kind.name.lower(),
+                    certainty=1.0 if was_stable else float(np.clip(row["log_e"] / self.threshold, 0, 0.999)),
+                    log_e=float(row["log_e"]),
+                    excess_adu=float(suspects.excess[i]),
+                    excess_sigma=float(suspects.sigma[i]),
+                    dark_current_adu_per_s=float(current[i]) if leaks else None,
+                    dark_current_iso=float(iso[i]) if leaks else None,
+                    share_on=float(row["share_on"]) if math.isfinite(row["share_on"]) else None,
+                    level_adu=float(row["level"]),
+                    first_seq=int(row["first_seq"]),
+                    stable_seq=int(row["stable_seq"]) if was_stable else None,
+                    frames_to_stable=int(row["frames_to_stable"]) if was_stable else None,
+                )
+            )
+        return found
+
+    def digest(self, keys: Iterable[str] = ()) -> str:
+        """Return the accumulator's digest over the frames named by `keys`."""
+        return self.accumulator.digest(keys)
+
+    def save(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """Return the state as a header of plain values and arrays by name, not copied."""
+        header = {
+            "frames": self.accumulator.frames,
+            "counted": self.accumulator.counted,
+            **asdict(self._running),
+        }
+        arrays = {
+            **self.accumulator.arrays(),
+            **self._tracks.arrays(),
+            **self._gate.arrays(),
+            "noise_squares": self._noise_squares,
+            "null_extreme": self._rates.extreme,
+            "null_outstanding": self._rates.outstanding,
+        }
+        return header, arrays
+
+    def restore(self, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Take over what `save` once returned."""
+        self.accumulator.restore(arrays, header["frames"], header["counted"])
+        self._tracks.restore(arrays)
+        self._gate.restore(arrays)
+        self._noise_squares = np.array(arrays["noise_squares"])
+        self._rates = evidence.NullRates(np.array(arrays["null_extreme"]), np.array(arrays["null_outstanding"]))
+        self._running = _Running(**{f.name: header[f.name] for f in fields(_Running)})
+
+
+def _near(xs: NDArray[np.int64], ys: NDArray[np.int64], x: int, y: int, within: int) -> NDArray[np.bool_]:
+    return np.asarray((np.abs(xs - x) <= within) & (np.abs(ys - y) <= within))

@@ -49,6 +49,12 @@ class FrameEvents:
     phases: NDArray[np.int64]
     """(PHASE_ROWS, PHASE_COLS) samples of the pattern by position in the grid."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the numbers of events: another decoding of the shot will hardly have the same."""
+        numbers = np.concatenate([self.totals, self.phases.ravel()]).astype("<i8")
+        return hashlib.sha256(numbers.data).hexdigest()[:32]
+
 
 def _width_for(limit: int, *widths: type[np.unsignedinteger[Any]]) -> np.dtype[Any]:
     """Return the first of `widths` that holds `limit`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,10 @@ class DetectionSettings:
     """Counted frames after which the evidence of sites not yet stable starts anew, so that new defects show soon."""
 
 
+Change = Literal["appeared", "stable", "recovered", "dropped"]
+"""How a site moves through its life cycle."""
+
+
 @dataclass(frozen=True, slots=True)
 class Transition:
     """A site's change of life cycle."""
@@ -62,8 +66,7 @@ class Transition:
     site: int
     """Flat index of the sample."""
 
-    change: str
-    """"appeared", "stable", "recovered" or "dropped"."""
+    change: Change
 
     kind: str
     """Kind of defect, as far as it is known by then."""
@@ -96,6 +99,9 @@ class FoldReport:
 
     observations: NDArray[Any]
     """(K,) of `tracks.OBSERVATION`."""
+
+    fingerprint: str
+    """Digest of the frame's events: tells whether a replay decodes the same samples."""
 
 
 _NO_OBSERVATIONS = (np.empty(0, np.int64), np.empty(0, OBSERVATION))
@@ -221,14 +227,14 @@ class Sensor:
         if lift is not None and lift > self._lift_limit:
             running.not_counted += 1
             why = f"the scene does not move: it repeats an earlier frame {lift:.1f} times as often as chance"
-            return FoldReport(False, why, lift, (), *_NO_OBSERVATIONS)
+            return FoldReport(False, why, lift, (), *_NO_OBSERVATIONS, events.fingerprint)
         if light:
             self._gate.remember(events)
         transitions = self._count(events, seq)
         sites, seen = self._observe(frame, events)
         transitions += self._settle(seen, seq)
         transitions.sort(key=lambda t: t.site)
-        return FoldReport(True, None, lift, tuple(transitions), sites, seen)
+        return FoldReport(True, None, lift, tuple(transitions), sites, seen, events.fingerprint)
 
     def _count(self, events: FrameEvents, seq: int) -> list[Transition]:
         """Count a frame as evidence and follow the sites that become candidates."""
@@ -299,7 +305,7 @@ class Sensor:
         enough = (log_e >= self.threshold) & (self.accumulator.counted >= self.settings.min_frames)
         rising = np.flatnonzero(enough & (rows["status"] != Status.STABLE))
         if rising.size or self._running.counted_total % _RESTUDY == 0:
-            self._classify()
+            self._classify(tracks)
         made = self._recovered(seen)
         rising = rising[~self._is_no_defect(rising)]
         rows["status"][rising] = Status.STABLE
@@ -382,11 +388,11 @@ class Sensor:
             log_e[same] = evidence.combined_log_e(n, counts[:, same], self._rates)
         return log_e
 
-    def _classify(self) -> None:
-        suspects = defects.weigh(self.accumulator, self._tracks, self._noise(), self._running.black_level_adu)
-        counts = self.accumulator.counts_at(self._tracks.rows["site"])
+    def _classify(self, tracks: Tracks) -> None:
+        suspects = defects.weigh(self.accumulator, tracks, self._noise(), self._running.black_level_adu)
+        counts = self.accumulator.counts_at(tracks.rows["site"])
         defects.classify(
-            self._tracks,
+            tracks,
             suspects,
             counts,
             self.identity.samples,
@@ -394,7 +400,7 @@ class Sensor:
             self.settings.floor_sigma,
         )
 
-    def _transitions(self, change: str, positions: NDArray[np.int64]) -> list[Transition]:
+    def _transitions(self, change: Change, positions: NDArray[np.int64]) -> list[Transition]:
         rows = self._tracks.rows[positions]
         sigma = self._mean_excess(rows["site"]) / self._noise()[self._planes(rows["site"])]
         return [
@@ -429,10 +435,11 @@ class Sensor:
 
     def defects(self, *, candidates: bool = False) -> list[Defect]:
         """Return the stable defects in order of site; with `candidates` the candidates and the recovered too."""
-        tracks = self._tracks
-        if not len(tracks):
+        if not len(self._tracks):
             return []
-        self._classify()
+        # A copy: looking must not change what the next frame does.
+        tracks = self._tracks.copy()
+        self._classify(tracks)
         suspects = defects.weigh(self.accumulator, tracks, self._noise(), self._running.black_level_adu)
         current, iso = defects.dark_current(tracks, self.identity.samples, self._white_level())
         found = []

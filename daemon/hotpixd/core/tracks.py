@@ -97,9 +97,11 @@ class Tracks:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def with_status(self, status: Status) -> NDArray[np.int64]:
-        """Return the positions of the rows of a status."""
-        return np.flatnonzero(self.rows["status"] == status)
+    def copy(self) -> Tracks:
+        """Return a copy whose rows can be changed without changing these. Observations are shared."""
+        twin = Tracks(self._layout)
+        twin.rows, twin.recent, twin.neighbours = self.rows.copy(), self.recent, self.neighbours
+        return twin
 
     def add(self, sites: NDArray[np.int64], log_e: NDArray[np.float64], seq: int) -> NDArray[np.int64]:
         """Follow new sites, as far as there is room; return the positions of their rows."""

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
@@ -350,10 +352,24 @@ class Ledger:
             return next(iter(self._shots("ORDER BY seq DESC LIMIT 1")), None)
         return next(iter(self._shots("WHERE sensor_id = ? ORDER BY seq DESC LIMIT 1", (sensor_id,))), None)
 
-    def frame_keys(self, sensor_id: str) -> list[str]:
-        """Return the keys of all shots folded for a sensor, sorted."""
-        query = "SELECT key FROM shot WHERE verdict = 'folded' AND sensor_id = ? ORDER BY key"
-        return [key for (key,) in self._rows(query, (sensor_id,))]
+    def frame_keys(self, sensor_id: str, upto: int | None = None) -> list[str]:
+        """Return the keys of all shots folded for a sensor, up to a seq if given, sorted."""
+        query = "SELECT key FROM shot WHERE verdict = 'folded' AND sensor_id = ? AND seq <= ? ORDER BY key"
+        return [key for (key,) in self._rows(query, (sensor_id, 2**62 if upto is None else upto))]
+
+    def times(self, seqs: Iterable[int]) -> dict[int, str]:
+        """Return when shots were taken, or received where the file does not say; UTC, ISO 8601."""
+        query = "SELECT coalesce(taken_at, received_at) FROM shot WHERE seq = ?"
+        found = {}
+        for seq in seqs:
+            for (moment,) in self._rows(query, (seq,)):
+                found[seq] = datetime.fromisoformat(moment).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return found
+
+    def not_counted(self, sensor_id: str) -> dict[str, int]:
+        """Return why frames of a sensor were no new evidence, and how many for each reason."""
+        query = "SELECT not_counted_because FROM shot WHERE verdict = 'folded' AND sensor_id = ? AND counted = 0"
+        return dict(Counter((reason or "").split(":")[0] for (reason,) in self._rows(query, (sensor_id,))))
 
     def verdicts(self, keys: Iterable[str]) -> dict[str, tuple[Verdict, str | None, int]]:
         """Return (verdict, sensor_id, seq) of those keys that have a row."""

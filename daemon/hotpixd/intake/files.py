@@ -1,0 +1,124 @@
+"""Which files of some folders are shots, and in which order they were taken.
+
+Nothing is opened: names decide what to look at, contents decide later what it
+is. Raw and JPEG of one shot lie side by side under one stem; the raw comes
+first, and the JPEG is named as its companion.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+
+RAW = frozenset(
+    (
+        ".3fr", ".ari", ".arw", ".bay", ".cap", ".cr2", ".cr3", ".crw", ".dcr", ".dcs", ".dng", ".eip", ".erf", ".fff",
+        ".gpr", ".iiq", ".k25", ".kdc", ".mdc", ".mef", ".mos", ".mrw", ".nef", ".nrw", ".orf", ".ori", ".pef", ".ptx",
+        ".pxn", ".r3d", ".raf", ".raw", ".rw2", ".rwl", ".rwz", ".sr2", ".srf", ".srw", ".x3f",
+    )
+)  # fmt: skip
+"""Endings of camera raw files, as LibRaw knows them."""
+
+RENDERED = frozenset((".jpg", ".jpeg", ".jpe"))
+"""Endings of pictures that a camera writes beside its raw files."""
+
+PICTURES = RAW | RENDERED | frozenset((".tif", ".tiff", ".png", ".fit", ".fits", ".fts"))
+"""Endings of all files looked at in a folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundShot:
+    """A file that may be a shot."""
+
+    path: Path
+    """Where it is."""
+
+    raw: Path | None = None
+    """The raw file of the same shot, if there is one beside it: then this one is its companion."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What some paths and patterns lead to."""
+
+    shots: tuple[FoundShot, ...]
+    """In the order of folders and natural order of names, each raw before its companion."""
+
+    missing: tuple[str, ...]
+    """Paths and patterns that lead to nothing."""
+
+    unreadable: tuple[tuple[Path, str], ...]
+    """Folders that could not be listed, with the system's reason."""
+
+
+def find_shots(wanted: Iterable[str]) -> Listing:
+    """List the shots of files, folders (with all below them) and glob patterns.
+
+    A file that is named is listed whatever its ending; in folders, endings decide. Hidden files and folders are left
+    out: AppleDouble `._IMG_1.JPG` and `.Trashes` are no shots.
+    """
+    files: dict[Path, None] = {}
+    missing: list[str] = []
+    unreadable: list[tuple[Path, str]] = []
+    for text in wanted:
+        matches = [text] if os.path.lexists(text) else sorted(glob(text, recursive=True), key=_natural)  # noqa: PTH207 - absolute and ~ patterns too
+        found = False
+        for match in matches:
+            path = Path(match)
+            if path.is_dir():
+                found = True
+                files.update(dict.fromkeys(_pictures_below(path, unreadable)))
+            elif path.is_file():
+                found = True
+                files[path] = None
+        if not found:
+            missing.append(text)
+    return Listing(tuple(_with_companions(list(files))), tuple(missing), tuple(unreadable))
+
+
+def _pictures_below(folder: Path, unreadable: list[tuple[Path, str]]) -> Iterator[Path]:
+    # Not os.walk: it hides the errors of a card that was pulled.
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted(entries, key=lambda entry: _natural(entry.name))
+    except OSError as error:
+        unreadable.append((folder, error.strerror or str(error)))
+        return
+    for entry in found:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _pictures_below(Path(entry.path), unreadable)
+        elif os.path.splitext(entry.name)[1].lower() in PICTURES and entry.is_file():  # noqa: PTH122
+            yield Path(entry.path)
+
+
+def _with_companions(files: list[Path]) -> Iterator[FoundShot]:
+    raws = {_stem(path): path for path in files if path.suffix.lower() in RAW}
+    late: dict[Path, list[Path]] = {}
+    early: set[Path] = set()
+    for path in files:
+        raw = raws.get(_stem(path)) if path.suffix.lower() in RENDERED else None
+        if raw is not None:
+            late.setdefault(raw, []).append(path)
+            early.add(path)
+    for path in files:
+        if path in early:
+            continue
+        yield FoundShot(path)
+        for companion in late.get(path, ()):
+            yield FoundShot(companion, raw=path)
+
+
+def _stem(path: Path) -> tuple[Path, str]:
+    return path.parent, path.stem.lower()
+
+
+def _natural(name: str) -> tuple[tuple[int, str], ...]:
+    """Sort key under which IMG_9 comes before IMG_10."""
+    parts = re.split(r"(\d+)", name)
+    return tuple((int(part), "") if part.isdigit() and part.isascii() else (-1, part) for part in parts)

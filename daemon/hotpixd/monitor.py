@@ -1,0 +1,382 @@
+"""The loop: shots in, and for each one what became of it.
+
+A shot goes spool -> ledger (from here on it is ours) -> decoder -> fold -> ledger.
+Hashing and decoding run ahead on other threads; folding is in ledger order, so
+a replay after a crash ends in the same state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from hotpixd import archive
+from hotpixd.archive import Kept
+from hotpixd.core.frame import Frame, ShotKind
+from hotpixd.core.sensor import DetectionSettings, FoldReport, Transition
+from hotpixd.intake.decode import DecodeError, decode
+from hotpixd.intake.files import FoundShot
+from hotpixd.store.ledger import Received, ShotRow, TransitionRow
+from hotpixd.store.spool import Spool, SpoolError
+from hotpixd.store.state import State
+
+log = logging.getLogger(__name__)
+
+_HASH_AHEAD = 6
+"""Files whose content is being hashed ahead of time."""
+
+_DECODE_AHEAD = 2
+"""Frames being decoded, or waiting for the fold: with the one in the fold, three are in memory."""
+
+_RECEIVE_TOGETHER = 4
+"""Shots acknowledged with one commit, when that many are hashed already."""
+
+_CHECKPOINT_AFTER_S = 60.0
+"""Folding time that a crash may cost to repeat."""
+
+_CHECKPOINT_AFTER_SHOTS = 1024
+"""Shots after which the spool is cleared, however fast they came."""
+
+_RESIDENT_BYTES = 1 << 30
+"""Accumulators of sensors not in use are kept in memory up to this size."""
+
+
+class Fate(StrEnum):
+    """What became of a shot."""
+
+    FOLDED = "folded"
+    REFUSED = "refused"
+    KNOWN = "known"
+    COMPANION = "companion"
+    UNREADABLE = "unreadable"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one shot."""
+
+    path: Path
+    """Where it came from."""
+
+    fate: Fate
+
+    reason: str | None = None
+    """Why it was refused or unreadable, in a sentence."""
+
+    sensor_id: str | None = None
+    """Whose shot it is."""
+
+    kind: ShotKind | None = None
+    """Light or dark."""
+
+    report: FoldReport | None = None
+    """What it changed, if it was folded."""
+
+    replayed: bool = False
+    """Folded again after an interruption, from the spool."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A shot in the ledger, on its way through the decoder."""
+
+    row: ShotRow
+    frame: Future[Frame]
+    replayed: bool
+
+
+class Monitor:
+    """Folds shots into the sensors of an open state directory.
+
+    Use from one thread. Closing does not checkpoint: call `checkpoint` where the work ends.
+
+    Parameters
+    ----------
+    state : open for writing
+    settings : of detection
+    cores : threads for decoding and for folding
+    clock : monotonic, s
+    """
+
+    def __init__(
+        self,
+        state: State,
+        settings: DetectionSettings | None = None,
+        *,
+        cores: int = 2,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._state = state
+        self._ledger = state.ledger
+        self._settings = settings or DetectionSettings()
+        self._clock = clock
+        self._slabs = cores
+        self._hashers = ThreadPoolExecutor(1, "hash")
+        self._decoders = ThreadPoolExecutor(cores, "decode")
+        self._folders = ThreadPoolExecutor(cores, "fold")
+        self._kept: OrderedDict[str, Kept] = OrderedDict()
+        self._covered_by_older: dict[str, int] = {}
+        self._checkpointed_at = clock()
+        self._since_checkpoint = 0
+        self.warnings: list[str] = []
+        """Sentences about damage found and worked around."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for pool in (self._hashers, self._decoders, self._folders):
+            pool.shutdown(cancel_futures=True)
+
+    def replay(self) -> Iterator[Outcome]:
+        """Fold again what was received but is in no generation, after an interruption.
+
+        Must be run to its end before `process`: the order of folding is the order of the ledger.
+        """
+        identities = self._ledger.sensors()
+        covers = {id_: archive.covers_of(self._state, id_) for id_ in identities}
+        rows = self._ledger.rows_to_replay(covers)
+        for id_ in {row.sensor_id for row in rows if row.sensor_id in covers}:
+            if id_ is not None:
+                self._ledger.delete_derived_after(id_, covers[id_])
+        waiting: deque[_Waiting] = deque()
+        for row in rows:
+            waiting.append(self._decode(row, replayed=True))
+            if len(waiting) > _DECODE_AHEAD:
+                yield self._conclude(waiting.popleft())
+        while waiting:
+            yield self._conclude(waiting.popleft())
+
+    def process(
+        self,
+        shots: Iterable[FoundShot],
+        kind: ShotKind | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Outcome]:
+        """Take shots in and fold them, yielding what became of each.
+
+        Parameters
+        ----------
+        shots : in the order in which they are to be folded
+        kind : light or dark, if the user says so
+        stop : asked before each shot is received; once true, those received are folded and the rest is left alone
+        """
+        ahead = self._hashed(shots)
+        waiting: deque[_Waiting] = deque()
+        hashed: deque[tuple[FoundShot, Future[str]]] = deque()
+        more = True
+        while more or hashed:
+            while more and len(hashed) < _HASH_AHEAD:
+                following = next(ahead, None)
+                more = following is not None
+                if following is not None:
+                    hashed.append(following)
+            if stop():
+                break
+            together = [hashed.popleft()] if hashed else []
+            while hashed and hashed[0][1].done() and len(together) < _RECEIVE_TOGETHER:
+                together.append(hashed.popleft())
+            for received in self._received(together, kind, waiting):
+                if isinstance(received, Outcome):
+                    yield received
+                    continue
+                waiting.append(self._decode(received, replayed=False))
+                while len(waiting) > _DECODE_AHEAD:
+                    yield self._conclude(waiting.popleft())
+        while waiting:
+            yield self._conclude(waiting.popleft())
+
+    def checkpoint(self) -> None:
+        """Write a generation of every sensor that has new frames, and clear the spool of what is safe by then."""
+        for kept in self._kept.values():
+            self._save(kept)
+        self._ledger.commit()
+        self._state.settle_spool(self._covered_by_older)
+        self._checkpointed_at = self._clock()
+        self._since_checkpoint = 0
+
+    def _hashed(self, shots: Iterable[FoundShot]) -> Iterator[tuple[FoundShot, Future[str]]]:
+        for shot in shots:
+            yield shot, self._hashers.submit(Spool.hash_file, shot.path)
+
+    def _received(
+        self, together: list[tuple[FoundShot, Future[str]]], kind: ShotKind | None, waiting: deque[_Waiting]
+    ) -> Iterator[Outcome | ShotRow]:
+        """Acknowledge shots: their bytes are in the spool and their rows on the disk when this yields them."""
+        taken: dict[str, FoundShot] = {}
+        for shot, future in together:
+            try:
+                key = future.result()
+                if shot.raw is not None:
+                    # Its raw file decides: it has to be on its way before this one is looked at.
+                    yield from self._acknowledged(taken, kind)
+                    taken = {}
+                row = self._ledger.find(key)
+                if row is not None or key in taken:
+                    yield self._known(shot, row)
+                    continue
+                self._state.spool.take(shot.path, key)
+            except SpoolError as error:
+                yield Outcome(shot.path, Fate.UNREADABLE, str(error))
+                continue
+            if shot.raw is not None and self._is_folded(shot.raw, waiting):
+                (seq,) = self._ledger.receive([_received_now(shot.path, key, kind)])
+                reason = f"companion of {shot.raw.name}"
+                self._ledger.conclude(seq, verdict="companion", reason=reason)
+                yield Outcome(shot.path, Fate.COMPANION, reason)
+                continue
+            taken[key] = shot
+        yield from self._acknowledged(taken, kind)
+
+    def _acknowledged(self, taken: dict[str, FoundShot], kind: ShotKind | None) -> Iterator[ShotRow]:
+        if not taken:
+            return
+        self._ledger.receive([_received_now(shot.path, key, kind) for key, shot in taken.items()])
+        for key in taken:
+            row = self._ledger.find(key)
+            if row is not None:
+                yield row
+
+    def _is_folded(self, raw: Path, waiting: deque[_Waiting]) -> bool:
+        """Whether a raw file is folded, or about to be."""
+        for shot in waiting:
+            if Path(shot.row.path) == raw.absolute():
+                return shot.frame.exception() is None
+        try:
+            row = self._ledger.find(Spool.hash_file(raw))
+        except SpoolError:
+            return False
+        return row is not None and row.verdict == "folded"
+
+    def _known(self, shot: FoundShot, row: ShotRow | None) -> Outcome:
+        if row is not None and row.verdict == "refused":
+            return Outcome(shot.path, Fate.REFUSED, row.reason)
+        return Outcome(shot.path, Fate.KNOWN, sensor_id=None if row is None else row.sensor_id)
+
+    def _decode(self, row: ShotRow, *, replayed: bool) -> _Waiting:
+        kind = None if row.kind_given is None else ShotKind(row.kind_given)
+        if replayed:
+            return _Waiting(row, self._decoders.submit(self._decode_again, row, kind), True)
+        return _Waiting(row, self._decoders.submit(decode, self._state.spool.path(row.key), kind), False)
+
+    def _decode_again(self, row: ShotRow, kind: ShotKind | None) -> Frame:
+        spool = self._state.spool
+        if spool.verify(row.key):
+            return decode(spool.path(row.key), kind)
+        original = Path(row.path)
+        with contextlib.suppress(SpoolError):
+            if Spool.hash_file(original) == row.key:
+                return decode(original, kind)
+        raise DecodeError(
+            "it was received, but its copy in the spool is gone or was changed, and so is the original: it cannot"
+            " be folded again"
+        )
+
+    def _conclude(self, shot: _Waiting) -> Outcome:
+        """Fold a decoded shot and write down what that changed."""
+        row = shot.row
+        path = Path(row.path)
+        try:
+            frame = shot.frame.result()
+        except DecodeError as error:
+            self._ledger.conclude(row.seq, verdict="refused", reason=str(error))
+            return Outcome(path, Fate.REFUSED, str(error), replayed=shot.replayed)
+        kept = self._sensor_of(frame)
+        report = kept.sensor.fold(frame, row.seq)
+        kept.last_seq = row.seq
+        digest = report.fingerprint
+        if row.samples_digest not in (None, digest):
+            self.warnings.append(
+                f"{row.name} decodes to other samples than when it was first folded; a decoder was changed in between"
+            )
+        self._write_down(row, frame, kept.id, report, digest)
+        self._since_checkpoint += 1
+        due = self._clock() - self._checkpointed_at > _CHECKPOINT_AFTER_S
+        if due or self._since_checkpoint >= _CHECKPOINT_AFTER_SHOTS:
+            self.checkpoint()
+        return Outcome(path, Fate.FOLDED, None, kept.id, frame.kind, report, shot.replayed)
+
+    def _write_down(self, row: ShotRow, frame: Frame, id_: str, report: FoldReport, digest: str) -> None:
+        info = frame.info
+        self._ledger.conclude(
+            row.seq,
+            verdict="folded",
+            reason=None,
+            sensor_id=id_,
+            kind=str(frame.kind),
+            exposure_s=info.exposure_s,
+            iso=info.iso,
+            sensor_temp_c=info.sensor_temp_c,
+            taken_at=None if info.taken_at is None else _utc(info.taken_at),
+            counted=report.counted,
+            not_counted_because=report.not_counted_because,
+            lift=report.lift,
+            samples_digest=digest,
+        )
+        seen = report.observations
+        if len(seen):
+            self._ledger.add_observations(
+                id_, row.seq, report.observed_sites, seen["value"], seen["excess"], seen["events"]
+            )
+        if report.transitions:
+            self._ledger.add_transitions(
+                TransitionRow(id_, t.site, row.seq, t.change, _detail(t)) for t in report.transitions
+            )
+
+    def _sensor_of(self, frame: Frame) -> Kept:
+        id_ = archive.sensor_id(frame.sensor)
+        kept = self._kept.get(id_)
+        if kept is None:
+            self._make_room()
+            each_slab = self._folders.map
+            kept = archive.load(self._state, id_, frame.sensor, self._settings, each_slab=each_slab, slabs=self._slabs)
+            self.warnings.extend(kept.damage)
+            self._kept[id_] = kept
+            self._ledger.add_sensor(id_, archive.describe(frame.sensor))
+            if kept.covered_by_older is not None:
+                self._covered_by_older[id_] = kept.covered_by_older
+        self._kept.move_to_end(id_)
+        return kept
+
+    def _make_room(self) -> None:
+        """Save and forget the sensors used least recently, while they hold too much memory."""
+        while self._kept and sum(k.sensor.accumulator.nbytes for k in self._kept.values()) > _RESIDENT_BYTES:
+            self._save(next(iter(self._kept.values())))
+            self._kept.popitem(last=False)
+
+    def _save(self, kept: Kept) -> None:
+        archive.save(self._state, kept)
+        if kept.covered_by_older is not None:
+            self._covered_by_older[kept.id] = kept.covered_by_older
+
+
+def _received_now(path: Path, key: str, kind: ShotKind | None) -> Received:
+    given: Literal["light", "dark"] | None = None if kind is None else kind.value
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return Received(key, path.name, str(path.absolute()), path.stat().st_size, now, given)
+
+
+def _utc(moment: datetime) -> str:
+    """ISO 8601, UTC. A camera that does not say its zone is taken at its word: its clock is then the label."""
+    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return aware.astimezone(UTC).isoformat()
+
+
+def _detail(transition: Transition) -> dict[str, object]:
+    return {
+        "kind": transition.kind,
+        "log_e": round(transition.log_e, 3),
+        "excess_sigma": round(transition.excess_sigma, 3),
+    }

@@ -1,0 +1,124 @@
+"""A one-off run over files and folders: shots in, a progress bar meanwhile, what was found at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from hotpixd.core.frame import ShotKind
+from hotpixd.intake.files import find_shots
+from hotpixd.monitor import Fate, Monitor, Outcome
+from hotpixd.store.state import State
+from hotpixd.views import answers, tables
+
+_REFUSALS_SHOWN = 20
+_DEFECTS_SHOWN = 20
+
+
+def run_scan(state: State, wanted: list[str], kind: str | None, stop: Callable[[], bool]) -> int:
+    """Fold what some paths lead to and print what was found; return the exit code.
+
+    Parameters
+    ----------
+    wanted : files, folders, glob patterns
+    kind : "light" or "dark", if the user says so
+    stop : becomes true when the user wants to stop
+    """
+    console = Console(stderr=True, highlight=False)
+    listing = find_shots(wanted)
+    if listing.missing:
+        for text in listing.missing:
+            console.print(f"hotpixd: nothing is at {escape(text)}", soft_wrap=True)
+        return 2
+    for folder, reason in listing.unreadable:
+        console.print(f"hotpixd: {escape(str(folder))} cannot be listed: {escape(reason)}", soft_wrap=True)
+    if not listing.shots:
+        console.print("hotpixd: there are no pictures in " + escape(", ".join(wanted)), soft_wrap=True)
+        return 1 if listing.unreadable else 2
+    outcomes: list[Outcome] = []
+    changes: Counter[str] = Counter()
+    with Monitor(state) as monitor:
+        _replay(monitor, console)
+        total = len(listing.shots)
+        with progress("shot", total) as advance:
+            for outcome in monitor.process(listing.shots, None if kind is None else ShotKind(kind), stop):
+                if outcome.report is not None:
+                    changes.update(t.change for t in outcome.report.transitions)
+                # Without its report: that holds an array per shot.
+                outcomes.append(replace(outcome, report=None))
+                advance(f"{changes['stable'] - changes['recovered']} stable")
+        monitor.checkpoint()
+        warnings = list(monitor.warnings)
+    for warning in warnings:
+        console.print(f"hotpixd: {escape(warning)}", soft_wrap=True)
+    left = total - len(outcomes)
+    _print_fates(outcomes, left)
+    tables.print_defects(answers.defects(state), most=_DEFECTS_SHOWN, not_counted=answers.reasons_not_counted(state))
+    if left:
+        print(f"Interrupted: {left} shots are left. Run the same command again to go on where it stopped.")
+    bad = listing.unreadable or any(o.fate in (Fate.REFUSED, Fate.UNREADABLE) for o in outcomes)
+    return 1 if bad else 0
+
+
+@contextlib.contextmanager
+def progress(unit: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Show a bar with units per second and time left while stderr is a terminal; yields what advances it by one."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=total, rate="", note="")
+
+        def advance(note: str) -> None:
+            bar.advance(task)
+            speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
+            bar.update(task, note=note, rate="" if speed is None else f"{speed:.1f} {unit}s/s")
+
+        yield advance
+
+
+def _replay(monitor: Monitor, console: Console) -> None:
+    count = sum(1 for _ in monitor.replay())
+    if count:
+        console.print(f"Took up {count} shots from where the last run was interrupted.")
+
+
+def _print_fates(outcomes: list[Outcome], left: int) -> None:
+    fates = Counter(outcome.fate for outcome in outcomes)
+    words = [f"{fates[Fate.FOLDED]} shots folded"]
+    if fates[Fate.KNOWN]:
+        words.append(f"{fates[Fate.KNOWN]} known already")
+    if fates[Fate.COMPANION]:
+        words.append(f"{fates[Fate.COMPANION]} companions of a raw file")
+    refused = [o for o in outcomes if o.fate in (Fate.REFUSED, Fate.UNREADABLE)]
+    if refused:
+        words.append(f"{len(refused)} refused")
+    if left:
+        words.append(f"{left} left")
+    print(", ".join(words) + ".")
+    for outcome in refused[:_REFUSALS_SHOWN]:
+        print(f"  refused {_shown(outcome.path)}: {outcome.reason}")
+    if len(refused) > _REFUSALS_SHOWN:
+        print(f"  ... and {len(refused) - _REFUSALS_SHOWN} more; `hotpixd status` lists them all")
+
+
+def _shown(path: Path) -> str:
+    """A file's name as a terminal can take it: no control characters, no broken UTF-8."""
+    return path.name.encode("utf-8", "backslashreplace").decode().encode("unicode_escape").decode()

@@ -1,0 +1,193 @@
+"""What the reading commands answer: turns an open state into plain values, ready for JSON.
+
+The keys are a contract with programs outside this repository.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+from hotpixd import archive
+from hotpixd.archive import Kept
+from hotpixd.core.frame import SensorIdentity
+from hotpixd.core.sensor import DetectionSettings
+from hotpixd.store import checkpoint
+from hotpixd.store.durable import StateError
+from hotpixd.store.ledger import ShotRow, Tally
+from hotpixd.store.state import State
+
+Answer = dict[str, Any]
+
+
+def status(state: State) -> Answer:
+    """Sensors with their counters, all shots by verdict, what was refused and why."""
+    tallies = {tally.sensor_id: tally for tally in state.ledger.tally()}
+    sensors = []
+    for id_, kept in _sensors(state):
+        found = kept.sensor.defects(candidates=True)
+        by_status = {name: sum(d.status == name for d in found) for name in ("stable", "candidate", "recovered")}
+        last = state.ledger.last_shot(id_)
+        sensors.append(
+            {
+                **_sensor(id_, kept, tallies.get(id_)),
+                **by_status,
+                "not_counted": state.ledger.not_counted(id_),
+                "last_shot": None if last is None else _shot(last),
+            }
+        )
+    every = tallies.values()
+    last = state.ledger.last_shot()
+    return {
+        "state": str(state.root),
+        "sensors": sensors,
+        "shots": {f.name: sum(getattr(t, f.name) for t in every) for f in fields(Tally) if f.name != "sensor_id"},
+        "refused": [{"name": row.name, "path": row.path, "reason": row.reason} for row in state.ledger.refused()],
+        "last_shot": None if last is None else _shot(last),
+        "sources": [],
+        "alerts": [],
+    }
+
+
+def defects(state: State, *, candidates: bool = False) -> Answer:
+    """Stable defects of every sensor, by position; with `candidates` those not yet stable and the recovered too."""
+    tallies = {tally.sensor_id: tally for tally in state.ledger.tally()}
+    answer = []
+    for id_, kept in _sensors(state):
+        found = kept.sensor.defects(candidates=candidates)
+        times = state.ledger.times({seq for d in found for seq in (d.first_seq, d.stable_seq) if seq is not None})
+        entries = []
+        for defect in found:
+            x, y, colour = kept.sensor.layout.address(defect.site)
+            entries.append(
+                {
+                    "x": x,
+                    "y": y,
+                    "colour": colour,
+                    "kind": defect.kind,
+                    "state": defect.status,
+                    "certainty": round(defect.certainty, 4),
+                    "log_e": _rounded(defect.log_e, 3),
+                    "excess_adu": _rounded(defect.excess_adu, 3),
+                    "excess_sigma": _rounded(defect.excess_sigma, 3),
+                    "dark_current_adu_per_s": _rounded(defect.dark_current_adu_per_s, 3),
+                    "dark_current_iso": _rounded(defect.dark_current_iso, 1),
+                    "share_on": _rounded(defect.share_on, 3),
+                    "level_adu": _rounded(defect.level_adu, 1),
+                    "first_seen": times.get(defect.first_seq),
+                    "stable_since": None if defect.stable_seq is None else times.get(defect.stable_seq),
+                    "frames_to_stable": defect.frames_to_stable,
+                }
+            )
+        answer.append({**_sensor(id_, kept, tallies.get(id_)), "defects": entries})
+    return {"sensors": answer}
+
+
+def least_variance(state: State, k: int) -> Answer:
+    """The k samples of least variance over all frames, per sensor; ties by position."""
+    tallies = {tally.sensor_id: tally for tally in state.ledger.tally()}
+    answer = []
+    for id_, kept in _sensors(state):
+        layout = kept.sensor.layout
+        least = []
+        if kept.sensor.frames:
+            for site, m2, mean in zip(*kept.sensor.accumulator.least_variance(k), strict=True):
+                x, y, colour = layout.address(int(site))
+                channel = layout.channel(int(site))
+                least.append(
+                    {"x": x, "y": y, "channel": channel, "colour": colour, "m2": float(m2), "mean": float(mean)}
+                )
+        answer.append({**_sensor(id_, kept, tallies.get(id_)), "least": least})
+    return {"sensors": answer}
+
+
+def verify(state: State) -> Answer:
+    """Check every digest of the state.
+
+    `ok` is false if anything that was written can no longer be believed; `problems` says what, in sentences. Shots
+    received and not folded yet are no damage: the next run folds them from the spool, if they are whole there.
+    """
+    problems = []
+    try:
+        state.ledger.check()
+    except StateError as error:
+        problems.append(str(error))
+    sensors: list[Answer] = []
+    covers: dict[str, int] = {}
+    for id_ in state.ledger.sensors():
+        for path in checkpoint.generations(state.sensor_folder(id_)):
+            try:
+                checkpoint.verify(path)
+            except checkpoint.GenerationError as error:
+                problems.append(str(error))
+    for id_, kept in _sensors(state):
+        covers[id_] = kept.covers
+        keys = state.ledger.frame_keys(id_, kept.covers)
+        if len(keys) != kept.sensor.frames:
+            problems.append(
+                f"The generation of {id_} holds {kept.sensor.frames} frames, the ledger says {len(keys)}: they are"
+                " not of the same time. Restore both from one backup."
+            )
+        sensors.append({**_sensor(id_, kept, None), "digest": kept.sensor.digest(keys)})
+    waiting = state.ledger.rows_to_replay(covers)
+    problems += [
+        f"{row.name} was received but its copy in the spool is gone or was changed."
+        for row in waiting
+        if not state.spool.verify(row.key)
+    ]
+    return {"ok": not problems, "sensors": sensors, "waiting": len(waiting), "problems": problems}
+
+
+def waiting(state: State) -> int:
+    """Return how many shots were received but are in no generation yet, after an interruption."""
+    return len(state.ledger.rows_to_replay({id_: archive.covers_of(state, id_) for id_ in state.ledger.sensors()}))
+
+
+def _sensors(state: State) -> Iterator[tuple[str, Kept]]:
+    # One at a time: a sensor of 45 megapixels takes a gigabyte.
+    for id_, description in state.ledger.sensors().items():
+        identity = archive.identity_from(description)
+        yield id_, archive.load(state, id_, identity, DetectionSettings())
+
+
+def _sensor(id_: str, kept: Kept, tally: Tally | None) -> Answer:
+    identity: SensorIdentity = kept.sensor.identity
+    answer: Answer = {
+        "id": id_,
+        "make": identity.make,
+        "model": identity.model,
+        "serial": identity.serial,
+        "samples": str(identity.samples),
+        "width": identity.layout.width,
+        "height": identity.layout.height,
+        "colours": identity.layout.colours,
+        "frames": kept.sensor.frames,
+        "frames_counted": kept.sensor.frames_counted,
+    }
+    if tally is not None:
+        answer["frames_waiting"] = max(tally.folded - kept.sensor.frames, 0)
+    return answer
+
+
+def _shot(row: ShotRow) -> Answer:
+    return {
+        "name": row.name,
+        "received_at": row.received_at,
+        "taken_at": row.taken_at,
+        "verdict": row.verdict,
+        "kind": row.kind,
+        "exposure_s": row.exposure_s,
+        "iso": row.iso,
+        "sensor_temp_c": row.sensor_temp_c,
+    }
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, digits)
+
+
+def reasons_not_counted(state: State) -> dict[str, dict[str, int]]:
+    """Return for each sensor why frames were no new evidence, and how many."""
+    return {id_: state.ledger.not_counted(id_) for id_ in state.ledger.sensors()}

@@ -1,0 +1,145 @@
+"""What the reading commands show on a terminal: turns their answers into tables and sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Answer = Mapping[str, Any]
+
+
+def print_defects(
+    answer: Answer, *, most: int = 1_000_000, not_counted: Mapping[str, Mapping[str, int]] | None = None
+) -> None:
+    """Print each sensor with its defects, strongest first.
+
+    Parameters
+    ----------
+    answer : of `answers.defects`
+    most : rows of one table before the rest is only counted
+    not_counted : reasons why frames were no new evidence, by sensor id
+    """
+    console = _console()
+    if not answer["sensors"]:
+        console.print("No sensor is known yet.")
+    for sensor in answer["sensors"]:
+        console.print(f"\n[bold]{escape(_name(sensor))}[/bold]  {_frames(sensor)}")
+        for reason, count in (not_counted or {}).get(sensor["id"], {}).items():
+            console.print(f"  {count} {_plural(count, 'frame')} not counted: {escape(reason)}")
+        found = sensor["defects"]
+        if not found:
+            console.print("  no stable defect")
+            continue
+        kinds: dict[str, int] = {}
+        for defect in found:
+            label = defect["kind"] if defect["state"] == "stable" else f"{defect['state']}"
+            kinds[label] = kinds.get(label, 0) + 1
+        console.print("  " + ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items(), key=lambda k: -k[1])))
+        table = Table(box=None, pad_edge=False, padding=(0, 1))
+        for title in ("x", "y", "", "kind", "state", "certain", "excess", "sigma", "dark ADU/s", "frames"):
+            table.add_column(title, justify="left" if title in ("", "kind", "state") else "right", no_wrap=True)
+        shown = sorted(found, key=lambda d: (-d["certainty"], -abs(d["excess_sigma"] or 0.0)))
+        for defect in shown[:most]:
+            current = defect["dark_current_adu_per_s"]
+            table.add_row(
+                str(defect["x"]),
+                str(defect["y"]),
+                defect["colour"],
+                defect["kind"],
+                defect["state"],
+                f"{100 * defect['certainty']:.0f} %",
+                f"{defect['excess_adu']:+.0f}",
+                f"{defect['excess_sigma']:+.1f}",
+                "" if current is None else f"{current:.0f}",
+                "" if defect["frames_to_stable"] is None else str(defect["frames_to_stable"]),
+            )
+        console.print(table)
+        if len(shown) > most:
+            console.print(f"  ... and {len(shown) - most} more: hotpixd defects")
+
+
+def print_status(answer: Answer) -> None:
+    """Print the answer of `answers.status`."""
+    console = _console()
+    console.print(f"State in {escape(answer['state'])}")
+    shots = answer["shots"]
+    console.print(", ".join(f"{n} {word}" for word, n in shots.items() if n) or "No shot yet.")
+    for sensor in answer["sensors"]:
+        console.print(f"\n[bold]{escape(_name(sensor))}[/bold]  {_frames(sensor)}")
+        console.print(f"  {sensor['stable']} stable, {sensor['candidate']} candidates, {sensor['recovered']} recovered")
+        for reason, count in sensor["not_counted"].items():
+            console.print(f"  {count} {_plural(count, 'frame')} not counted: {escape(reason)}")
+        last = sensor["last_shot"]
+        if last:
+            console.print(f"  last shot {escape(ascii(last['name'])[1:-1])}: {escape(_settings(last))}")
+    if answer["refused"]:
+        console.print("\nRefused:")
+        for shot in answer["refused"]:
+            console.print(f"  {escape(ascii(shot['name'])[1:-1])}: {escape(shot['reason'] or '')}", soft_wrap=True)
+
+
+def print_least_variance(answer: Answer) -> None:
+    """Print the answer of `answers.least_variance`."""
+    console = _console()
+    if not answer["sensors"]:
+        console.print("No sensor is known yet.")
+    for sensor in answer["sensors"]:
+        console.print(f"\n[bold]{escape(_name(sensor))}[/bold]  {_frames(sensor)}")
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
+        for title in ("x", "y", "colour", "M2", "mean"):
+            table.add_column(title, justify="left" if title == "colour" else "right")
+        for row in sensor["least"]:
+            table.add_row(str(row["x"]), str(row["y"]), row["colour"], f"{row['m2']:.6g}", f"{row['mean']:.6g}")
+        console.print(table)
+
+
+def print_verify(answer: Answer) -> None:
+    """Print the answer of `answers.verify`."""
+    console = _console()
+    for sensor in answer["sensors"]:
+        console.print(f"{escape(_name(sensor))}  {_frames(sensor)}  {sensor['digest']}", soft_wrap=True)
+    if answer["waiting"]:
+        console.print(f"{answer['waiting']} shots were received but not folded; the next run folds them.")
+    for problem in answer["problems"]:
+        console.print(f"[bold red]damaged[/bold red] {escape(problem)}", soft_wrap=True)
+    if answer["ok"]:
+        console.print("Everything that was written can be believed.")
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _name(sensor: Answer) -> str:
+    make, model = sensor["make"], sensor["model"]
+    # Most models repeat their maker.
+    words = [model] if make and model and model.lower().startswith(make.lower().split()[0]) else [make, model]
+    named = " ".join(word for word in words if word) or "Unknown camera"
+    serial = f"serial {sensor['serial']}" if sensor["serial"] else "no serial number"
+    return f"{named}, {serial}, {sensor['width']}x{sensor['height']} {sensor['samples']}"
+
+
+def _frames(sensor: Answer) -> str:
+    frames, counted = sensor["frames"], sensor["frames_counted"]
+    counted_words = "" if counted == frames else f", {counted} counted as evidence"
+    return f"{frames} {_plural(frames, 'frame')}{counted_words}"
+
+
+def _settings(shot: Answer) -> str:
+    exposure = shot["exposure_s"]
+    words = [shot["taken_at"] or shot["received_at"], shot["kind"] or "not folded"]
+    if exposure is not None:
+        words.append(f"{exposure:g} s" if exposure >= 0.3 else f"1/{1 / exposure:.0f} s" if exposure > 0 else "0 s")
+    if shot["iso"] is not None:
+        words.append(f"ISO {shot['iso']:g}")
+    if shot["sensor_temp_c"] is not None:
+        words.append(f"{shot['sensor_temp_c']:g} C")
+    return ", ".join(words)
+
+
+def _plural(count: int, word: str) -> str:
+    return word if count == 1 else f"{word}s"

@@ -294,8 +294,10 @@ def recovery_steps(
     foreseen = rows["rate"] * _exposure(seen, linear)
     fixed = np.isin(rows["kind"], (Kind.STUCK, Kind.DEAD))
     foreseen = np.where(fixed, rows["level"] - median, foreseen)
-    telling = (np.abs(foreseen) > TELLING * seen["spread"]) & (median + foreseen < 0.95 * white_level_adu)
-    telling |= fixed & (np.abs(foreseen) > TELLING * seen["spread"])
+    clear = np.abs(foreseen) > TELLING * seen["spread"]
+    # A dead sample has light to miss only where its neighbours are lit.
+    unlit = (rows["kind"] == Kind.DEAD) & (foreseen > 0)
+    telling = clear & ~unlit & (fixed | (median + foreseen < 0.95 * white_level_adu))
     share = seen["excess"] / np.where(telling, foreseen, 1.0)
     healthy = telling & (share < 0.2)
     share_on = np.nan_to_num(rows["share_on"], nan=0.95)

@@ -142,17 +142,21 @@ def _needs(n: int, rates: tuple[float, float], level: float) -> NDArray[np.int64
     # From here on outstanding events alone suffice.
     last = int(np.flatnonzero(~enough)[-1]) + 1 if not enough.all() else 0
     k2 = k2[:last]
-    # Above n p1 ln e grows with k1.
-    low = k2 + np.minimum(math.ceil(n * rates[1]), n - k2)
-    high = np.full(k2.shape, n + 1)
-    low = np.minimum(low, high)
+    # Above n p1 ln e grows with k1; up to there it may rise and fall, so all are tried.
+    usual = min(math.ceil(n * rates[1]), n)
+    tried = k2[:, None] + np.arange(usual + 1)
+    reached = (log_e(n, k2[:, None], np.minimum(tried, n), rates) >= level) & (tried <= n)
+    first = k2 + np.argmax(reached, axis=1)
+    high = np.where(reached.any(axis=1), first, n + 1)
+    low = np.where(reached.any(axis=1), first, np.minimum(k2 + usual, n + 1))
     while (low < high).any():
         middle = (low + high) // 2
         reached = log_e(n, k2, np.minimum(middle, n), rates) >= level
         reached |= middle > n
         high = np.where(reached, middle, high)
         low = np.where(reached, low, np.minimum(middle + 1, high))
-    return np.append(high, 0).astype(np.int64)
+    # Falling, as the kernel wants it: where a rare crowd of events makes it rise, some are named that need not be.
+    return np.minimum.accumulate(np.append(high, 0)).astype(np.int64)
 
 
 class NullRates:

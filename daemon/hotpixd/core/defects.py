@@ -175,7 +175,8 @@ def classify(
     foreseen = on_rate[:, None] * exposure
     headroom = recent["value"] - recent["excess"] + foreseen < 0.95 * white_level_adu
     telling = held & (foreseen > TELLING * recent["spread"]) & headroom
-    present = telling & (excess > 0.2 * foreseen)
+    # A clear excess is there, even if it does not grow with exposure as foreseen.
+    present = telling & (excess > np.minimum(0.2 * foreseen, TELLING * recent["spread"]))
     n_telling = telling.sum(axis=1)
     share_on = np.where(n_telling > 0, present.sum(axis=1) / np.maximum(n_telling, 1), np.nan)
 
@@ -299,7 +300,8 @@ def recovery_steps(
     unlit = (rows["kind"] == Kind.DEAD) & (foreseen > 0)
     telling = clear & ~unlit & (fixed | (median + foreseen < 0.95 * white_level_adu))
     share = seen["excess"] / np.where(telling, foreseen, 1.0)
-    healthy = telling & (share < 0.2)
+    # An offset is a small part of what long exposures let foresee, yet not gone.
+    healthy = telling & (share < 0.2) & (np.abs(seen["excess"]) < TELLING * seen["spread"])
     share_on = np.nan_to_num(rows["share_on"], nan=0.95)
     # Bounded: the off-times of an unstable sample come in runs, and one frame must not weigh too much.
     step = np.where(healthy, np.minimum(-np.log(np.clip(1 - share_on, 1e-3, 0.99)), 1.0), 0.0)

@@ -93,8 +93,16 @@ def _pictures_below(folder: Path, unreadable: list[tuple[Path, str]]) -> Iterato
             continue
         if entry.is_dir(follow_symlinks=False):
             yield from _pictures_below(Path(entry.path), unreadable)
-        elif os.path.splitext(entry.name)[1].lower() in PICTURES and entry.is_file():  # noqa: PTH122
+        elif os.path.splitext(entry.name)[1].lower() in PICTURES and _is_file(entry):  # noqa: PTH122
             yield Path(entry.path)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        # A symlink to itself, or into a folder closed to us.
+        return False
 
 
 def _with_companions(files: list[Path]) -> Iterator[FoundShot]:

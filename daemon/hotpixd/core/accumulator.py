@@ -162,6 +162,18 @@ class Accumulator:
         self.counted += 1
         return np.concatenate(parts)
 
+    def unmask(self, samples: Samples, frame: FrameEvents, defects: NDArray[np.int64], *, lone: bool) -> None:
+        """Add to the events of the frame folded last what known defects hide in the windows around them, in place.
+
+        Parameters
+        ----------
+        samples, lone : as given to `fold`
+        frame : what it returned
+        defects : (K,) flat indices, sorted
+        """
+        steps = self.layout.row_step, self.layout.col_step
+        kernels.unmask(np.ascontiguousarray(samples), *steps, lone, defects, frame.events, frame.totals)
+
     def forget_counts(self) -> None:
         """Start the counts anew; the sums stay."""
         for name in COUNTS:

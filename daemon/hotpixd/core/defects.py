@@ -177,17 +177,28 @@ def classify(
     telling = held & (foreseen > TELLING * recent["spread"]) & headroom
     # A clear excess is there, even if it does not grow with exposure as foreseen.
     present = telling & (excess > np.minimum(0.2 * foreseen, TELLING * recent["spread"]))
+    # Without exposure times an excess that comes and goes may just follow them; rendered samples follow them only
+    # roughly, so there the longer half has to tell.
+    true_exposure = np.where(held, exposure_of(recent), np.nan)
+    comparable = np.isfinite(true_exposure)
+    if not linear:
+        comparable &= true_exposure >= _quantile(true_exposure, 0.5)[:, None]
+    telling &= comparable
+    present &= comparable
     n_telling = telling.sum(axis=1)
     share_on = np.where(n_telling > 0, present.sum(axis=1) / np.maximum(n_telling, 1), np.nan)
 
-    positive = suspects.excess > 0
-    dim = ~positive | ((counts[1] > counts[0]) & (suspects.excess < 0))
+    # Events before excess: a mean over dark and bright frames may hide which side it is.
+    dim = np.where(counts[0] == counts[1], suspects.excess < 0, counts[1] > counts[0])
     kind = np.full(len(rows), int(Kind.BRIGHT))
     in_darks = (held & (recent["dark"] != 0)).sum(axis=1) >= 3
     kind[in_darks | _grows(excess, exposure_of(recent), useful)] = Kind.HOT
     comes_and_goes = (n_telling >= 8) & (n_telling - present.sum(axis=1) >= 3) & (share_on < 0.8)
     kind[comes_and_goes] = Kind.UNSTABLE
-    kind[(np.abs(suspects.sigma) < floor_sigma) & (kind != Kind.UNSTABLE)] = Kind.WARM
+    # Once strong, always strong: darks show what a hundred short exposures after them do not.
+    clear = _quantile(np.abs(excess) / recent["spread"], 0.8)
+    strength = np.fmax(np.abs(suspects.sigma), np.where(suspects.excess > 0, np.fmax(clear, rows["strength"]), 0.0))
+    kind[(strength < floor_sigma) & (kind != Kind.UNSTABLE)] = Kind.WARM
     kind[dim] = Kind.DIM
     # Without a black level, a sample that hardly ever is above its neighbours has no response.
     no_response = suspects.response < 0.25
@@ -198,6 +209,7 @@ def classify(
     kind[dim & ~suspects.still & (suspects.response < 0.5)] = Kind.DEAD
     kind[dim & ~suspects.still & unknown & (suspects.sigma < -floor_sigma)] = Kind.DEAD
     rows["kind"] = kind
+    rows["strength"] = strength
     rows["rate"] = np.nan_to_num(np.where(kind == Kind.UNSTABLE, on_rate, rate))
     rows["level"] = np.nan_to_num(_quantile(np.where(held, recent["value"], np.nan), 0.5))
     rows["share_on"] = share_on

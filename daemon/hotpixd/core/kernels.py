@@ -420,6 +420,94 @@ def count_rows(events, high, low, high_outstanding, low_outstanding, limits, rea
 
 
 @nb.njit(**_FAST)
+def unmask(samples, row_step, col_step, lone, sites, events, totals):  # type: ignore[no-untyped-def]
+    """Find outstanding samples whose windows hold a known defect, which hides them; count it out.
+
+    Parameters
+    ----------
+    samples : (rows, cols) the frame
+    sites : (K,) int64, sorted flat indices of known defects
+    events, totals : of the frame, from `fold_rows`; changed in place
+
+    The highest (lowest) of the others is left out too: where one defect is, two more may hide each other. Only an
+    outstanding sample gains events, and both of them: with some neighbours left out, to be a mere extreme would be
+    likelier than 1/49. For the same reason more than 4 defects in a window are not counted out.
+    """
+    rows, cols = samples.shape
+    for site in sites:
+        y, x = site // cols, site % cols
+        for j in range(-HALF_WINDOW, WINDOW - HALF_WINDOW):
+            for i in range(-HALF_WINDOW, WINDOW - HALF_WINDOW):
+                v, u = y + j * row_step, x + i * col_step
+                if v < 0 or u < 0 or v >= rows or u >= cols or events[v, u] & 12:
+                    continue
+                found = _outstanding_among(samples, row_step, col_step, sites, v, u)
+                if found and not (lone and _touches(events, found, v, u, cols)):
+                    extreme = found >> 2
+                    totals[0 if extreme == HIGH else 1] += 0 if events[v, u] & extreme else 1
+                    totals[2 if extreme == HIGH else 3] += 1
+                    events[v, u] = np.uint8((events[v, u] | found | extreme) & 15)
+
+
+@nb.njit(**_FAST)
+def _outstanding_among(samples, row_step, col_step, sites, v, u):  # type: ignore[no-untyped-def]
+    """Event bit of a sample among those neighbours that are no known defects; 0 if it is not outstanding."""
+    rows, cols = samples.shape
+    top, left = _window_start(v, row_step, rows), _window_start(u, col_step, cols)
+    own = np.int64(samples[v, u])
+    highest = high = np.int64(-1)
+    lowest = low = np.int64(1 << 62)
+    left_out = 0
+    for j in range(WINDOW):
+        for i in range(WINDOW):
+            r, c = top + j * row_step, left + i * col_step
+            if r == v and c == u:
+                continue
+            if _holds(sites, r * cols + c):
+                left_out += 1
+                continue
+            value = np.int64(samples[r, c])
+            if value > highest:
+                high, highest = highest, value
+            elif value > high:
+                high = value
+            if value < lowest:
+                low, lowest = lowest, value
+            elif value < low:
+                low = value
+    if left_out > 4:
+        return 0
+    if 2 * (own - high) > high - lowest + 1:
+        return HIGH_OUTSTANDING
+    if 2 * (low - own) > highest - low + 1:
+        return LOW_OUTSTANDING
+    return 0
+
+
+@nb.njit(**_FAST)
+def _window_start(position, step, length):  # type: ignore[no-untyped-def]
+    phase = position % step
+    count = (length - phase + step - 1) // step
+    return min(max(position // step - HALF_WINDOW, 0), count - WINDOW) * step + phase
+
+
+@nb.njit(**_FAST)
+def _touches(events, bit, v, u, cols):  # type: ignore[no-untyped-def]
+    """Whether one of the 8 adjacent sites has the same event."""
+    for r in range(max(v - 1, 0), min(v + 2, events.shape[0])):
+        for c in range(max(u - 1, 0), min(u + 2, cols)):
+            if (r != v or c != u) and events[r, c] & bit:
+                return True
+    return False
+
+
+@nb.njit(**_FAST)
+def _holds(ordered, wanted):  # type: ignore[no-untyped-def]
+    i = np.searchsorted(ordered, wanted)
+    return i < ordered.size and ordered[i] == wanted
+
+
+@nb.njit(**_FAST)
 def overlap(a, b):  # type: ignore[no-untyped-def]
     """Number of bits set in both of two uint64 arrays."""
     n = 0

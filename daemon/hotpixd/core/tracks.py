@@ -68,6 +68,7 @@ TRACK = np.dtype(
         ("recovery", "f8"),  # ln evidence that it is healthy again
         ("rate", "f4"),  # ADU of excess per unit of exposure (s x ISO / 100), else median excess
         ("level", "f4"),  # median value, ADU
+        ("strength", "f4"),  # the largest excess seen, in units of noise
         ("share_on", "f4"),  # share of telling frames in which the excess was there
     ]
 )

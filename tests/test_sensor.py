@@ -1,0 +1,274 @@
+"""A sensor's whole life: planted defects are found, sensors without any stay clean, and a restart changes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, SensorLayout, ShotKind
+from hotpixd.core.sensor import DetectionSettings, FoldReport, Sensor
+from hotpixd.simulate import PlantedDefect, Scene, VirtualSensor
+
+WIDTH, HEIGHT = 300, 200
+NONE = {"hot": 0, "stuck": 0, "dead": 0}
+STRONG_ADU_PER_S = (2_000.0, 12_000.0)
+
+
+def camera(*defects: PlantedDefect, seed: int = 1, **numbers: int) -> VirtualSensor:
+    """Return a small camera with these defects, or with so many of each kind."""
+    built = VirtualSensor(WIDTH, HEIGHT, **{**NONE, **numbers}, seed=seed, hot_range_adu_per_s=STRONG_ADU_PER_S)
+    if defects:
+        built.defects = defects
+    return built
+
+
+def hot(x: int, y: int, dark_current_adu_per_s: float = 5_000.0) -> PlantedDefect:
+    return PlantedDefect(x, y, "RGGB"[y % 2 * 2 + x % 2], "hot", dark_current_adu_per_s=dark_current_adu_per_s)
+
+
+def shots(
+    source: VirtualSensor,
+    scene: Scene,
+    indices: Iterable[int],
+    *,
+    rendered: bool = False,
+    exposure_s: float | None = None,
+) -> list[Frame]:
+    """Release the shutter; a rendered frame is the camera's own development of the shot."""
+    frames = []
+    for index in indices:
+        shot = source.shot(index, scene, exposure_s=exposure_s)
+        frame = source.frame(shot)
+        if rendered:
+            samples = np.ascontiguousarray(source.rendered(shot).reshape(HEIGHT, -1))
+            layout = SensorLayout(WIDTH, HEIGHT, "RGB", 3)
+            identity = SensorIdentity(source.make, source.model, source.serial, SampleKind.RENDERED, layout, "uint8")
+            frame = replace(frame, sensor=identity, samples=samples, black_level_adu=None, white_level_adu=None)
+        frames.append(frame)
+    return frames
+
+
+def fold(sensor: Sensor, frames: Sequence[Frame], first: int = 1) -> list[FoldReport]:
+    return [sensor.fold(frame, seq) for seq, frame in enumerate(frames, start=first)]
+
+
+def folded(frames: Sequence[Frame], how: DetectionSettings | None = None) -> Sensor:
+    sensor = Sensor(frames[0].sensor, how)
+    fold(sensor, frames)
+    return sensor
+
+
+def sites(source: VirtualSensor, *kinds: str) -> set[int]:
+    return {d.y * WIDTH + d.x for d in source.defects if not kinds or d.kind in kinds}
+
+
+def found(sensor: Sensor) -> set[int]:
+    return {defect.site for defect in sensor.defects()}
+
+
+def changes(reports: Sequence[FoldReport], change: str) -> list[tuple[int, int]]:
+    """Return (position of the frame, site) of each such transition."""
+    return [(i, t.site) for i, report in enumerate(reports) for t in report.transitions if t.change == change]
+
+
+@pytest.mark.parametrize("scene", ["moving", "dithered"])
+def test_defects_are_found_in_changing_scenes(scene: Scene):
+    """Strong hot, stuck and dead samples, and nothing else; dead ones show only where there is light."""
+    source = camera(hot=6, stuck=3, dead=4)
+    sensor = folded(shots(source, scene, range(45)))
+    assert sites(source, "hot", "stuck") <= found(sensor) <= sites(source)
+    if scene == "moving":
+        assert found(sensor) == sites(source)
+    kinds = {d.site: d.kind for d in sensor.defects()}
+    assert {kinds[site] for site in sites(source, "hot")} == {"hot"}
+    assert {kinds[site] for site in sites(source, "dead") & set(kinds)} <= {"dead"}
+
+
+def test_hot_samples_of_tracked_stars_are_found_and_no_star():
+    """A star that stays lights several colours, a defect one. (On a smaller sensor the stars would touch.)"""
+    source = VirtualSensor(600, 400, **NONE | {"hot": 6}, seed=1, hot_range_adu_per_s=STRONG_ADU_PER_S)
+    sensor = folded([source.frame(source.shot(i, "tracked")) for i in range(20)])
+    assert found(sensor) == {d.y * 600 + d.x for d in source.defects}
+
+
+def test_clusters_are_found_in_darks():
+    """Side by side, as a leak spreads; in darks no neighbour excuses an extreme."""
+    source = camera(hot=4, clusters=3)
+    sensor = folded(shots(source, "dark", range(20)))
+    # One in the shadow of a stronger one of its own plane takes longer: (206, 47) beside (204, 49).
+    assert found(sensor) >= sites(source) - {47 * WIDTH + 206}
+    # A healthy sample of the long tail of dark currents may be named, but as warm.
+    assert {d.kind for d in sensor.defects() if d.site not in sites(source)} <= {"warm"}
+    assert {d.kind for d in sensor.defects() if d.site in sites(source)} == {"hot"}
+
+
+@pytest.mark.parametrize("site", [(0, 0), (150, 0), (299, 0), (299, 101), (0, 100), (1, 199), (298, 198)])
+def test_defects_at_the_border_are_found(site: tuple[int, int]):
+    """Where the window is not centred, and in the corners, where it is cut on two sides."""
+    source = camera(hot(*site))
+    assert found(folded(shots(source, "moving", range(25)))) == sites(source)
+
+
+def test_rendered_defects_are_found_once_each():
+    """A demosaiced photosite shows in several pixels and channels; it is one defect, at most a pixel away."""
+    source = camera(hot=6, stuck=2, dead=3)
+    sensor = folded(shots(source, "moving", range(50), rendered=True))
+    pixels = [sensor.layout.address(d.site)[:2] for d in sensor.defects()]
+    near = {(x, y): [d for d in source.defects if max(abs(d.x - x), abs(d.y - y)) <= 1] for x, y in pixels}
+    assert all(len(planted) == 1 for planted in near.values())
+    named = [planted[0] for planted in near.values()]
+    assert len(set(named)) == len(pixels)
+    assert {d for d in source.defects if d.kind == "hot"} <= set(named)
+
+
+@pytest.mark.parametrize("rendered", [False, True], ids=["raw", "rendered"])
+@pytest.mark.parametrize("scene", ["moving", "tripod", "tracked", "dithered", "dark"])
+def test_a_sensor_without_defects_has_none(scene: Scene, rendered: bool):
+    """The control: whatever the scene, nothing that matters is declared."""
+    sensor = folded(shots(camera(seed=4), scene, range(20), rendered=rendered))
+    assert {d.kind for d in sensor.defects()} <= {"warm"}
+
+
+@pytest.mark.parametrize("rendered", [False, True], ids=["raw", "rendered"])
+def test_a_scene_that_stands_still_is_one_frame_of_evidence(rendered: bool):
+    """On a tripod details are extreme again and again: said, folded into the sums, and not counted."""
+    frames = shots(camera(hot=4), "tripod", range(8), rendered=rendered)
+    sensor = Sensor(frames[0].sensor)
+    reports = fold(sensor, frames)
+    assert [report.counted for report in reports] == [True] + [False] * 7
+    assert all("does not move" in (report.not_counted_because or "") for report in reports[1:])
+    assert (sensor.frames, sensor.frames_counted, found(sensor)) == (8, 1, set())
+
+
+def test_nothing_is_stable_before_min_frames():
+    """Whatever the evidence."""
+    source = camera(hot=5)
+    frames = shots(source, "dark", range(15))
+    for least in (1, 4, 12):
+        reports = fold(sensor := Sensor(frames[0].sensor, DetectionSettings(min_frames=least)), frames)
+        assert min(i for i, _ in changes(reports, "stable")) >= least - 1
+        assert found(sensor) >= sites(source)
+
+
+def test_a_defect_that_disappears_recovers_and_can_return():
+    """Remapped by the camera it leaves the map; when it is back, new evidence makes it stable again."""
+    ill, well = camera(hot(100, 80), hot(200, 120)), camera(hot(200, 120))
+    gone = 80 * WIDTH + 100
+    frames = [
+        *shots(ill, "moving", range(30)),
+        *shots(well, "moving", range(30, 80)),
+        *shots(ill, "moving", range(80, 120)),
+    ]
+    sensor = Sensor(ill.identity)
+    reports = fold(sensor, frames[:30])
+    assert found(sensor) == sites(ill)
+    reports += fold(sensor, frames[30:80], first=31)
+    assert found(sensor) == sites(well)
+    ((when, site),) = changes(reports, "recovered")
+    assert (when >= 30, site) == (True, gone)
+    (kept,) = (d for d in sensor.defects(candidates=True) if d.site == gone)
+    assert kept.status == "recovered"
+    later = fold(sensor, frames[80:], first=81)
+    assert [site for _, site in changes(later, "stable")] == [gone]
+    assert found(sensor) == sites(ill)
+    assert not changes(later, "recovered")
+
+
+def test_short_exposures_do_not_make_a_hot_sample_recover():
+    """At 1/500 s nothing of a leak found in 30 s darks is to be seen; that is no news of it."""
+    source = camera(hot(100, 80, 40.0), hot(200, 120, 90.0))
+    sensor = folded(shots(source, "dark", range(12), exposure_s=30.0))
+    assert found(sensor) >= sites(source)
+    reports = fold(sensor, shots(source, "moving", range(12, 42), exposure_s=0.002), first=13)
+    assert not changes(reports, "recovered")
+    assert found(sensor) >= sites(source)
+
+
+def test_a_defect_of_late_onset_is_found_soon():
+    """Its clean past is forgotten with the epoch; defects found before stay on the map."""
+    before, after = camera(hot(200, 120)), camera(hot(100, 80), hot(200, 120))
+    frames = [*shots(before, "moving", range(95)), *shots(after, "moving", range(95, 115))]
+    epochs = Sensor(before.identity, DetectionSettings(epoch_frames=30))
+    reports = fold(epochs, frames)
+    assert found(epochs) == sites(after)
+    assert changes(reports, "stable")[0][1] == 120 * WIDTH + 200
+    ((when, _),) = [(i, site) for i, site in changes(reports, "stable") if site == 80 * WIDTH + 100]
+    assert 95 <= when <= 107
+    assert not changes(reports, "recovered")
+
+
+def test_looking_changes_nothing():
+    """Asking for the defects after every frame leaves the same transitions."""
+    frames = shots(camera(hot=4, stuck=2, dead=2), "moving", range(25))
+    asked, left = Sensor(frames[0].sensor), Sensor(frames[0].sensor)
+    for seq, frame in enumerate(frames):
+        assert asked.fold(frame, seq).transitions == left.fold(frame, seq).transitions
+        asked.defects(candidates=True)
+
+
+def test_frames_of_another_sensor_are_refused():
+    """Another serial is another sensor; nothing is folded."""
+    source = camera(hot=1)
+    (frame,) = shots(source, "moving", range(1))
+    sensor = Sensor(replace(source.identity, serial="V0002"))
+    with pytest.raises(ValueError, match="another sensor"):
+        sensor.fold(frame, 1)
+    assert sensor.frames == 0
+
+
+@pytest.fixture(scope="module", params=["raw", "rendered"])
+def life(request: pytest.FixtureRequest) -> list[Frame]:
+    """Everything that can happen: darks, moving scenes, a tripod, a defect that goes."""
+    rendered = request.param == "rendered"
+    well = camera(hot=3, stuck=2, dead=2)
+    ill = camera(*well.defects, hot(100, 80))
+    return [
+        *shots(ill, "dark", range(5), rendered=rendered),
+        *shots(ill, "moving", range(5, 13), rendered=rendered),
+        *shots(ill, "tripod", range(13, 15), rendered=rendered),
+        *shots(well, "moving", range(15, 32), rendered=rendered),
+    ]
+
+
+UNINTERRUPTED: dict[SampleKind, Any] = {}
+
+
+@given(st.integers(1, 31), st.integers(1, 31))
+@settings(max_examples=5, deadline=None, derandomize=True)
+def test_a_restart_changes_nothing(life: list[Frame], one: int, other: int):
+    """Saved and restored twice on the way: same transitions, same digest, same defects as without."""
+    how = DetectionSettings(epoch_frames=20)
+
+    def outcome(reports: list[FoldReport], sensor: Sensor) -> Any:
+        told = [(r.counted, r.not_counted_because, r.lift, r.transitions) for r in reports]
+        return told, sensor.digest(), sensor.defects(candidates=True)
+
+    kind = life[0].sensor.samples
+    if kind not in UNINTERRUPTED:
+        whole = Sensor(life[0].sensor, how)
+        UNINTERRUPTED[kind] = outcome(fold(whole, life), whole)
+        told = {t.change for _, _, _, transitions in UNINTERRUPTED[kind][0] for t in transitions}
+        assert told >= {"appeared", "stable"} | ({"recovered"} if kind is SampleKind.RAW else set())
+    sensor = Sensor(life[0].sensor, how)
+    reports: list[FoldReport] = []
+    for begin, end in zip((0, *sorted((one, other))), (*sorted((one, other)), len(life)), strict=True):
+        header, arrays = sensor.save()
+        sensor = Sensor(life[0].sensor, how)
+        sensor.restore(json.loads(json.dumps(header)), {name: array.copy() for name, array in arrays.items()})
+        reports += fold(sensor, life[begin:end], first=begin + 1)
+    assert outcome(reports, sensor) == UNINTERRUPTED[kind]
+
+
+def test_darks_are_counted_although_they_repeat_themselves():
+    """The sensor's own pattern is what is looked for: no gate there."""
+    frames = shots(camera(hot=6), "dark", range(6))
+    reports = fold(Sensor(frames[0].sensor), frames)
+    assert all(report.counted and report.lift is None for report in reports)
+    assert {frame.kind for frame in frames} == {ShotKind.DARK}

@@ -197,7 +197,15 @@ def test_pipes_and_folders_with_names_of_pictures_are_no_shots(tmp_path):
 
 def test_every_name_that_a_file_can_have_is_found(tmp_path):
     """Newlines, escape codes, blanks, letters of all kinds, and bytes that are not UTF-8."""
-    names = ["new\nline.dng", "\x1b[31mred.dng", " .dng", "größe ☃.dng", os.fsdecode(b"latin\xff.dng"), "٣.dng", "-k.dng"]
+    names = [
+        "new\nline.dng",
+        "\x1b[31mred.dng",
+        " .dng",
+        "größe ☃.dng",
+        os.fsdecode(b"latin\xff.dng"),
+        "٣.dng",
+        "-k.dng",
+    ]
     wanted = touch(tmp_path, *names)
     assert sorted(found(tmp_path)) == sorted(wanted)
     assert sorted(found(tmp_path / "*.dng")) == sorted(wanted)

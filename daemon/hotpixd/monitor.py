@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -140,10 +140,11 @@ class Monitor:
         for pool in (self._hashers, self._decoders, self._folders):
             pool.shutdown(cancel_futures=True)
 
-    def replay(self) -> Iterator[Outcome]:
+    def replay(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Outcome]:
         """Fold again what was received but is in no generation, after an interruption.
 
-        Must be run to its end before `process`: the order of folding is the order of the ledger.
+        Must be run to its end before `process`: the order of folding is the order of the ledger. If `stop` ends it
+        early, only `checkpoint` may follow; the next replay does the rest.
         """
         identities = self._ledger.sensors()
         covers = {id_: archive.covers_of(self._state, id_) for id_ in identities}
@@ -153,6 +154,8 @@ class Monitor:
                 self._ledger.delete_derived_after(id_, covers[id_])
         waiting: deque[_Waiting] = deque()
         for row in rows:
+            if stop():
+                break
             waiting.append(self._decode(row, replayed=True))
             if len(waiting) > _DECODE_AHEAD:
                 yield self._conclude(waiting.popleft())
@@ -232,10 +235,9 @@ class Monitor:
                 yield Outcome(shot.path, Fate.UNREADABLE, str(error))
                 continue
             if shot.raw is not None and self._is_folded(shot.raw, waiting):
-                (seq,) = self._ledger.receive([_received_now(shot.path, key, kind)])
-                reason = f"companion of {shot.raw.name}"
-                self._ledger.conclude(seq, verdict="companion", reason=reason)
-                yield Outcome(shot.path, Fate.COMPANION, reason)
+                # With its verdict in the same commit: without it, a replay would fold the companion.
+                self._ledger.receive([replace(self._received_now(shot.path, key, kind), companion_of=shot.raw.name)])
+                yield Outcome(shot.path, Fate.COMPANION, f"companion of {shot.raw.name}")
                 continue
             taken[key] = shot
         yield from self._acknowledged(taken, kind)
@@ -243,11 +245,18 @@ class Monitor:
     def _acknowledged(self, taken: dict[str, FoundShot], kind: ShotKind | None) -> Iterator[ShotRow]:
         if not taken:
             return
-        self._ledger.receive([_received_now(shot.path, key, kind) for key, shot in taken.items()])
+        self._ledger.receive([self._received_now(shot.path, key, kind) for key, shot in taken.items()])
         for key in taken:
             row = self._ledger.find(key)
             if row is not None:
                 yield row
+
+    def _received_now(self, path: Path, key: str, kind: ShotKind | None) -> Received:
+        given: Literal["light", "dark"] | None = None if kind is None else kind.value
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        # Of the spool's file: the card may have been pulled by now.
+        size = self._state.spool.path(key).stat().st_size
+        return Received(key, path.name, str(path.absolute()), size, now, given)
 
     def _is_folded(self, raw: Path, waiting: deque[_Waiting]) -> bool:
         """Whether a raw file is folded, or about to be."""
@@ -360,12 +369,6 @@ class Monitor:
         archive.save(self._state, kept)
         if kept.covered_by_older is not None:
             self._covered_by_older[kept.id] = kept.covered_by_older
-
-
-def _received_now(path: Path, key: str, kind: ShotKind | None) -> Received:
-    given: Literal["light", "dark"] | None = None if kind is None else kind.value
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return Received(key, path.name, str(path.absolute()), path.stat().st_size, now, given)
 
 
 def _utc(moment: datetime) -> str:

@@ -107,6 +107,9 @@ class Received:
     kind_given: Literal["light", "dark"] | None = None
     """What the user said it is. None if nothing."""
 
+    companion_of: str | None = None
+    """Name of the raw file of the same shot, which is folded instead. None if there is none."""
+
 
 @dataclass(frozen=True, slots=True)
 class ShotRow:
@@ -513,9 +516,13 @@ class Ledger:
             shot.size,
             shot.received_at,
             shot.kind_given,
+            "received" if shot.companion_of is None else "companion",
+            None if shot.companion_of is None else _file_text(f"companion of {shot.companion_of}"),
         )
         added = self._db.execute(
-            "INSERT INTO shot(key, name, path, size, received_at, kind_given) VALUES (?, ?, ?, ?, ?, ?)", row
+            "INSERT INTO shot(key, name, path, size, received_at, kind_given, verdict, reason)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            row,
         )
         return added.lastrowid or 0
 

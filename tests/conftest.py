@@ -1,0 +1,129 @@
+"""What several tests share: the command as a process, simulated shots, and all that a state tells."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before numba is imported: the kernels are compiled once for all tests and all processes that they start.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"hotpixd-test-kernels-{os.getuid()}"))
+
+import hotpixd
+from hotpixd.intake.files import find_shots
+from hotpixd.monitor import Monitor, Outcome
+from hotpixd.simulate import VirtualSensor, write_series
+from hotpixd.store.state import State
+from hotpixd.views import answers
+
+_SCRIPT = Path(sys.executable).with_name("hotpixd")
+HOTPIXD = [str(_SCRIPT)] if _SCRIPT.exists() else [sys.executable, "-c", "from hotpixd.cli import main; main()"]
+"""The command, as a user would start it."""
+
+_OF_THE_USER = ("COLUMNS", "FORCE_COLOR", "HOTPIXD_FAILPOINT", "LINES", "NO_COLOR", "STATE_DIRECTORY")
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Return an environment for the command that does not depend on who runs the tests."""
+    plain = {name: value for name, value in os.environ.items() if name not in _OF_THE_USER}
+    return {**plain, "PYTHONPATH": str(Path(hotpixd.__file__).parents[1]), **changes}
+
+
+def run(*arguments: object, env: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end and return what it said; never with a traceback."""
+    done = subprocess.run(
+        [*HOTPIXD, *map(str, arguments)],
+        env=env or environment(),
+        text=True,
+        errors="surrogateescape",
+        timeout=120,
+        **{"capture_output": True, **options},
+    )
+    assert "Traceback" not in (done.stderr or ""), done.stderr
+    return done
+
+
+def feed(root: Path, *wanted: Path, kind: Any = None) -> list[Outcome]:
+    """Scan some paths into a state in this process, and checkpoint."""
+    with State(root) as state, Monitor(state) as monitor:
+        outcomes = list(monitor.replay())
+        outcomes += monitor.process(find_shots(map(str, wanted)).shots, kind)
+        monitor.checkpoint()
+    return outcomes
+
+
+def told(root: Path) -> dict[str, Any]:
+    """Return all that a state tells and that must not depend on how its shots came in; it must be undamaged."""
+    with State(root, create=False) as state:
+        checked = answers.verify(state)
+        assert checked["ok"], checked["problems"]
+        assert not checked["waiting"]
+        ids = list(state.ledger.sensors())
+        return {
+            "digests": {sensor["id"]: sensor["digest"] for sensor in checked["sensors"]},
+            "defects": answers.defects(state, candidates=True),
+            "transitions": {id_: state.ledger.transitions(id_) for id_ in ids},
+            "observations": {id_: state.ledger.observations(id_) for id_ in ids},
+            "least": answers.least_variance(state, 20),
+            "refused": [(row.name, row.reason) for row in state.ledger.refused()],
+            "shots": [{k: v for k, v in shot.items() if k != "received_at"} for shot in _last_shots(state, ids)],
+        }
+
+
+def _last_shots(state: State, ids: Iterable[str]) -> list[dict[str, Any]]:
+    return [sensor["last_shot"] for sensor in answers.status(state)["sensors"] if sensor["id"] in ids]
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Shots of a virtual camera on the disk."""
+
+    sensor: VirtualSensor
+    folder: Path
+
+    @property
+    def shots(self) -> list[Path]:
+        """The files, in the order in which they were taken."""
+        return sorted(self.folder.glob("frame_*"))
+
+
+def _camera(folder: Path, frames: int, serial: str, seed: int, *formats: Any) -> Camera:
+    sensor = VirtualSensor(200, 150, hot=8, stuck=3, dead=3, seed=seed, serial=serial)
+    for file_format in formats:
+        for _ in write_series(folder, sensor, frames, "moving", file_format):
+            pass
+    (folder / "truth.json").unlink()
+    return Camera(sensor, folder)
+
+
+@pytest.fixture(scope="session")
+def camera(tmp_path_factory: pytest.TempPathFactory) -> Camera:
+    """Twelve raw shots of one camera. Not to be changed: files are linked into states."""
+    return _camera(tmp_path_factory.mktemp("camera"), 12, "V0001", 1, "dng")
+
+
+@pytest.fixture(scope="session")
+def other_camera(tmp_path_factory: pytest.TempPathFactory) -> Camera:
+    """Six raw shots of another body of the same model."""
+    return _camera(tmp_path_factory.mktemp("other"), 6, "V0002", 2, "dng")
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Camera:
+    """Six shots of a third body, each as raw and as JPEG."""
+    return _camera(tmp_path_factory.mktemp("pairs"), 6, "V0003", 3, "dng", "jpg")
+
+
+@pytest.fixture(scope="session")
+def scanned(tmp_path_factory: pytest.TempPathFactory, camera: Camera) -> Path:
+    """A state with the camera's twelve shots, for reading only."""
+    root = tmp_path_factory.mktemp("scanned") / "state"
+    feed(root, camera.folder)
+    return root

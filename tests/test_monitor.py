@@ -1,0 +1,353 @@
+"""Shots through the whole loop on a real state directory: what is folded, in which order, and what a replay restores."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import Camera, feed, told
+
+from hotpixd import monitor as monitor_module
+from hotpixd.core.frame import ShotKind
+from hotpixd.intake.files import FoundShot, find_shots
+from hotpixd.monitor import Fate, Monitor, Outcome
+from hotpixd.store.checkpoint import generations
+from hotpixd.store.ledger import Ledger
+from hotpixd.store.state import State
+
+
+def fates(outcomes: list[Outcome]) -> list[tuple[str, str]]:
+    return [(outcome.path.name, str(outcome.fate)) for outcome in outcomes]
+
+
+def rows(root: Path) -> list[tuple[str, str, str | None]]:
+    """Return (name, verdict, reason) of every shot, in the order of the ledger."""
+    with State(root) as state:
+        return [(row.name, row.verdict, row.reason) for row in state.ledger._shots("ORDER BY seq")]
+
+
+def newest(root: Path) -> list[Path]:
+    return [generations(folder)[0] for folder in sorted((root / "sensors").iterdir())]
+
+
+def spooled(root: Path) -> int:
+    return sum(1 for _ in (root / "spool").iterdir())
+
+
+@pytest.fixture
+def interleaved(camera: Camera, other_camera: Camera, tmp_path: Path) -> list[Path]:
+    """Shots of two bodies in turn, as two photographers fill one folder."""
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    pairs = itertools.chain.from_iterable(zip(camera.shots, other_camera.shots, strict=False))
+    for number, shot in enumerate(pairs):
+        shutil.copyfile(shot, inbox / f"{number:02d}.dng")
+    return sorted(inbox.iterdir())
+
+
+def test_the_same_shots_tell_the_same_in_another_state(camera, scanned, tmp_path):
+    """Everything known is a function of the shots and their order."""
+    feed(tmp_path / "state", camera.folder)
+    assert told(tmp_path / "state") == told(scanned)
+
+
+def test_it_does_not_matter_in_how_many_runs_the_shots_came(camera, scanned, tmp_path):
+    """A generation holds all that the next run needs."""
+    for shots in (camera.shots[:5], camera.shots[5:6], camera.shots):
+        feed(tmp_path / "state", *shots)
+    assert told(tmp_path / "state") == told(scanned)
+
+
+def test_planted_defects_are_found(camera, scanned):
+    """The way from the file to the answer keeps positions: no defect is where none was planted."""
+    planted = {(d.x, d.y) for d in camera.sensor.defects}
+    (sensor,) = told(scanned)["defects"]["sensors"]
+    stable = {(d["x"], d["y"]) for d in sensor["defects"] if d["state"] == "stable"}
+    assert stable
+    assert stable <= planted
+
+
+def test_outcomes_come_in_the_order_of_the_ledger(interleaved, tmp_path):
+    """Decoding runs ahead in parallel; folding does not, or a replay would end elsewhere."""
+    outcomes = feed(tmp_path / "state", *interleaved)
+    assert [o.path.name for o in outcomes] == [path.name for path in interleaved]
+    assert [o.path.name for o in outcomes] == [name for name, _, _ in rows(tmp_path / "state")]
+
+
+def test_interleaved_bodies_are_told_apart(camera, other_camera, interleaved, tmp_path):
+    """Each body's statistic is what it is when its shots come alone."""
+    feed(tmp_path / "both", *interleaved)
+    both = told(tmp_path / "both")["digests"]
+    for alone, shots in (("one", camera.shots[:6]), ("other", other_camera.shots)):
+        feed(tmp_path / alone, *shots)
+        ((id_, digest),) = told(tmp_path / alone)["digests"].items()
+        assert both.pop(id_) == digest
+    assert not both
+
+
+def test_raw_and_jpeg_of_one_body_are_two_sensors(pairs, tmp_path):
+    """Their samples are not comparable; only a JPEG beside its raw is left out."""
+    shutil.copytree(pairs.folder, tmp_path / "jpeg", ignore=shutil.ignore_patterns("*.dng"))
+    shutil.copytree(pairs.folder, tmp_path / "raw", ignore=shutil.ignore_patterns("*.jpg"))
+    feed(tmp_path / "state", tmp_path / "raw", tmp_path / "jpeg")
+    sensors = told(tmp_path / "state")["defects"]["sensors"]
+    assert sorted((s["samples"], s["serial"], s["frames"]) for s in sensors) == [
+        ("raw", "V0003", 6),
+        ("rendered", "V0003", 6),
+    ]
+
+
+def test_making_room_for_sensors_changes_nothing(interleaved, tmp_path, monkeypatch):
+    """A sensor that was saved and forgotten goes on as if it had stayed in memory."""
+    feed(tmp_path / "kept", *interleaved)
+    monkeypatch.setattr(monitor_module, "_RESIDENT_BYTES", 0)
+    feed(tmp_path / "evicted", *interleaved)
+    assert told(tmp_path / "evicted") == told(tmp_path / "kept")
+    assert newest(tmp_path / "evicted")[0].name > newest(tmp_path / "kept")[0].name
+
+
+def test_a_duplicate_under_another_name_is_folded_once(camera, tmp_path):
+    """Content is what counts: in one run, with its twin on the way, and in a later run."""
+    shot = camera.shots[0]
+    twin, late = tmp_path / "twin.dng", tmp_path / "late.dng"
+    shutil.copyfile(shot, twin)
+    shutil.copyfile(shot, late)
+    assert fates(feed(tmp_path / "state", shot, twin)) == [(twin.name, "known"), (shot.name, "folded")]
+    assert fates(feed(tmp_path / "state", late)) == [(late.name, "known")]
+    assert [name for name, _, _ in rows(tmp_path / "state")] == [shot.name]
+
+
+def test_a_companion_is_ledgered_and_not_folded(pairs, tmp_path):
+    """The JPEG shows the same samples again, processed: it is no new evidence."""
+    feed(tmp_path / "state", pairs.folder)
+    for name, verdict, reason in rows(tmp_path / "state"):
+        expected = ("folded", None) if name.endswith(".dng") else ("companion", f"companion of {name[:-4]}.dng")
+        assert (verdict, reason) == expected
+    assert [s["frames"] for s in told(tmp_path / "state")["defects"]["sensors"]] == [6]
+
+
+def test_a_companion_of_a_refused_raw_is_folded(pairs, tmp_path):
+    """Better a JPEG than nothing: in the run that refuses the raw, and in a later one."""
+    inbox = tmp_path / "inbox"
+    shutil.copytree(pairs.folder, inbox)
+    for raw in sorted(inbox.glob("*.dng"))[:2]:
+        raw.write_bytes(raw.read_bytes()[:5000] + raw.name.encode())
+    first, second = (find_shots([str(inbox)]).shots[i : i + 2] for i in (0, 2))
+    root = tmp_path / "state"
+    for shots in (first, second[:1], second[1:]):
+        with State(root) as state, Monitor(state) as monitor:
+            list(monitor.process(shots))
+            monitor.checkpoint()
+    assert [verdict for _, verdict, _ in rows(root)] == ["refused", "folded"] * 2
+
+
+def test_a_companion_keeps_its_verdict_when_the_process_dies_at_once(pairs, tmp_path, monkeypatch):
+    """Its verdict was once written after its acknowledgement: a power cut between them made a replay fold it."""
+    root = tmp_path / "state"
+    shots = find_shots([str(pairs.folder)]).shots[:2]
+
+    class PowerCut(Exception):
+        pass
+
+    receive = Ledger.receive
+
+    def receive_and_die(ledger, received):
+        seqs = receive(ledger, received)
+        if any(r.name.endswith(".jpg") for r in received):
+            # What was not committed by now is lost.
+            ledger._pending.clear()
+            ledger._db.close()
+            raise PowerCut
+        return seqs
+
+    with monkeypatch.context() as patched, State(root) as state, Monitor(state) as monitor:
+        patched.setattr(Ledger, "receive", receive_and_die)
+        patched.setattr(Ledger, "close", lambda ledger: None)
+        with pytest.raises(PowerCut):
+            list(monitor.process(shots))
+    feed(root, pairs.folder / shots[0].path.name)
+    assert [(name[-3:], verdict) for name, verdict, _ in rows(root)] == [("dng", "folded"), ("jpg", "companion")]
+
+
+def test_a_refused_shot_stays_refused_with_its_reason(camera, tmp_path):
+    """In a sentence, again when it is met again, and without harm to the others."""
+    broken = tmp_path / "broken.dng"
+    broken.write_bytes(camera.shots[0].read_bytes()[:7000])
+    first = feed(tmp_path / "state", camera.shots[0], broken, camera.shots[1])
+    again = feed(tmp_path / "state", broken)
+    assert [o.fate for o in first] == [Fate.FOLDED, Fate.REFUSED, Fate.FOLDED]
+    assert [o.fate for o in again] == [Fate.REFUSED]
+    assert again[0].reason == first[1].reason
+    assert "cut off" in str(first[1].reason) or "damaged" in str(first[1].reason)
+
+
+def test_a_file_that_cannot_be_read_is_no_shot(tmp_path, camera):
+    """It is not ledgered, so it is taken when it can be read."""
+    root, gone = tmp_path / "state", tmp_path / "gone.dng"
+    with State(root) as state, Monitor(state) as monitor:
+        outcomes = list(monitor.process([FoundShot(gone), FoundShot(camera.shots[0])]))
+    assert [o.fate for o in outcomes] == [Fate.UNREADABLE, Fate.FOLDED]
+    assert str(gone) in str(outcomes[0].reason)
+    shutil.copyfile(camera.shots[1], gone)
+    assert [(o.path.name, o.fate) for o in feed(root, gone)][-1] == (gone.name, Fate.FOLDED)
+
+
+def test_what_the_user_says_of_a_shot_outlives_a_replay(camera, tmp_path):
+    """The kind given is part of the shot's row."""
+    root = tmp_path / "state"
+    with State(root) as state, Monitor(state) as monitor:
+        list(monitor.process(find_shots([str(camera.folder)]).shots, ShotKind.DARK))
+    outcomes = feed(root)
+    assert len(outcomes) == 12
+    assert all(o.replayed and o.kind is ShotKind.DARK for o in outcomes)
+
+
+def test_a_stop_finishes_what_was_received_and_leaves_the_rest(camera, scanned, tmp_path):
+    """Nothing that was acknowledged is left half done; the next run does the rest."""
+    root = tmp_path / "state"
+    asked = itertools.count()
+    with State(root) as state, Monitor(state) as monitor:
+        done = list(monitor.process(find_shots([str(camera.folder)]).shots, stop=lambda: next(asked) >= 3))
+        monitor.checkpoint()
+    assert 3 <= len(done) < 12
+    assert [verdict for _, verdict, _ in rows(root)] == ["folded"] * len(done)
+    feed(root, camera.folder)
+    assert told(root) == told(scanned)
+
+
+def test_a_replay_that_is_stopped_goes_on_in_the_next_run(camera, scanned, tmp_path):
+    """A long replay must heed Ctrl-C too."""
+    root = tmp_path / "state"
+    with State(root) as state, Monitor(state) as monitor:
+        list(monitor.process(find_shots([str(camera.folder)]).shots))
+    asked = itertools.count()
+    with State(root) as state, Monitor(state) as monitor:
+        first = list(monitor.replay(lambda: next(asked) >= 5))
+        monitor.checkpoint()
+    assert len(first) == 5
+    assert len(feed(root)) == 7
+    assert told(root) == told(scanned)
+
+
+@pytest.mark.parametrize("harm", ["delete", "corrupt", "cut"])
+def test_a_replay_makes_up_for_a_lost_generation(camera, scanned, tmp_path, harm):
+    """The older generation and the spool together hold everything."""
+    root = tmp_path / "state"
+    for shots in (camera.shots[:4], camera.shots[4:8], camera.shots[8:]):
+        feed(root, *shots)
+    (lost,) = newest(root)
+    if harm == "delete":
+        lost.unlink()
+    else:
+        content = bytearray(lost.read_bytes())
+        content[len(content) // 2] ^= 4
+        lost.write_bytes(content if harm == "corrupt" else content[:-100])
+    outcomes = feed(root)
+    assert [o.path.name for o in outcomes] == [shot.name for shot in camera.shots[8:]]
+    assert all(o.replayed and o.fate is Fate.FOLDED for o in outcomes)
+    assert told(root) == told(scanned)
+
+
+def test_a_replay_of_all_sensors_makes_up_for_all_newest_generations(interleaved, tmp_path):
+    """Each sensor from what its own older generation covers on."""
+    for root in (tmp_path / "undisturbed", tmp_path / "harmed"):
+        feed(root, *interleaved[:4])
+        feed(root, *interleaved[4:7])
+    for path in newest(tmp_path / "harmed"):
+        path.unlink()
+    feed(tmp_path / "harmed")
+    for root in (tmp_path / "undisturbed", tmp_path / "harmed"):
+        feed(root, *interleaved)
+    assert told(tmp_path / "harmed") == told(tmp_path / "undisturbed")
+
+
+def test_damage_that_was_worked_around_is_told(camera, tmp_path):
+    """In a sentence that names the file."""
+    root = tmp_path / "state"
+    feed(root, *camera.shots[:2])
+    feed(root, *camera.shots[2:4])
+    (lost,) = newest(root)
+    lost.write_bytes(lost.read_bytes()[:-1])
+    with State(root) as state, Monitor(state) as monitor:
+        list(monitor.replay())
+        assert any(str(lost) in warning for warning in monitor.warnings)
+
+
+def test_the_spool_keeps_what_the_older_generation_does_not_cover(camera, tmp_path):
+    """And nothing else: a checkpoint drops what no replay can ask for, refused shots and companions too."""
+    root = tmp_path / "state"
+    broken = tmp_path / "broken.dng"
+    broken.write_bytes(b"II*\0")
+    kept = []
+    for shots in (camera.shots[:4], camera.shots[4:9], [*camera.shots[9:], broken], [camera.shots[0]]):
+        feed(root, *shots)
+        kept.append(spooled(root))
+    assert kept == [4, 5, 3, 3]
+
+
+def test_a_shot_that_is_gone_at_replay_is_named_and_only_that_one_is_lost(camera, tmp_path):
+    """Its copy in the spool was deleted, and the original was too."""
+    root, inbox = tmp_path / "state", tmp_path / "inbox"
+    shutil.copytree(camera.folder, inbox)
+    with State(root) as state, Monitor(state) as monitor:
+        list(monitor.process(find_shots([str(inbox)]).shots))
+        gone = sorted(inbox.iterdir())[5]
+        state.spool.path(state.spool.hash_file(gone)).unlink()
+    gone.unlink()
+    outcomes = feed(root)
+    (refused,) = (o for o in outcomes if o.fate is not Fate.FOLDED)
+    assert refused.path.name == gone.name
+    assert refused.fate is Fate.REFUSED
+    assert "spool" in str(refused.reason)
+    assert len(outcomes) == 12
+    others = [shot for shot in camera.shots if shot.name != gone.name]
+    feed(tmp_path / "others", *others)
+    assert told(root)["digests"] == told(tmp_path / "others")["digests"]
+
+
+def test_the_original_is_used_where_the_spool_lost_its_copy(camera, scanned, tmp_path):
+    """As long as it still has the content that was received."""
+    root = tmp_path / "state"
+    with State(root) as state, Monitor(state) as monitor:
+        list(monitor.process(find_shots([str(camera.folder)]).shots))
+        for path in (root / "spool").iterdir():
+            path.unlink()
+    feed(root)
+    assert told(root) == told(scanned)
+
+
+def test_an_original_that_was_edited_in_place_is_not_folded(camera, tmp_path):
+    """The spool's link shows the edit too; neither has the content that was acknowledged."""
+    root, inbox = tmp_path / "state", tmp_path / "inbox"
+    shutil.copytree(camera.folder, inbox)
+    with State(root) as state, Monitor(state) as monitor:
+        list(monitor.process(find_shots([str(inbox)]).shots))
+    edited = sorted(inbox.iterdir())[0]
+    with edited.open("r+b") as file:
+        file.seek(-100, 2)
+        file.write(b"edited")
+    outcomes = feed(root)
+    assert [o.path.name for o in outcomes if o.fate is Fate.REFUSED] == [edited.name]
+
+
+def test_a_checkpoint_is_written_when_it_is_due(camera, tmp_path, monkeypatch):
+    """After a time, by the clock handed in, and after a number of shots."""
+    now = itertools.count(step=40)
+    with State(tmp_path / "timed") as state, Monitor(state, clock=lambda: float(next(now))) as monitor:
+        list(monitor.process(find_shots([str(camera.folder)]).shots))
+    assert int(newest(tmp_path / "timed")[0].stem[4:]) >= 3
+    monkeypatch.setattr(monitor_module, "_CHECKPOINT_AFTER_SHOTS", 5)
+    with State(tmp_path / "counted") as state, Monitor(state) as monitor:
+        list(monitor.process(find_shots([str(camera.folder)]).shots))
+    assert newest(tmp_path / "counted")[0].name == "gen-00000002.hpx"
+
+
+def test_nothing_new_writes_no_generation(scanned, camera, tmp_path):
+    """A scan of known shots costs no more than looking at them."""
+    root = tmp_path / "state"
+    feed(root, *camera.shots[:3])
+    before = newest(root)
+    feed(root, *camera.shots[:3])
+    assert newest(root) == before

@@ -13,6 +13,7 @@ from hotpixd.core.accumulator import EachSlab
 from hotpixd.core.frame import SampleKind, SensorIdentity, SensorLayout
 from hotpixd.core.sensor import DetectionSettings, Sensor
 from hotpixd.store import checkpoint
+from hotpixd.store.durable import StateError
 from hotpixd.store.state import State
 
 
@@ -81,7 +82,14 @@ def load(
     damage = tuple(str(error) for error in skipped)
     if generation is None:
         return Kept(id_, sensor, 0, 0, None, 0, damage)
-    sensor.restore(generation.header["sensor"], generation.arrays)
+    try:
+        sensor.restore(generation.header["sensor"], generation.arrays)
+    except (KeyError, TypeError, ValueError) as error:
+        # Its digest is right, so it was written so.
+        raise StateError(
+            f"Generation {generation.number} in {folder} is of another version of hotpixd: {error}. Use that version,"
+            " or scan the shots into a new state."
+        ) from error
     covers = int(generation.header["covers"])
     return Kept(id_, sensor, generation.number, covers, _older_cover(state, id_, generation.number), covers, damage)
 

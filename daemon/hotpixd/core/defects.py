@@ -93,13 +93,13 @@ class Suspects:
 def noise_of(frame: Frame, layout: SensorLayout) -> NDArray[np.float64]:
     """Return the robust single-frame noise of each plane, (P,) ADU.
 
-    From differences of neighbours of a plane, in up to 96 rows: 1.4826 median |d| / sqrt 2. The median looks past
+    From differences of neighbours of a plane, in up to 48 rows: 1.4826 median |d| / sqrt 2. The median looks past
     edges and details, so this is the noise of the smooth parts.
     """
     noise = np.empty(layout.plane_count)
     for p in range(layout.plane_count):
         plane = layout.plane(frame.samples, p)
-        rows = plane[:: max(1, plane.shape[0] // 96), :4096].astype(np.int32)
+        rows = plane[:: max(1, plane.shape[0] // 48), :1024].astype(np.int32)
         noise[p] = 1.4826 / np.sqrt(2) * np.median(np.abs(np.diff(rows, axis=1)))
     return np.maximum(noise, QUANTISATION_ADU)
 

@@ -179,12 +179,16 @@ class NullRates:
         return float(self.outstanding[witness]), float(self.extreme[witness])
 
 
+_COMPARED = 6_000_000
+"""Samples enough to see whether a scene stands still; of larger sensors every second, third, ... band of rows is."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Pattern:
     """What the gate remembers of a counted light frame."""
 
     bits: NDArray[np.uint64]
-    """One bit per sample: was extreme."""
+    """One bit per sample of the rows compared: was extreme."""
 
     rates: NDArray[np.float64]
     """(PHASE_ROWS, PHASE_COLS) share of extremes by position in the grid."""
@@ -202,6 +206,9 @@ class SceneGate:
     def __init__(self, layout: SensorLayout, depth: int) -> None:
         self._patterns: deque[_Pattern] = deque(maxlen=depth)
         self._samples_per_phase = _samples_per_phase(layout)
+        bands = np.arange(layout.height) // kernels.PHASE_ROWS
+        self._rows = np.flatnonzero(bands % max(1, layout.size // _COMPARED) == 0)
+        self._share = len(self._rows) / layout.height
 
     def lift(self, frame: FrameEvents) -> float | None:
         """Return the largest lift against the frames remembered; None if there are none."""
@@ -210,15 +217,14 @@ class SceneGate:
 
     def remember(self, frame: FrameEvents) -> None:
         """Keep a counted light frame's extremes; the oldest one goes."""
-        pattern = self._pattern(frame)
-        self._patterns.append(_Pattern(pattern.bits.copy(), pattern.rates))
+        self._patterns.append(self._pattern(frame))
 
     def _pattern(self, frame: FrameEvents) -> _Pattern:
         rates = frame.phases / self._samples_per_phase
-        return _Pattern(_as_words(frame.pattern_bits), rates)
+        return _Pattern(_as_words(frame.pattern_bits[self._rows]), rates)
 
     def _lift(self, a: _Pattern, b: _Pattern) -> float:
-        expected = float((a.rates * b.rates * self._samples_per_phase).sum())
+        expected = float((a.rates * b.rates * self._samples_per_phase).sum()) * self._share
         # Fewer than a handful expected: a chance meeting must not look like a pattern.
         return int(kernels.overlap(a.bits, b.bits)) / max(expected, 25.0)
 

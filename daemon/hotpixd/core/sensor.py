@@ -122,6 +122,9 @@ _RECOVERED_AT = 13.0
 _RESTUDY = 8
 """Counted frames between two looks at the kinds of all tracks."""
 
+_AROUND_ROWS, _AROUND_PIXELS = 16, 32
+"""Reach of the surroundings in which the null rate of outstanding is measured once more: 33x65 pixels."""
+
 _ADJACENT = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx)
 
 _STANDS_OUT = 2.0
@@ -315,6 +318,7 @@ class Sensor:
         # Too small to matter, and there is no use in a map of it: dust, a sample of 2 % less response.
         slight = (rows["kind"][rising] == Kind.DIM) & (rows["strength"][rising] < self.settings.floor_sigma)
         rising = rising[~slight & ~self._is_no_defect(rising)]
+        rising = rising[self._log_e_here(rising) >= self.threshold]
         rows["status"][rising] = Status.STABLE
         rows["stable_seq"][rising] = seq
         rows["frames_to_stable"][rising] = self.accumulator.counted
@@ -393,6 +397,43 @@ class Sensor:
             same = rows["base_counted"] == base
             n = self.accumulator.counted - int(base)
             log_e[same] = evidence.combined_log_e(n, counts[:, same], self._rates)
+        return log_e
+
+    def _log_e_here(self, positions: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return ln e with the null rate of outstanding around each site, where that is larger than the sensor's.
+
+        A null rate is a mean over the frame. Where there is foliage below the sky in every frame, or glints in one
+        corner, healthy samples are outstanding more often than that.
+        """
+        rows = self._tracks.rows
+        ky, kx = np.divmod(rows["site"], self.layout.shape[1])
+        reach = _AROUND_PIXELS * self.layout.channels
+        smear = _MERGED_WITHIN * self.layout.channels
+        log_e = np.empty(len(positions))
+        for i, row in enumerate(rows[positions]):
+            y, x = divmod(int(row["site"]), self.layout.shape[1])
+            top, left = max(y - _AROUND_ROWS, 0), max(x - reach, 0)
+            high, low = (
+                self.accumulator.counts[name][top : y + _AROUND_ROWS + 1, left : x + reach + 1].astype(np.int64)
+                for name in ("high_outstanding", "low_outstanding")
+            )
+            # Defects, and what they light around them, are not the scene's.
+            dy, dx = ky - top, kx - left
+            inside = (dy >= 0) & (dx >= 0) & (dy < high.shape[0]) & (dx < high.shape[1])
+            for a, b in zip(dy[inside], dx[inside], strict=True):
+                near = (
+                    slice(max(a - _MERGED_WITHIN, 0), a + _MERGED_WITHIN + 1),
+                    slice(max(b - smear, 0), b + smear + 1),
+                )
+                high[near] = low[near] = 0
+            events = np.array([high.sum(), low.sum(), high.sum() + low.sum()], np.float64)
+            # What is surely there: an edge in one of a few frames is no rate.
+            sure = np.maximum(events - 3 * np.sqrt(events), 0.0)
+            here = sure / (self.accumulator.counted * high.size)
+            rates = evidence.NullRates(self._rates.extreme, np.maximum(self._rates.outstanding, here))
+            counts = self.accumulator.counts_at(row["site"][None]) - row["base"][:, None]
+            n = self.accumulator.counted - int(row["base_counted"])
+            log_e[i] = evidence.combined_log_e(n, counts, rates)[0]
         return log_e
 
     def _classify(self, tracks: Tracks) -> None:

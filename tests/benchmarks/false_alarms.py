@@ -93,10 +93,9 @@ def main() -> None:
     samples = "rendered" if given.rendered else "raw"
     listed = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none"
     out = sys.stdout.write
-    out(
-        "| samples | scene | PRNU | sensors | frames (counted) | false ones | sensors with any | with any not warm | bound (alpha) |\n"
-    )
-    out("| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n")
+    heads = ("samples", "scene", "PRNU", "sensors", "frames (counted)", "false ones")
+    heads += ("sensors with any", "with any not warm", "bound (alpha)")
+    out(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}\n")
     out(
         f"| {samples} | {given.scene} | {given.prnu:.1%} | {given.sensors} | {given.frames} ({counted:.0f}) "
         f"| {kinds.total()} ({listed}) | {wrong / given.sensors:.1%} | {alerted / given.sensors:.1%} "

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,12 @@ def environment(**changes: str) -> dict[str, str]:
     return {**plain, "PYTHONPATH": str(Path(hotpixd.__file__).parents[1]), **changes}
 
 
-def run(*arguments: object, env: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: object, env: dict[str, str] | None = None, prefix: Sequence[str] = (), **options: Any
+) -> subprocess.CompletedProcess[str]:
     """Run the command to its end and return what it said; never with a traceback."""
     done = subprocess.run(
-        [*HOTPIXD, *map(str, arguments)],
+        [*prefix, *HOTPIXD, *map(str, arguments)],
         env=env or environment(),
         text=True,
         errors="surrogateescape",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import logging
 import os
@@ -12,13 +14,15 @@ from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
 from hotpixd import __version__
 
 if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
     from hotpixd.store.state import State
 
 DONE, SHOTS_REFUSED, WRONG_USE, STATE_UNUSABLE = 0, 1, 2, 3
@@ -68,25 +72,71 @@ class SceneOption(StrEnum):
 
 def main() -> None:
     """Run the command line; every foreseeable fault ends in a sentence and an exit code."""
+    _prepare_streams()
     from hotpixd.store.durable import StateError
 
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
     _prepare_cache()
     try:
-        app()
+        try:
+            app()
+        finally:
+            # Here, not when the interpreter ends: then it could only complain.
+            sys.stdout.flush()
     except StateError as error:
         _fail(str(error), STATE_UNUSABLE)
-    except BrokenPipeError:
-        # The reader of our output has gone (| head): nothing to say to anyone.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(DONE)
     except OSError as error:
-        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", STATE_UNUSABLE)
+        _fail(_words(error), STATE_UNUSABLE)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"hotpixd: {message}", file=sys.stderr)
+    from hotpixd.views.text import printable
+
+    print(f"hotpixd: {printable(message)}", file=sys.stderr)
     sys.exit(code)
+
+
+def _words(error: OSError) -> str:
+    return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+
+
+class _Out(io.FileIO):
+    """A standard stream whose writes never fail: if its reader has gone (| head) or its disk is full, say nothing.
+
+    What was done is told by the exit code, which such a failure must not change.
+    """
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return memoryview(data).nbytes
+
+
+def _prepare_streams() -> None:
+    """Make the standard streams take every text, whether or not someone is there to read it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Closed by our caller. A file of ours must not get its number, or messages would be written into it.
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = _text_stream(1, sys.stdout)
+    sys.stderr = _text_stream(2, sys.stderr)
+
+
+def _text_stream(number: int, before: TextIO | None) -> TextIO:
+    out = _Out(number, "w", closefd=False)
+    encoding = "utf-8" if before is None else before.encoding
+    # Not strict: a name in Chinese must not end a scan where the terminal speaks Latin.
+    return io.TextIOWrapper(
+        io.BufferedWriter(out), encoding, errors="backslashreplace", line_buffering=number == 2 or out.isatty()
+    )
 
 
 def _prepare_cache() -> None:
@@ -203,9 +253,12 @@ def simulate(
         sensor = VirtualSensor(width, height, hot=hot, stuck=stuck, dead=dead, unstable=unstable, seed=seed)
     except ValueError as error:
         _fail(str(error), WRONG_USE)
-    with progress("shot", frames) as advance:
-        for _ in write_series(out, sensor, frames, kind.value, file_format.value, exposure_s=exposure, iso=iso):
-            advance("")
+    try:
+        with progress("shot", frames) as advance:
+            for _ in write_series(out, sensor, frames, kind.value, file_format.value, exposure_s=exposure, iso=iso):
+                advance("")
+    except (OSError, ValueError) as error:
+        _fail(_words(error) if isinstance(error, OSError) else str(error), WRONG_USE)
     print(f"{frames} shots and truth.json with {len(sensor.defects)} defects are in {out}")
 
 
@@ -242,6 +295,9 @@ class _Stop:
     def ask(self, number: int, _frame: FrameType | None) -> None:
         if self.asked:
             # Safe at any moment: what was received is in the spool and the ledger.
+            if sys.stderr.isatty():
+                # The progress bar has hidden the cursor.
+                os.write(2, b"\x1b[?25h\n")
             os._exit(128 + number)
         self.asked = True
 

@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +16,7 @@ from hotpixd.intake.files import find_shots
 from hotpixd.monitor import Fate, Monitor, Outcome
 from hotpixd.store.state import State
 from hotpixd.views import answers, tables
+from hotpixd.views.text import printable
 
 _REFUSALS_SHOWN = 20
 _DEFECTS_SHOWN = 20
@@ -35,17 +35,17 @@ def run_scan(state: State, wanted: list[str], kind: str | None, stop: Callable[[
     listing = find_shots(wanted)
     if listing.missing:
         for text in listing.missing:
-            console.print(f"hotpixd: nothing is at {escape(text)}", soft_wrap=True)
+            _say(console, f"nothing is at {text}")
         return 2
     for folder, reason in listing.unreadable:
-        console.print(f"hotpixd: {escape(str(folder))} cannot be listed: {escape(reason)}", soft_wrap=True)
+        _say(console, f"{folder} cannot be listed: {reason}")
     if not listing.shots:
-        console.print("hotpixd: there are no pictures in " + escape(", ".join(wanted)), soft_wrap=True)
+        _say(console, "there are no pictures in " + ", ".join(wanted))
         return 1 if listing.unreadable else 2
     outcomes: list[Outcome] = []
     changes: Counter[str] = Counter()
     with Monitor(state) as monitor:
-        _replay(monitor, console)
+        _replay(monitor, console, stop)
         total = len(listing.shots)
         with progress("shot", total) as advance:
             for outcome in monitor.process(listing.shots, None if kind is None else ShotKind(kind), stop):
@@ -57,7 +57,7 @@ def run_scan(state: State, wanted: list[str], kind: str | None, stop: Callable[[
         monitor.checkpoint()
         warnings = list(monitor.warnings)
     for warning in warnings:
-        console.print(f"hotpixd: {escape(warning)}", soft_wrap=True)
+        _say(console, warning)
     left = total - len(outcomes)
     _print_fates(outcomes, left)
     tables.print_defects(answers.defects(state), most=_DEFECTS_SHOWN, not_counted=answers.reasons_not_counted(state))
@@ -94,8 +94,14 @@ def progress(unit: str, total: int) -> Iterator[Callable[[str], None]]:
         yield advance
 
 
-def _replay(monitor: Monitor, console: Console) -> None:
-    count = sum(1 for _ in monitor.replay())
+def _say(console: Console, sentence: str) -> None:
+    console.print(f"hotpixd: {escape(printable(sentence))}", soft_wrap=True)
+
+
+def _replay(monitor: Monitor, console: Console, stop: Callable[[], bool]) -> None:
+    count = 0
+    for _ in monitor.replay(stop):
+        count += 1
     if count:
         console.print(f"Took up {count} shots from where the last run was interrupted.")
 
@@ -114,11 +120,6 @@ def _print_fates(outcomes: list[Outcome], left: int) -> None:
         words.append(f"{left} left")
     print(", ".join(words) + ".")
     for outcome in refused[:_REFUSALS_SHOWN]:
-        print(f"  refused {_shown(outcome.path)}: {outcome.reason}")
+        print(f"  refused {printable(outcome.path.name)}: {printable(outcome.reason or '')}")
     if len(refused) > _REFUSALS_SHOWN:
         print(f"  ... and {len(refused) - _REFUSALS_SHOWN} more; `hotpixd status` lists them all")
-
-
-def _shown(path: Path) -> str:
-    """A file's name as a terminal can take it: no control characters, no broken UTF-8."""
-    return path.name.encode("utf-8", "backslashreplace").decode().encode("unicode_escape").decode()

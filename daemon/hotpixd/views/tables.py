@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hotpixd.views.text import printable
+
 Answer = Mapping[str, Any]
 
 
@@ -65,7 +67,7 @@ def print_defects(
 def print_status(answer: Answer) -> None:
     """Print the answer of `answers.status`."""
     console = _console()
-    console.print(f"State in {escape(answer['state'])}")
+    console.print(f"State in {escape(printable(answer['state']))}", soft_wrap=True)
     shots = answer["shots"]
     console.print(", ".join(f"{n} {word}" for word, n in shots.items() if n) or "No shot yet.")
     for sensor in answer["sensors"]:
@@ -75,11 +77,12 @@ def print_status(answer: Answer) -> None:
             console.print(f"  {count} {_plural(count, 'frame')} not counted: {escape(reason)}")
         last = sensor["last_shot"]
         if last:
-            console.print(f"  last shot {escape(ascii(last['name'])[1:-1])}: {escape(_settings(last))}")
+            console.print(f"  last shot {escape(printable(last['name']))}: {escape(_settings(last))}")
     if answer["refused"]:
         console.print("\nRefused:")
         for shot in answer["refused"]:
-            console.print(f"  {escape(ascii(shot['name'])[1:-1])}: {escape(shot['reason'] or '')}", soft_wrap=True)
+            words = printable(f"{shot['name']}: {shot['reason'] or ''}")
+            console.print(f"  {escape(words)}", soft_wrap=True)
 
 
 def print_least_variance(answer: Answer) -> None:
@@ -105,7 +108,7 @@ def print_verify(answer: Answer) -> None:
     if answer["waiting"]:
         console.print(f"{answer['waiting']} shots were received but not folded; the next run folds them.")
     for problem in answer["problems"]:
-        console.print(f"[bold red]damaged[/bold red] {escape(problem)}", soft_wrap=True)
+        console.print(f"[bold red]damaged[/bold red] {escape(printable(problem))}", soft_wrap=True)
     if answer["ok"]:
         console.print("Everything that was written can be believed.")
 
@@ -120,7 +123,7 @@ def _name(sensor: Answer) -> str:
     words = [model] if make and model and model.lower().startswith(make.lower().split()[0]) else [make, model]
     named = " ".join(word for word in words if word) or "Unknown camera"
     serial = f"serial {sensor['serial']}" if sensor["serial"] else "no serial number"
-    return f"{named}, {serial}, {sensor['width']}x{sensor['height']} {sensor['samples']}"
+    return printable(f"{named}, {serial}, {sensor['width']}x{sensor['height']} {sensor['samples']}")
 
 
 def _frames(sensor: Answer) -> str:

@@ -1,0 +1,612 @@
+"""The command as a user starts it: answers, exit codes, and what it does when the world around it is broken."""
+
+from __future__ import annotations
+
+import ast
+import fcntl
+import json
+import os
+import pty
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from conftest import HOTPIXD, Camera, environment, feed, run, told
+from hotpixd import __version__
+from hotpixd.cli import app
+from hotpixd.store.checkpoint import generations
+
+HEAVY = {"numpy", "numba", "rawpy", "PIL", "astropy", "tifffile", "exifread"}
+
+NUMBER = (int, float)
+NULL = type(None)
+
+SENSOR = {
+    "id": str, "make": (str, NULL), "model": (str, NULL), "serial": (str, NULL), "samples": str, "width": int,
+    "height": int, "colours": str, "frames": int, "frames_counted": int,
+}  # fmt: skip
+WITH_TALLY = {**SENSOR, "frames_waiting": int}
+DEFECT = {
+    "x": int, "y": int, "colour": str, "kind": str, "state": str, "certainty": NUMBER, "log_e": NUMBER,
+    "excess_adu": (int, float, NULL), "excess_sigma": (int, float, NULL),
+    "dark_current_adu_per_s": (int, float, NULL), "dark_current_iso": (int, float, NULL),
+    "share_on": (int, float, NULL), "level_adu": (int, float, NULL), "first_seen": (str, NULL),
+    "stable_since": (str, NULL), "frames_to_stable": (int, NULL),
+}  # fmt: skip
+LEAST = {"x": int, "y": int, "channel": int, "colour": str, "m2": NUMBER, "mean": NUMBER}
+SHOT = {
+    "name": str, "received_at": str, "taken_at": (str, NULL), "verdict": str, "kind": (str, NULL),
+    "exposure_s": (int, float, NULL), "iso": (int, float, NULL), "sensor_temp_c": (int, float, NULL),
+}  # fmt: skip
+TALLY = {"received": int, "folded": int, "counted": int, "refused": int, "companion": int}
+REFUSED = {"name": str, "path": str, "reason": str}
+
+
+def has_shape(value: Any, shape: Any) -> bool:
+    """Tell whether a JSON value has the keys and types of a shape; every item of a list has the one of its item."""
+    if isinstance(shape, dict):
+        return (
+            isinstance(value, dict)
+            and value.keys() == shape.keys()
+            and all(has_shape(value[key], part) for key, part in shape.items())
+        )
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(has_shape(item, shape[0]) for item in value)
+    # True is an int to Python, not to a reader of JSON.
+    return isinstance(value, shape) and (isinstance(value, bool) == (shape is bool))
+
+
+def invoke(*arguments: object) -> Any:
+    """Run a command in this process, which is quicker; its JSON if it was asked for."""
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return json.loads(result.stdout) if "--json" in arguments else result
+
+
+def harmed(scanned: Path, root: Path) -> Path:
+    """Return a copy of a state, to do harm to."""
+    shutil.copytree(scanned, root)
+    return root
+
+
+@pytest.fixture
+def broken(tmp_path: Path, camera: Camera) -> Path:
+    path = tmp_path / "broken.dng"
+    path.write_bytes(camera.shots[0].read_bytes()[:9000])
+    return path
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 12 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = os.geteuid() == 0 and shutil.which("mount")
+    if (
+        not mounted
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder], check=False).returncode
+    ):
+        pytest.skip("only root can mount a small disk, and not in every container")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture
+def like_everyone() -> list[str]:
+    """What to put before a command so that it has no more rights than the files give, also if root runs the tests."""
+    if os.geteuid() != 0:
+        return []
+    prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    if not shutil.which("setpriv") or subprocess.run([*prefix, "true"], check=False).returncode:
+        pytest.skip("root may open everything, and there is no setpriv to give that up")
+    return prefix
+
+
+# --- answers
+
+
+def test_the_shape_check_can_fail():
+    """Negative control of the helper that the JSON tests stand on."""
+    assert has_shape({"a": [1], "b": None}, {"a": [int], "b": (str, NULL)})
+    assert not has_shape({"a": [1, "x"]}, {"a": [int]})
+    assert not has_shape({"a": 1, "b": 2}, {"a": int})
+    assert not has_shape({}, {"a": int})
+    assert not has_shape({"a": True}, {"a": int})
+
+
+@pytest.mark.parametrize(
+    ("question", "sensor", "rest"),
+    [
+        (["defects"], {**WITH_TALLY, "defects": [DEFECT]}, {}),
+        (["defects", "--all"], {**WITH_TALLY, "defects": [DEFECT]}, {}),
+        (["least-variance", "-k", 7], {**WITH_TALLY, "least": [LEAST]}, {}),
+        (["verify"], {**SENSOR, "digest": str}, {"ok": bool, "waiting": int, "problems": [str]}),
+        (
+            ["status"],
+            {**WITH_TALLY, "stable": int, "candidate": int, "recovered": int, "not_counted": dict, "last_shot": SHOT},
+            {"state": str, "shots": TALLY, "refused": [REFUSED], "last_shot": SHOT, "sources": list, "alerts": list},
+        ),
+    ],
+)
+def test_the_json_of_every_question_has_the_keys_and_types_of_the_contract(question, sensor, rest, scanned):
+    """Other programs read it; exactly these keys, so that one that comes or goes is noticed here."""
+    answer = invoke(*question, "--json", "--state", scanned)
+    assert len(answer["sensors"]) == 1
+    assert has_shape(answer, {"sensors": [sensor], **rest})
+
+
+def test_a_state_without_shots_answers_every_question(tmp_path, broken):
+    """With no sensors, not with a fault."""
+    assert invoke("scan", broken, "--state", tmp_path / "state").exit_code == 1
+    for question in ("status", "defects", "least-variance", "verify"):
+        assert invoke(question, "--json", "--state", tmp_path / "state")["sensors"] == []
+        assert invoke(question, "--state", tmp_path / "state").exit_code == 0
+
+
+def test_the_values_of_a_defect_are_in_range(scanned, camera):
+    """Positions inside the frame, certainty at most 1, moments as ISO 8601 in UTC, only stable ones without --all."""
+    (sensor,) = invoke("defects", "--json", "--state", scanned)["sensors"]
+    assert (sensor["make"], sensor["model"], sensor["serial"]) == ("Hotpixd", "Virtual Camera", "V0001")
+    assert (sensor["width"], sensor["height"], sensor["samples"], sensor["frames"]) == (200, 150, "raw", 12)
+    assert sensor["defects"]
+    for defect in sensor["defects"]:
+        assert 0 <= defect["x"] < 200
+        assert 0 <= defect["y"] < 150
+        assert defect["state"] == "stable"
+        assert defect["certainty"] == 1.0
+        assert re.fullmatch(r"2025-06-01T\d\d:\d\d:\d\dZ", defect["stable_since"])
+        assert defect["first_seen"] <= defect["stable_since"]
+        assert 4 <= defect["frames_to_stable"] <= 12
+    places = [(d["y"], d["x"]) for d in sensor["defects"]]
+    assert places == sorted(places)
+
+
+def test_every_question_has_an_answer_for_people(scanned, broken, tmp_path):
+    """Names, counts and reasons in words and tables."""
+    root = harmed(scanned, tmp_path / "state")
+    feed(root, broken)
+    said = {q: invoke(q, "--state", root).stdout for q in ("status", "defects", "least-variance", "verify")}
+    assert all("Hotpixd Virtual Camera, serial V0001, 200x150 raw" in text for text in said.values())
+    assert "broken.dng: " in said["status"]
+    assert "12 folded" in said["status"]
+    assert re.search(r"x +y +kind +state", said["defects"])
+    assert "M2" in said["least-variance"]
+    assert "can be believed" in said["verify"]
+
+
+def test_least_variance_is_what_the_textbook_says(tmp_path):
+    """Welford over the decoded pictures, ties by position: the same sites, in the same order, with the same sums."""
+    shots = tmp_path / "shots"
+    done = run("simulate", shots, "--format", "jpg", "--frames", 7, "--width", 120, "--height", 80, "--stuck", 4,
+               "--hot", 3, "--dead", 3)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    mean = m2 = np.zeros((80, 120, 3))
+    for n, path in enumerate(sorted(shots.glob("*.jpg")), start=1):
+        with Image.open(path) as picture:
+            samples = np.asarray(picture, dtype=np.float64)
+        delta = samples - mean
+        mean = mean + delta / n
+        m2 = m2 + delta * (samples - mean)
+    # Welford's rounding must not decide between equal ones: all M2 here are multiples of 1/7.
+    order = np.argsort(np.round(m2.ravel(), 6), kind="stable")[:10]
+    state = tmp_path / "state"
+    assert run("scan", shots, "--state", state).returncode == 0
+    answer = json.loads(run("least-variance", "-k", 10, "--json", "--state", state).stdout)
+    (sensor,) = answer["sensors"]
+    y, x, channel = np.unravel_index(order, m2.shape)
+    assert [(s["y"], s["x"], s["channel"]) for s in sensor["least"]] == list(zip(y, x, channel, strict=True))
+    assert [s["colour"] for s in sensor["least"]] == ["RGB"[c] for c in channel]
+    assert np.allclose([s["m2"] for s in sensor["least"]], m2.ravel()[order], rtol=1e-9, atol=1e-6)
+    assert np.allclose([s["mean"] for s in sensor["least"]], mean.ravel()[order], rtol=1e-12)
+
+
+def test_simulate_writes_shots_and_the_truth(tmp_path):
+    """And the scan of them gives the sensor that the truth names."""
+    done = run("simulate", tmp_path / "shots", "--frames", 2, "--width", 64, "--height", 48, "--hot", 2, "--stuck", 1,
+               "--dead", 1)  # fmt: skip
+    assert done.returncode == 0
+    truth = json.loads((tmp_path / "shots/truth.json").read_text())
+    assert len(truth["defects"]) == 4
+    assert invoke("scan", tmp_path / "shots", "--state", tmp_path / "state").exit_code == 0
+    (sensor,) = invoke("status", "--json", "--state", tmp_path / "state")["sensors"]
+    assert all(sensor[key] == truth[key] for key in ("make", "model", "serial", "width", "height"))
+
+
+# --- exit codes
+
+
+def test_0_when_all_is_done(camera, tmp_path):
+    """Also when all is known already."""
+    for words in ("2 shots folded", "2 known already"):
+        done = run("scan", *camera.shots[:2], "--state", tmp_path / "state")
+        assert done.returncode == 0
+        assert words in done.stdout
+
+
+def test_1_when_a_shot_is_refused(camera, broken, tmp_path):
+    """With its name and a sentence; the others are folded."""
+    done = run("scan", broken, camera.shots[0], "--state", tmp_path / "state")
+    assert done.returncode == 1
+    assert "1 shots folded, 1 refused." in done.stdout
+    assert re.search(r"refused broken\.dng: \w+.* \w+", done.stdout)
+
+
+def test_1_when_a_folder_cannot_be_listed(camera, tmp_path, like_everyone):
+    """What could be seen is folded."""
+    inbox = tmp_path / "inbox"
+    (inbox / "shut").mkdir(parents=True)
+    shutil.copyfile(camera.shots[0], inbox / "a.dng")
+    (inbox / "shut").chmod(0)
+    done = run("scan", inbox, "--state", tmp_path / "state", prefix=like_everyone)
+    (inbox / "shut").chmod(0o755)
+    assert done.returncode == 1
+    assert "cannot be listed: Permission denied" in done.stderr
+    assert "1 shots folded." in done.stdout
+
+
+def test_1_when_a_file_cannot_be_read(camera, tmp_path, like_everyone):
+    """It is named; it can be scanned when it can be read."""
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    for shot in camera.shots[:2]:
+        shutil.copyfile(shot, inbox / shot.name)
+    (inbox / camera.shots[0].name).chmod(0)
+    done = run("scan", inbox, "--state", tmp_path / "state", prefix=like_everyone)
+    assert done.returncode == 1
+    assert "1 shots folded, 1 refused." in done.stdout
+    assert "cannot be opened: Permission denied" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["scan", "/nothing/is/here.dng"],
+        ["scan"],
+        ["scan", "--kind", "grey", "x"],
+        ["scan", "--unknown", "x"],
+        ["defects", "--unknown"],
+        ["unknown"],
+        ["least-variance", "-k", "0"],
+        ["least-variance", "-k", "ten"],
+        ["simulate", "OUT", "--frames", "0"],
+        ["simulate", "OUT", "--format", "gif"],
+    ],
+)
+def test_2_when_used_wrongly(arguments, tmp_path):
+    """An unknown command or option, a value that cannot be, a path to nothing."""
+    where = ["--state", tmp_path / "state"] if arguments[0] in ("scan", "defects", "least-variance") else []
+    assert invoke(*arguments, *where).exit_code == 2
+
+
+def test_2_says_which_path_leads_to_nothing(tmp_path):
+    """And an empty folder is no success either."""
+    done = run("scan", tmp_path / "gone", "--state", tmp_path / "state")
+    assert done.returncode == 2
+    assert str(tmp_path / "gone") in done.stderr
+    (tmp_path / "empty").mkdir()
+    done = run("scan", tmp_path / "empty", "--state", tmp_path / "state")
+    assert done.returncode == 2
+    assert "no pictures" in done.stderr
+
+
+def test_2_when_simulated_shots_cannot_be_written(tmp_path):
+    """Where they should go is the user's choice."""
+    (tmp_path / "file").write_text("")
+    done = run("simulate", tmp_path / "file" / "shots", "--frames", 1)
+    assert done.returncode == 2
+    assert str(tmp_path / "file") in done.stderr
+
+
+def test_3_when_there_is_no_state(tmp_path):
+    """Asking must not make one."""
+    done = run("defects", "--state", tmp_path / "state")
+    assert done.returncode == 3
+    assert "no state" in done.stderr
+    assert not (tmp_path / "state").exists()
+
+
+def test_3_when_the_ledger_is_damaged(scanned, tmp_path, camera):
+    """For every command, in a sentence that names it."""
+    root = harmed(scanned, tmp_path / "state")
+    ledger = root / "ledger.sqlite"
+    ledger.write_bytes(b"not a database" + ledger.read_bytes()[14:])
+    for command in (["verify"], ["scan", camera.shots[0]]):
+        done = run(*command, "--state", root)
+        assert done.returncode == 3
+        assert str(ledger) in done.stderr
+        assert "damaged" in done.stderr
+
+
+def test_3_and_the_page_that_is_damaged_is_found_by_verify(scanned, tmp_path):
+    """Damage inside the ledger, which opening it does not show."""
+    root = harmed(scanned, tmp_path / "state")
+    ledger = root / "ledger.sqlite"
+    content = bytearray(ledger.read_bytes())
+    page = int.from_bytes(content[16:18], "big")
+    for start in range(3 * page, len(content), page):
+        content[start : start + 40] = b"\xff" * 40
+    ledger.write_bytes(content)
+    done = run("verify", "--state", root)
+    assert done.returncode == 3
+    assert str(ledger) in done.stdout + done.stderr
+
+
+def test_3_and_verify_names_the_damaged_generation(scanned, tmp_path):
+    """One bit is enough; JSON and text name the file."""
+    root = harmed(scanned, tmp_path / "state")
+    (path,) = generations(next((root / "sensors").iterdir()))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    done = run("verify", "--state", root)
+    assert done.returncode == 3
+    assert str(path) in done.stdout
+    answer = invoke("verify", "--json", "--state", root)
+    assert answer["ok"] is False
+    assert any(str(path) in problem for problem in answer["problems"])
+
+
+def test_3_when_ledger_and_generation_are_not_of_one_time(scanned, camera, tmp_path):
+    """A backup of one without the other holds frames that the ledger does not know."""
+    root = harmed(scanned, tmp_path / "state")
+    feed(tmp_path / "younger", *camera.shots[:5])
+    shutil.copyfile(tmp_path / "younger/ledger.sqlite", root / "ledger.sqlite")
+    answer = invoke("verify", "--json", "--state", root)
+    assert answer["ok"] is False
+    assert any("not of the same time" in problem for problem in answer["problems"])
+
+
+@pytest.mark.parametrize("where", ["/proc/nobody/state", "/dev/null", "/dev/null/state"])
+def test_3_when_the_state_cannot_be_made(where, camera):
+    """No folder, no permission, or something else in its place."""
+    done = run("scan", camera.shots[0], "--state", where)
+    assert done.returncode == 3
+    assert where in done.stderr
+
+
+def test_3_when_the_state_cannot_be_written(scanned, tmp_path, camera, like_everyone):
+    """Its folder, or one above it, is for reading only."""
+    root = harmed(scanned, tmp_path / "state")
+    root.chmod(0o500)
+    (root / "lock").chmod(0o400)
+    tmp_path.chmod(0o500)
+    try:
+        for where in (root, tmp_path / "new"):
+            done = run("scan", camera.shots[0], "--state", where, prefix=like_everyone)
+            assert done.returncode == 3
+            assert f"The state {where} cannot be used: [Errno 13] Permission denied" in done.stderr
+    finally:
+        tmp_path.chmod(0o700)
+        root.chmod(0o700)
+
+
+def test_3_when_the_home_cannot_be_written(camera, tmp_path):
+    """Neither the user's state nor the cache of kernels can be made there: a sentence; with --state all is well."""
+    nowhere = environment(HOME="/proc/nobody")
+    for name in ("NUMBA_CACHE_DIR", "XDG_STATE_HOME", "XDG_CACHE_HOME", "CACHE_DIRECTORY"):
+        nowhere.pop(name, None)
+    done = run("scan", camera.shots[0], env=nowhere)
+    assert done.returncode == 3
+    assert "/proc/nobody" in done.stderr
+    feed(tmp_path / "state", camera.shots[0])
+    assert run("defects", "--state", tmp_path / "state", env=nowhere).returncode == 0
+
+
+def test_3_when_the_disk_is_full_and_afterwards_all_goes_on(small_disk, camera, scanned):
+    """Nothing is lost, whenever it fills up: what was acknowledged is there, the rest is scanned again."""
+    root, ballast = small_disk / "state", small_disk / "ballast"
+    for left in (100, 400, 9000):
+        free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+        ballast.write_bytes(bytes(max(free - left * 1024, 0)))
+        done = run("scan", camera.folder, "--state", root)
+        assert done.returncode == (3 if left < 9000 else 0)
+        if done.returncode:
+            assert "No space left" in done.stderr
+        ballast.unlink()
+    assert told(root) == told(scanned)
+
+
+# --- the world around it
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_answer_at_once(option):
+    """Under 0.3 s of processor time in the best of a few runs: other processes must not decide a test."""
+    took = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = run(option)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+        assert done.returncode == 0
+        assert ("least-variance" if option == "--help" else __version__) in done.stdout
+    assert min(took) < 0.3
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["scan", "--help"], ["nonsense"]])
+def test_nothing_heavy_is_imported_for_help(arguments):
+    """Kernels, decoders and pictures come when they are used."""
+    code = (
+        "import sys\nfrom hotpixd.cli import main\n"
+        f"sys.argv = ['hotpixd', *{arguments!r}]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert not HEAVY & set(ast.literal_eval(done.stdout.splitlines()[-1]))
+
+
+def test_no_command_shows_the_commands():
+    """The first thing a new user does."""
+    done = run()
+    assert "scan" in done.stdout + done.stderr
+
+
+def shell(command: str, *values: object) -> subprocess.CompletedProcess[str]:
+    """Run a line of bash in which hotpixd is the command and $1, $2 ... are values; it tells the codes of its pipe."""
+    line = f'hotpixd() {{ {" ".join(HOTPIXD)} "$@"; }}\n{command}\necho "codes ${{PIPESTATUS[*]}}" >&2'
+    done = subprocess.run(
+        ["bash", "-c", line, "bash", *map(str, values)], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "Exception ignored" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ('hotpixd scan "$1" --state "$2" | head -1', 0),
+        ('hotpixd scan "$1" "$3" --state "$2" | true', 1),
+        ('hotpixd defects --json --state "$2" | head -c 1', 0),
+        ('hotpixd defects --all --state "$2" | true', 0),
+        ('hotpixd scan "$1" --state "$2" 2>&1 | true', 0),
+    ],
+)
+def test_a_reader_that_has_gone_changes_no_exit_code(command, code, scanned, camera, broken, tmp_path):
+    """`| head` once ended in 1, which says that shots were refused."""
+    root = harmed(scanned, tmp_path / "state")
+    done = shell(command, camera.folder, root, broken)
+    assert f"codes {code} " in done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-", ">/dev/full"])
+def test_closed_and_full_outputs_do_no_harm(closed, scanned, camera, tmp_path):
+    """What was found is in the state; nothing of ours may be opened under the number of a closed stream."""
+    root = tmp_path / "state"
+    done = shell(f'hotpixd scan "$1" --state "$2" {closed}', camera.folder, root)
+    assert "codes 0" in done.stderr
+    assert told(root) == told(scanned)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_of_few_letters_gets_escapes(encoding, camera, tmp_path):
+    """A name that it cannot show must not end the scan."""
+    named = tmp_path / "雪 größe.dng"
+    named.write_bytes(b"II*\0")
+    done = run("scan", named, "--state", tmp_path / "state", env=environment(PYTHONIOENCODING=encoding))
+    assert done.returncode == 1
+    assert "\\u96ea" in done.stdout
+
+
+def test_a_name_cannot_garble_the_terminal(tmp_path, camera):
+    """Escape codes and newlines in names of files, folders and cameras are shown as what they are, on every way out."""
+    evil = "\x1b]0;title\x07\x1b[2J\nroot# "
+    folder = tmp_path / f"folder{evil}"
+    folder.mkdir()
+    (folder / f"IMG_1{evil}.dng").write_bytes(b"II*\0")
+    (folder / "IMG_2[bold].dng").write_bytes(b"II*\0x")
+    camera.sensor.write_dng(folder / os.fsdecode(b"\xff.dng"), camera.sensor.shot(0, "dark"))
+    state = tmp_path / f"state{evil}"
+    said = [
+        run("scan", folder, "--state", state),
+        run("scan", tmp_path / f"gone{evil}", "--state", state),
+        run("scan", folder / f"*{evil}", "--state", state),
+        run("status", "--state", state),
+        run("defects", "--state", tmp_path / f"none{evil}"),
+    ]
+    for done in said:
+        assert "\x1b" not in done.stdout + done.stderr
+        assert "\x07" not in done.stdout + done.stderr
+        assert "\nroot#" not in done.stdout + done.stderr
+    assert "IMG_2[bold].dng" in said[0].stdout
+    assert "\\x1b" in said[0].stdout
+    assert "gone\\x1b" in said[1].stderr
+    assert "\\udcff.dng" in said[3].stdout
+    assert json.loads(run("status", "--json", "--state", state).stdout)["refused"][0]["name"] == f"IMG_1{evil}.dng"
+
+
+# --- on a terminal
+
+
+ESCAPE = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|\][^\x07]*\x07)")
+
+
+class Terminal:
+    """A command on a terminal of 80 columns and 24 rows."""
+
+    def __init__(self, *arguments: object, **changes: str) -> None:
+        self._keyboard, screen = pty.openpty()
+        fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        self.process = subprocess.Popen(
+            [*HOTPIXD, *map(str, arguments)],
+            stdin=screen,
+            stdout=screen,
+            stderr=screen,
+            env=environment(**{"TERM": "xterm-256color", **changes}),
+            start_new_session=True,
+        )
+        os.close(screen)
+        self.shown = ""
+
+    def read(self) -> bool:
+        """Read what comes next; False if nothing will."""
+        try:
+            data = os.read(self._keyboard, 65536)
+        except OSError:
+            return False
+        self.shown += data.decode()
+        return bool(data)
+
+    def finish(self) -> int:
+        """Read to the end; return the exit code."""
+        while self.read():
+            pass
+        os.close(self._keyboard)
+        return self.process.wait(30)
+
+    @property
+    def lines(self) -> list[str]:
+        """What was written between two returns or newlines, without escape codes."""
+        return re.split(r"[\r\n]+", ESCAPE.sub("", self.shown))
+
+
+def test_a_scan_on_a_terminal_shows_a_bar_and_then_tables_that_fit(camera, tmp_path):
+    """Shots per second while it runs; afterwards nothing is cut or wrapped at 80 columns."""
+    terminal = Terminal("scan", camera.folder, "--state", tmp_path / "state")
+    assert terminal.finish() == 0
+    assert re.search(r"\d+/12 +[\d.]+ shots/s", ESCAPE.sub("", terminal.shown))
+    assert re.search(r"[1-9]\d* stable", ESCAPE.sub("", terminal.shown))
+    assert max(map(len, terminal.lines)) <= 80
+    assert "…" not in terminal.shown
+    after = terminal.lines[terminal.lines.index("12 shots folded.") :]
+    (head,) = (line for line in after if line.split()[:3] == ["x", "y", "kind"])
+    assert head.split() == ["x", "y", "kind", "state", "certain", "excess", "sigma", "dark", "ADU/s", "frames"]
+    assert any(re.match(r" *\d+ +\d+ +[RGB] +hot +stable +100 % ", line) for line in after)
+
+
+@pytest.mark.parametrize("changes", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_a_terminal_without_colours_is_served_too(changes, camera, tmp_path):
+    """The same words, without the escape codes that it was not to get."""
+    terminal = Terminal("scan", *camera.shots[:3], "--state", tmp_path / "state", **changes)
+    assert terminal.finish() == 0
+    assert "3 shots folded." in terminal.lines
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", terminal.shown)
+    if changes.get("TERM") == "dumb":
+        assert "\x1b" not in terminal.shown
+
+
+def test_the_cursor_is_shown_again_after_two_ctrl_c(camera, tmp_path):
+    """The bar hides it; a terminal without a cursor is no good to its user."""
+    terminal = Terminal("scan", camera.folder, "--state", tmp_path / "state")
+    while "\x1b[?25l" not in terminal.shown and terminal.read():
+        pass
+    while terminal.process.poll() is None:
+        terminal.process.send_signal(signal.SIGINT)
+        time.sleep(0.005)
+    assert terminal.finish() == 130
+    assert terminal.shown.rindex("\x1b[?25h") > terminal.shown.rindex("\x1b[?25l")

@@ -6,8 +6,8 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from conftest import feed
 
+from conftest import feed
 from hotpixd import archive
 from hotpixd.core.frame import SampleKind, SensorIdentity, SensorLayout
 from hotpixd.core.sensor import DetectionSettings

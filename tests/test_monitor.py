@@ -1,4 +1,4 @@
-"""Shots through the whole loop on a real state directory: what is folded, in which order, and what a replay restores."""
+"""Shots through the whole loop on a real state directory: what is folded, in which order, what a replay restores."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Camera, feed, told
 
+from conftest import Camera, feed, told
 from hotpixd import monitor as monitor_module
 from hotpixd.core.frame import ShotKind
 from hotpixd.intake.files import FoundShot, find_shots
@@ -148,7 +148,7 @@ def test_a_companion_keeps_its_verdict_when_the_process_dies_at_once(pairs, tmp_
     root = tmp_path / "state"
     shots = find_shots([str(pairs.folder)]).shots[:2]
 
-    class PowerCut(Exception):
+    class PowerCutError(Exception):
         pass
 
     receive = Ledger.receive
@@ -159,13 +159,13 @@ def test_a_companion_keeps_its_verdict_when_the_process_dies_at_once(pairs, tmp_
             # What was not committed by now is lost.
             ledger._pending.clear()
             ledger._db.close()
-            raise PowerCut
+            raise PowerCutError
         return seqs
 
     with monkeypatch.context() as patched, State(root) as state, Monitor(state) as monitor:
         patched.setattr(Ledger, "receive", receive_and_die)
-        patched.setattr(Ledger, "close", lambda ledger: None)
-        with pytest.raises(PowerCut):
+        patched.setattr(Ledger, "close", lambda _: None)
+        with pytest.raises(PowerCutError):
             list(monitor.process(shots))
     feed(root, pairs.folder / shots[0].path.name)
     assert [(name[-3:], verdict) for name, verdict, _ in rows(root)] == [("dng", "folded"), ("jpg", "companion")]

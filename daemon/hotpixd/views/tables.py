@@ -46,7 +46,6 @@ def print_defects(
             table.add_column(title, justify="left" if title in ("", "kind", "state") else "right", no_wrap=True)
         shown = sorted(found, key=lambda d: (-d["certainty"], -abs(d["excess_sigma"] or 0.0)))
         for defect in shown[:most]:
-            current = defect["dark_current_adu_per_s"]
             table.add_row(
                 str(defect["x"]),
                 str(defect["y"]),
@@ -54,9 +53,9 @@ def print_defects(
                 defect["kind"],
                 defect["state"],
                 f"{100 * defect['certainty']:.0f} %",
-                f"{defect['excess_adu']:+.0f}",
-                f"{defect['excess_sigma']:+.1f}",
-                "" if current is None else f"{current:.0f}",
+                _number(defect["excess_adu"], "+.0f"),
+                _number(defect["excess_sigma"], "+.1f"),
+                _number(defect["dark_current_adu_per_s"], ".0f"),
                 "" if defect["frames_to_stable"] is None else str(defect["frames_to_stable"]),
             )
         console.print(table)
@@ -120,8 +119,9 @@ def _console() -> Console:
 def _name(sensor: Answer) -> str:
     make, model = sensor["make"], sensor["model"]
     # Most models repeat their maker.
-    words = [model] if make and model and model.lower().startswith(make.lower().split()[0]) else [make, model]
-    named = " ".join(word for word in words if word) or "Unknown camera"
+    first = (make or "").lower().split()[:1]
+    words = [model] if first and model and model.lower().startswith(first[0]) else [make, model]
+    named = " ".join(word.strip() for word in words if word and word.strip()) or "Unknown camera"
     serial = f"serial {sensor['serial']}" if sensor["serial"] else "no serial number"
     return printable(f"{named}, {serial}, {sensor['width']}x{sensor['height']} {sensor['samples']}")
 
@@ -142,6 +142,10 @@ def _settings(shot: Answer) -> str:
     if shot["sensor_temp_c"] is not None:
         words.append(f"{shot['sensor_temp_c']:g} C")
     return ", ".join(words)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _plural(count: int, word: str) -> str:

@@ -1,0 +1,98 @@
+"""Answers on a terminal: every width kept, every text fit to be shown."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from hotpixd.views import tables
+from hotpixd.views.text import printable
+
+SENSOR: dict[str, Any] = {
+    "id": "x", "make": "Canon", "model": "Canon EOS R6", "serial": "0123", "samples": "raw", "width": 5472,
+    "height": 3648, "colours": "RGGB", "frames": 12345, "frames_counted": 12000,
+}  # fmt: skip
+DEFECT: dict[str, Any] = {
+    "x": 5471, "y": 3647, "colour": "G", "kind": "unstable", "state": "recovered", "certainty": 1.0, "log_e": 123.4,
+    "excess_adu": -15000.0, "excess_sigma": -1234.5, "dark_current_adu_per_s": 123456.7, "dark_current_iso": 100.0,
+    "share_on": 0.5, "level_adu": 16383.0, "first_seen": None, "stable_since": None, "frames_to_stable": 12345,
+}  # fmt: skip
+
+
+def shown(capsys: pytest.CaptureFixture[str], width: int, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[str]:
+    monkeypatch.setenv("COLUMNS", str(width))
+    sensor = {**SENSOR, **changes.pop("sensor", {}), "defects": [{**DEFECT, **changes}]}
+    tables.print_defects({"sensors": [sensor]})
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_widest_row_fits_into_80_columns(capsys, monkeypatch):
+    """Positions of 45 megapixels, the longest words, the largest numbers: nothing is cut."""
+    lines = shown(capsys, 80, monkeypatch)
+    assert max(map(len, lines)) <= 80
+    row = lines[-1].split()
+    assert row == ["5471", "3647", "G", "unstable", "recovered", "100", "%", "-15000", "-1234.5", "123457", "12345"]
+
+
+def test_unknown_numbers_are_left_blank(capsys, monkeypatch):
+    """A file that does not state its exposure gives no dark current; what is not stable took no frames."""
+    lines = shown(capsys, 80, monkeypatch, dark_current_adu_per_s=None, frames_to_stable=None)
+    assert lines[-1].split()[-2:] == ["-15000", "-1234.5"]
+
+
+def test_numbers_that_could_not_be_computed_do_not_end_the_table(capsys, monkeypatch):
+    """The contract allows null for each of them; once that was a traceback."""
+    lines = shown(capsys, 80, monkeypatch, excess_adu=None, excess_sigma=None, dark_current_adu_per_s=None)
+    assert lines[-1].split() == ["5471", "3647", "G", "unstable", "recovered", "100", "%", "12345"]
+
+
+@pytest.mark.parametrize(
+    ("make", "model", "serial", "name"),
+    [
+        ("Canon", "Canon EOS R6", "0123", "Canon EOS R6, serial 0123, 5472x3648 raw"),
+        ("NIKON CORPORATION", "NIKON D750", None, "NIKON D750, no serial number, 5472x3648 raw"),
+        ("Point Grey", "Flea3", "1", "Point Grey Flea3, serial 1, 5472x3648 raw"),
+        (None, None, None, "Unknown camera, no serial number, 5472x3648 raw"),
+        ("  ", "X", None, "X, no serial number"),
+        ("[red]", "a\x1b[2J\nb", "c\x07", r"[red] a\x1b[2J\nb, serial c\x07, 5472x3648 raw"),
+    ],
+)
+def test_a_sensor_has_a_name_that_people_know(capsys, monkeypatch, make, model, serial, name):
+    """The maker once, and nothing of it as a command to the terminal or as markup."""
+    lines = shown(capsys, 200, monkeypatch, sensor={"make": make, "model": model, "serial": serial})
+    assert name in re.sub(" +", " ", lines[1])
+
+
+def test_a_long_list_is_cut_with_a_count(capsys, monkeypatch):
+    """The end of a scan shows the strongest; the rest is one command away."""
+    monkeypatch.setenv("COLUMNS", "80")
+    defects = [{**DEFECT, "x": x, "excess_sigma": float(x)} for x in range(30)]
+    tables.print_defects({"sensors": [{**SENSOR, "defects": defects}]}, most=20)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].strip().startswith("... and 10 more")
+    assert [int(line.split()[0]) for line in lines[-21:-1]] == list(range(29, 9, -1))
+
+
+def test_no_sensor_and_no_defect_are_said_in_words(capsys, monkeypatch):
+    """An empty table would leave open whether something is wrong."""
+    tables.print_defects({"sensors": []})
+    tables.print_defects({"sensors": [{**SENSOR, "defects": []}]})
+    said = capsys.readouterr().out
+    assert "No sensor is known yet." in said
+    assert "no stable defect" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("IMG_0001.CR2", "IMG_0001.CR2"),
+        ("Größe 雪.jpg", "Größe 雪.jpg"),
+        ("a\nb\tc\x1b[0m\x9b", r"a\nb\tc\x1b[0m\x9b"),
+        ("\udcff\u202e\u200b\u2028", r"\udcff\u202e\u200b\u2028"),
+    ],
+)
+def test_text_from_outside_is_shown_as_what_it_is(text, written):
+    """Letters of all languages stay; what would act on the terminal, or turn its direction, becomes an escape."""
+    assert printable(text) == written

@@ -226,6 +226,18 @@ def test_simulate_writes_shots_and_the_truth(tmp_path):
     assert all(sensor[key] == truth[key] for key in ("make", "model", "serial", "width", "height"))
 
 
+def test_the_demo_compares_what_it_found_with_what_it_planted(tmp_path):
+    """All the way on a virtual camera; its exit code says whether all was found and nothing else."""
+    done = run("demo", "--frames", 8, "--keep", tmp_path / "kept")
+    counts = re.search(r"Planted 42, found (\d+), missed (\d+), false (\d+)\.", done.stdout)
+    assert counts, done.stdout
+    found, missed, false = map(int, counts.groups())
+    assert found + missed == 42
+    assert found > 30
+    assert done.returncode == (1 if missed or false else 0)
+    assert run("verify", "--state", tmp_path / "kept" / "state").returncode == 0
+
+
 # --- exit codes
 
 

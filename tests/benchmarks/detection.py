@@ -69,6 +69,8 @@ class Score:
 
     false: int
     duplicates: int
+    false_at: tuple[tuple[int, int], ...]
+    """Where the false ones are."""
 
     def __str__(self) -> str:
         words = " / ".join(str(self.found[kind]) for kind in KINDS) + f" / {self.false}"
@@ -86,22 +88,26 @@ class Result:
     scores: dict[tuple[str, int], Score] = field(default_factory=dict)
     """By method and number of frames."""
 
+    false_kinds: Counter[str] = field(default_factory=Counter)
+    """What hotpixd takes its false ones to be, in the end."""
+
 
 def score(entries: Iterable[tuple[int, int]], truth: Sequence[PlantedDefect], tolerance: int) -> Score:
     """Hold entries (x, y) against the planted defects, each entry against the nearest."""
     taken: set[int] = set()
-    false = duplicates = 0
+    false: list[tuple[int, int]] = []
+    duplicates = 0
     tx, ty = (np.array([getattr(d, axis) for d in truth], int) for axis in "xy")
     for x, y in entries:
         away = np.maximum(np.abs(tx - x), np.abs(ty - y))
         nearest = int(away.argmin()) if away.size else -1
         if nearest < 0 or away[nearest] > tolerance:
-            false += 1
+            false.append((x, y))
         elif nearest in taken:
             duplicates += 1
         else:
             taken.add(nearest)
-    return Score(Counter(truth[i].kind for i in taken), false, duplicates)
+    return Score(Counter(truth[i].kind for i in taken), len(false), duplicates, tuple(false))
 
 
 def rawpy_lacks() -> str | None:
@@ -144,8 +150,10 @@ def run(job: Job) -> Result:
             if index + 1 not in job.steps:
                 continue
             judged = partial(score, truth=camera.defects, tolerance=tolerance)
-            stable = [d.site for d in sensor.defects()]
-            result.scores["hotpixd", index + 1] = judged(_pixels(sensor, stable))
+            stable = sensor.defects()
+            at = _pixels(sensor, [d.site for d in stable])
+            result.scores["hotpixd", index + 1] = ours = judged(at)
+            result.false_kinds = Counter(d.kind for d, xy in zip(stable, at, strict=True) if xy in ours.false_at)
             if camera.defects:
                 least = sensor.accumulator.least_variance(len(camera.defects))[0].tolist()
                 result.scores["variance", index + 1] = judged(_pixels(sensor, least))
@@ -204,14 +212,14 @@ def _scene_table(results: Sequence[Result]) -> Iterator[str]:
         return
     yield "### Other scenes: found hot / stuck / dead / false (+ duplicates)"
     yield ""
-    yield "| scene | samples | frames | seed | counted | hotpixd (stable) | rawpy.enhance |"
-    yield "| --- " * 7 + "|"
+    yield "| scene | samples | frames | seed | counted | hotpixd (stable) | its false ones | rawpy.enhance |"
+    yield "| --- " * 8 + "|"
     for result in sorted(chosen, key=lambda r: (SERIES.index(r.job.series), r.job.samples != "raw", r.job.seed)):
         job, frames = result.job, max(result.job.steps)
         other = result.scores.get(("rawpy", frames), "-" if job.samples == "jpeg" else "not run")
         yield (
             f"| {job.series} | {job.samples} | {frames} | {job.seed} | {result.counted} "
-            f"| {result.scores['hotpixd', frames]} | {other} |"
+            f"| {result.scores['hotpixd', frames]} | {_listed_kinds(result.false_kinds)} | {other} |"
         )
     yield ""
 
@@ -222,8 +230,8 @@ def _clean_table(results: Sequence[Result]) -> Iterator[str]:
         return
     yield "### Sensors without a defect, moving scenes"
     yield ""
-    yield "| samples | sensors | frames each | hotpixd: false | sensors with any | rawpy.enhance: false each (most) |"
-    yield "| --- " * 6 + "|"
+    yield "| samples | sensors | frames each | hotpixd: false | by kind | sensors with any | rawpy: false each (most) |"
+    yield "| --- " * 7 + "|"
     for samples in ("raw", "jpeg"):
         same = [r for r in chosen if r.job.samples == samples]
         if not same:
@@ -232,8 +240,14 @@ def _clean_table(results: Sequence[Result]) -> Iterator[str]:
         false = [r.scores["hotpixd", frames].false for r in same]
         other = [r.scores["rawpy", frames].false for r in same if ("rawpy", frames) in r.scores]
         cell = f"{np.median(other):.4g} ({max(other)})" if other else "-"
-        yield f"| {samples} | {len(same)} | {frames} | {sum(false)} | {sum(f > 0 for f in false)} | {cell} |"
+        kinds = _listed_kinds(sum((r.false_kinds for r in same), Counter[str]()))
+        sensors = sum(f > 0 for f in false)
+        yield f"| {samples} | {len(same)} | {frames} | {sum(false)} | {kinds} | {sensors} | {cell} |"
     yield ""
+
+
+def _listed_kinds(kinds: Counter[str]) -> str:
+    return ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "-"
 
 
 # --- command line

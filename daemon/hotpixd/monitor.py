@@ -24,7 +24,7 @@ from hotpixd import archive
 from hotpixd.archive import Kept
 from hotpixd.core.frame import Frame, ShotKind
 from hotpixd.core.sensor import DetectionSettings, FoldReport, Transition
-from hotpixd.intake.decode import DecodeError, decode
+from hotpixd.intake.decode import DecodeError, decode, keep_large_buffers
 from hotpixd.intake.files import FoundShot
 from hotpixd.store.ledger import Received, ShotRow, TransitionRow
 from hotpixd.store.spool import Spool, SpoolError
@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 _HASH_AHEAD = 6
 """Files whose content is being hashed ahead of time."""
 
-_DECODE_AHEAD = 2
-"""Frames being decoded, or waiting for the fold: with the one in the fold, three are in memory."""
+_DECODE_AHEAD = 3
+"""Frames being decoded, or waiting for the fold: with the one in the fold, four are in memory."""
 
 _RECEIVE_TOGETHER = 4
 """Shots acknowledged with one commit, when that many are hashed already."""
@@ -121,6 +121,7 @@ class Monitor:
         self._settings = settings or DetectionSettings()
         self._clock = clock
         self._slabs = cores
+        keep_large_buffers()
         self._hashers = ThreadPoolExecutor(1, "hash")
         self._decoders = ThreadPoolExecutor(cores, "decode")
         self._folders = ThreadPoolExecutor(cores, "fold")
@@ -139,6 +140,8 @@ class Monitor:
     ) -> None:
         for pool in (self._hashers, self._decoders, self._folders):
             pool.shutdown(cancel_futures=True)
+        # Hundreds of MB, which whoever reads the state next needs for the same.
+        self._kept.clear()
 
     def replay(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Outcome]:
         """Fold again what was received but is in no generation, after an interruption.

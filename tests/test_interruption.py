@@ -39,7 +39,7 @@ STEPS = [
 COPY_STEPS = ["before_copy_fsync", "before_copy_rename", "after_copy_rename", "after_copy_durable:kill:2"]
 """Passed only where shots lie on another file system than the state."""
 
-MOMENTS = 8
+MOMENTS = 6
 """Kills at random moments."""
 
 
@@ -243,8 +243,11 @@ def test_ctrl_c_stops_a_scan_in_good_order(camera, scanned, tmp_path):
     assert again.returncode == 0
     assert "Took up" not in again.stderr
     for question in (["verify"], ["defects", "--all"]):
-        said = [json.loads(run(*question, "--json", "--state", state).stdout) for state in (root, scanned)]
-        assert said[0] == said[1]
+        said = json.loads(run(*question, "--json", "--state", root).stdout)
+        with State(scanned, create=False) as state:
+            assert said == (
+                answers.verify(state) if question == ["verify"] else answers.defects(state, candidates=True)
+            )
 
 
 def test_sigterm_stops_a_scan_in_good_order(camera, scanned, tmp_path):

@@ -60,7 +60,10 @@ def run_scan(state: State, wanted: list[str], kind: str | None, stop: Callable[[
         _say(console, warning)
     left = total - len(outcomes)
     _print_fates(outcomes, left)
-    tables.print_defects(answers.defects(state), most=_DEFECTS_SHOWN, not_counted=answers.reasons_not_counted(state))
+    seen = {outcome.sensor_id for outcome in outcomes if outcome.sensor_id is not None}
+    if seen:
+        found = answers.defects(state, only=seen)
+        tables.print_defects(found, most=_DEFECTS_SHOWN, not_counted=answers.reasons_not_counted(state))
     if left:
         print(f"Interrupted: {left} shots are left. Run the same command again to go on where it stopped.")
     bad = listing.unreadable or any(o.fate in (Fate.REFUSED, Fate.UNREADABLE) for o in outcomes)

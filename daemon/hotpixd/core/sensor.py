@@ -236,7 +236,7 @@ class Sensor:
         if not self._rendered:
             # A rendered picture smears a defect over its neighbours, which then are no others of its kind.
             rows = self._tracks.rows
-            known = np.sort(rows["site"][(rows["slot"] >= 0) & (rows["status"] != Status.RECOVERED)])
+            known = np.sort(rows["site"][rows["status"] == Status.STABLE])
             self.accumulator.unmask(frame.samples, events, known, lone=light and self.layout.mosaic)
         transitions = self._count(events, seq)
         sites, seen = self._observe(frame, events)

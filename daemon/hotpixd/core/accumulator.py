@@ -160,7 +160,7 @@ class Accumulator:
 
         parts = list(self._each_slab(count_slab, self._slabs))
         self.counted += 1
-        return np.concatenate(parts)
+        return np.sort(np.concatenate(parts))
 
     def unmask(self, samples: Samples, frame: FrameEvents, defects: NDArray[np.int64], *, lone: bool) -> None:
         """Add to the events of the frame folded last what known defects hide in the windows around them, in place.

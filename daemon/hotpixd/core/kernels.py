@@ -380,7 +380,6 @@ def count_rows(events, high, low, high_outstanding, low_outstanding, limits, rea
     high_limit, low_limit, both_limit = width(limits[0, 1]), width(limits[1, 1]), width(limits[2, 1])
     n = 0
     for y in range(first, last):
-        before = n
         for w in range(words.shape[1]):
             word = words[y, w]
             if word & np.uint64(0x0C0C0C0C0C0C0C0C):
@@ -414,8 +413,6 @@ def count_rows(events, high, low, high_outstanding, low_outstanding, limits, rea
                     if n < reached.size:
                         reached[n] = y * cols + i
                     n += 1
-        if n - before > 1 and n <= reached.size:
-            reached[before:n].sort()
     return n
 
 
@@ -503,8 +500,15 @@ def _touches(events, bit, v, u, cols):  # type: ignore[no-untyped-def]
 
 @nb.njit(**_FAST)
 def _holds(ordered, wanted):  # type: ignore[no-untyped-def]
-    i = np.searchsorted(ordered, wanted)
-    return i < ordered.size and ordered[i] == wanted
+    # By hand: np.searchsorted takes a second to compile.
+    low, high = 0, ordered.size
+    while low < high:
+        middle = (low + high) // 2
+        if ordered[middle] < wanted:
+            low = middle + 1
+        else:
+            high = middle
+    return low < ordered.size and ordered[low] == wanted
 
 
 @nb.njit(**_FAST)

@@ -22,6 +22,9 @@ BASE_ISO = 100.0
 TELLING = 6.0
 """An excess foreseen to be this many robust deviations of the neighbourhood can be missed only if it is not there."""
 
+_ENOUGH = 4
+"""Observations whose median says how strong an excess is: fewer may be high by chance."""
+
 QUANTISATION_ADU = 0.3
 """Deviation of a value rounded to whole ADU, 1/sqrt(12): no noise is believed to be smaller."""
 
@@ -196,7 +199,8 @@ def classify(
     comes_and_goes = (n_telling >= 8) & (n_telling - present.sum(axis=1) >= 3) & (share_on < 0.8)
     kind[comes_and_goes] = Kind.UNSTABLE
     # Once strong, always strong: darks show what a hundred short exposures after them do not.
-    clear = _quantile(np.abs(excess) / recent["spread"], 0.8)
+    clear = _quantile(np.abs(excess) / recent["spread"], 0.5)
+    clear[held.sum(axis=1) < _ENOUGH] = 0.0
     strength = np.fmax(np.abs(suspects.sigma), np.where(suspects.excess > 0, np.fmax(clear, rows["strength"]), 0.0))
     kind[(strength < floor_sigma) & (kind != Kind.UNSTABLE)] = Kind.WARM
     kind[dim] = Kind.DIM

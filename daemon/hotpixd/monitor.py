@@ -204,6 +204,13 @@ class Monitor:
         while waiting:
             yield self._conclude(waiting.popleft())
 
+    def sensors(self, ids: Iterable[str]) -> Iterator[tuple[str, Kept]]:
+        """Return sensors of this state by id: those in memory as they are, the others from the disk."""
+        known = self._ledger.sensors()
+        for id_ in ids:
+            kept = self._kept.get(id_)
+            yield id_, kept or archive.load(self._state, id_, archive.identity_from(known[id_]), self._settings)
+
     def checkpoint(self) -> None:
         """Write a generation of every sensor that has new frames, and clear the spool of what is safe by then."""
         for kept in self._kept.values():

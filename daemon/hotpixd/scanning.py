@@ -55,15 +55,11 @@ def run_scan(state: State, wanted: list[str], kind: str | None, stop: Callable[[
                 outcomes.append(replace(outcome, report=None))
                 advance(f"{changes['stable'] - changes['recovered']} stable")
         monitor.checkpoint()
-        warnings = list(monitor.warnings)
-    for warning in warnings:
-        _say(console, warning)
-    left = total - len(outcomes)
-    _print_fates(outcomes, left)
-    seen = {outcome.sensor_id for outcome in outcomes if outcome.sensor_id is not None}
-    if seen:
-        found = answers.defects(state, only=seen)
-        tables.print_defects(found, most=_DEFECTS_SHOWN, not_counted=answers.reasons_not_counted(state))
+        for warning in monitor.warnings:
+            _say(console, warning)
+        left = total - len(outcomes)
+        _print_fates(outcomes, left)
+        _print_found(monitor, state, outcomes)
     if left:
         print(f"Interrupted: {left} shots are left. Run the same command again to go on where it stopped.")
     bad = listing.unreadable or any(o.fate in (Fate.REFUSED, Fate.UNREADABLE) for o in outcomes)
@@ -107,6 +103,14 @@ def _replay(monitor: Monitor, console: Console, stop: Callable[[], bool]) -> Non
         count += 1
     if count:
         console.print(f"Took up {count} shots from where the last run was interrupted.")
+
+
+def _print_found(monitor: Monitor, state: State, outcomes: list[Outcome]) -> None:
+    """Print the defects of the sensors that this run has met, in the order in which it met them."""
+    met = dict.fromkeys(outcome.sensor_id for outcome in outcomes if outcome.sensor_id is not None)
+    if met:
+        found = answers.defects(state, sensors=monitor.sensors(met))
+        tables.print_defects(found, most=_DEFECTS_SHOWN, not_counted=answers.reasons_not_counted(state))
 
 
 def _print_fates(outcomes: list[Outcome], left: int) -> None:

@@ -119,6 +119,10 @@ _DROPPED_BELOW = 0.25
 _RECOVERED_AT = 13.0
 """ln evidence for recovery: ln(MOST_OBSERVED / 0.01), and at least 13 telling frames in a row."""
 
+_OUTSTANDING_AT_LEAST = 2
+"""Outstanding events a stable defect has on one side. A healthy sample that responds 5 % more than its neighbours is
+extreme in every bright and smooth scene, more often than 1/49, but hardly ever outstanding."""
+
 _RESTUDY = 8
 """Counted frames between two looks at the kinds of all tracks."""
 
@@ -133,11 +137,9 @@ _STANDS_OUT = 2.0
 _MERGED_WITHIN = 2
 """Pixels. In a rendered picture one photosite spreads over its neighbours and several channels."""
 
-_ECHO_WITHIN = 16
-"""Pixels. JPEG codes blocks of up to 16 pixels; a strong defect rings through its own."""
-
-_ECHO_RATIO = 8.0
-"""A site with this many times less excess than one that near is its echo."""
+_ECHOES = ((8, 4.0), (20, 8.0))
+"""(pixels, ratio): a site with that many times less excess than one that near is its echo. JPEG codes blocks of 8 or 16
+pixels, and a strong defect, with what it smears, rings through its own."""
 
 
 @dataclass(slots=True)
@@ -318,6 +320,7 @@ class Sensor:
         # Too small to matter, and there is no use in a map of it: dust, a sample of 2 % less response.
         slight = (rows["kind"][rising] == Kind.DIM) & (rows["strength"][rising] < self.settings.floor_sigma)
         rising = rising[~slight & ~self._is_no_defect(rising)]
+        rising = rising[self._outstanding(rising) >= _OUTSTANDING_AT_LEAST]
         rising = rising[self._log_e_here(rising) >= self.threshold]
         rows["status"][rising] = Status.STABLE
         rows["stable_seq"][rising] = seq
@@ -385,9 +388,11 @@ class Sensor:
         rows = self._tracks.rows
         x, y = self._pixels(rows["site"])
         excess = np.abs(self._mean_excess(rows["site"]))
-        return np.array(
-            [bool((excess[_near(x, y, x[i], y[i], _ECHO_WITHIN)] > _ECHO_RATIO * excess[i]).any()) for i in positions]
-        )
+        echo = np.zeros(len(positions), bool)
+        for k, i in enumerate(positions):
+            for within, ratio in _ECHOES:
+                echo[k] |= bool((excess[_near(x, y, x[i], y[i], within)] > ratio * excess[i]).any())
+        return echo
 
     def _log_e_now(self) -> NDArray[np.float64]:
         rows = self._tracks.rows
@@ -398,6 +403,12 @@ class Sensor:
             n = self.accumulator.counted - int(base)
             log_e[same] = evidence.combined_log_e(n, counts[:, same], self._rates)
         return log_e
+
+    def _outstanding(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the outstanding events of tracks since their evidence began, on the side that has more."""
+        rows = self._tracks.rows[positions]
+        counts = self.accumulator.counts_at(rows["site"]) - rows["base"].T
+        return np.asarray(np.maximum(counts[2], counts[3]))
 
     def _log_e_here(self, positions: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return ln e with the null rate of outstanding around each site, where that is larger than the sensor's.

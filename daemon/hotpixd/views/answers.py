@@ -6,7 +6,7 @@ The keys are a contract with programs outside this repository.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -51,14 +51,14 @@ def status(state: State) -> Answer:
     }
 
 
-def defects(state: State, *, candidates: bool = False, only: Collection[str] | None = None) -> Answer:
+def defects(state: State, *, candidates: bool = False, sensors: Iterable[tuple[str, Kept]] | None = None) -> Answer:
     """Stable defects of every sensor, by position; with `candidates` those not yet stable and the recovered too.
 
-    With `only`, of the sensors of these ids.
+    Whoever holds sensors in memory gives them as `sensors`, with their ids; else all are read from the disk.
     """
     tallies = {tally.sensor_id: tally for tally in state.ledger.tally()}
     answer = []
-    for id_, kept in _sensors(state, only):
+    for id_, kept in _sensors(state) if sensors is None else sensors:
         found = kept.sensor.defects(candidates=candidates)
         times = state.ledger.times({seq for d in found for seq in (d.first_seq, d.stable_seq) if seq is not None})
         entries = []
@@ -148,11 +148,9 @@ def waiting(state: State) -> int:
     return len(state.ledger.rows_to_replay({id_: archive.covers_of(state, id_) for id_ in state.ledger.sensors()}))
 
 
-def _sensors(state: State, only: Collection[str] | None = None) -> Iterator[tuple[str, Kept]]:
+def _sensors(state: State) -> Iterator[tuple[str, Kept]]:
     # One at a time: a sensor of 45 megapixels takes a gigabyte.
     for id_, description in state.ledger.sensors().items():
-        if only is not None and id_ not in only:
-            continue
         identity = archive.identity_from(description)
         yield id_, archive.load(state, id_, identity, DetectionSettings())
 

@@ -119,9 +119,14 @@ _DROPPED_BELOW = 0.25
 _RECOVERED_AT = 13.0
 """ln evidence for recovery: ln(MOST_OBSERVED / 0.01), and at least 13 telling frames in a row."""
 
+_RESPONSE_RANGE = 0.15
+"""Share of the light on it by which a healthy sample's response may differ from its neighbours'.
+
+1 % is usual, and of a million samples one then differs by 5 %: it is extreme in every bright and smooth scene.
+"""
+
 _OUTSTANDING_AT_LEAST = 2
-"""Outstanding events a stable defect has on one side. A healthy sample that responds 5 % more than its neighbours is
-extreme in every bright and smooth scene, more often than 1/49, but hardly ever outstanding."""
+"""Outstanding events that tell a weak defect from such a sample, which hardly ever has one."""
 
 _RESTUDY = 8
 """Counted frames between two looks at the kinds of all tracks."""
@@ -320,7 +325,7 @@ class Sensor:
         # Too small to matter, and there is no use in a map of it: dust, a sample of 2 % less response.
         slight = (rows["kind"][rising] == Kind.DIM) & (rows["strength"][rising] < self.settings.floor_sigma)
         rising = rising[~slight & ~self._is_no_defect(rising)]
-        rising = rising[self._outstanding(rising) >= _OUTSTANDING_AT_LEAST]
+        rising = rising[~self._may_be_response(rising)]
         rising = rising[self._log_e_here(rising) >= self.threshold]
         rows["status"][rising] = Status.STABLE
         rows["stable_seq"][rising] = seq
@@ -404,11 +409,14 @@ class Sensor:
             log_e[same] = evidence.combined_log_e(n, counts[:, same], self._rates)
         return log_e
 
-    def _outstanding(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the outstanding events of tracks since their evidence began, on the side that has more."""
+    def _may_be_response(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether the excess of sites is no larger than that of healthy samples that respond a little differently."""
         rows = self._tracks.rows[positions]
         counts = self.accumulator.counts_at(rows["site"]) - rows["base"].T
-        return np.asarray(np.maximum(counts[2], counts[3]))
+        excess = self._mean_excess(rows["site"])
+        light = self.accumulator.mean(rows["site"]) - excess - (self._running.black_level_adu or 0.0)
+        few = np.maximum(counts[2], counts[3]) < _OUTSTANDING_AT_LEAST
+        return np.asarray(few & (np.abs(excess) < _RESPONSE_RANGE * light))
 
     def _log_e_here(self, positions: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return ln e with the null rate of outstanding around each site, where that is larger than the sensor's.

@@ -342,9 +342,12 @@ def _tiff_by_pillow(file: BinaryIO, page: Any) -> NDArray[np.generic]:
             "this TIFF is compressed in a way that needs the package imagecodecs; save it without compression"
         )
     file.seek(0)
-    with TiffImagePlugin.TiffImageFile(io.BytesIO(file.read())) as image:
-        image.load()
-        return np.asarray(image)
+    with _warnings_lock, warnings.catch_warnings():
+        # What it warns of either raises as well or does not matter.
+        warnings.simplefilter("ignore")
+        with TiffImagePlugin.TiffImageFile(io.BytesIO(file.read())) as image:
+            image.load()
+            return np.asarray(image)
 
 
 def _from_pixels(samples: NDArray[np.generic], about: Metadata, colours: str = "") -> _Picture:

@@ -115,6 +115,11 @@ def covers_of(state: State, id_: str) -> int:
     return 0
 
 
+def covers(state: State) -> dict[str, int]:
+    """Return `covers_of` every sensor in the ledger."""
+    return {id_: covers_of(state, id_) for id_ in state.ledger.sensors()}
+
+
 def _older_cover(state: State, id_: str, number: int) -> int | None:
     for path in checkpoint.generations(state.sensor_folder(id_)):
         if path.name >= f"gen-{number:08d}":

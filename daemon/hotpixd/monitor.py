@@ -8,7 +8,6 @@ a replay after a crash ends in the same state.
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -29,8 +28,6 @@ from hotpixd.intake.files import FoundShot
 from hotpixd.store.ledger import Received, ShotRow, TransitionRow
 from hotpixd.store.spool import Spool, SpoolError
 from hotpixd.store.state import State
-
-log = logging.getLogger(__name__)
 
 _HASH_AHEAD = 6
 """Files whose content is being hashed ahead of time."""
@@ -149,8 +146,7 @@ class Monitor:
         Must be run to its end before `process`: the order of folding is the order of the ledger. If `stop` ends it
         early, only `checkpoint` may follow; the next replay does the rest.
         """
-        identities = self._ledger.sensors()
-        covers = {id_: archive.covers_of(self._state, id_) for id_ in identities}
+        covers = archive.covers(self._state)
         rows = self._ledger.rows_to_replay(covers)
         for id_ in {row.sensor_id for row in rows if row.sensor_id in covers}:
             if id_ is not None:

@@ -136,9 +136,7 @@ def weigh(
     around_mean = np.median(accumulator.mean(around), axis=1)
     variance = accumulator.variance(sites)
     around_variance = np.median(accumulator.variance(around), axis=1)
-    layout = accumulator.layout
-    row, col = np.divmod(sites, layout.shape[1])
-    plane_noise = noise[row % layout.row_step * layout.col_step + col % layout.col_step]
+    plane_noise = noise[accumulator.layout.planes_of(sites)]
     # Only a scene that changes tells a sample that does not: the neighbours must vary by more than noise.
     still = (around_variance > 9 * plane_noise**2) & (variance < 0.05 * around_variance)
     excess = mean - around_mean

@@ -102,16 +102,16 @@ class SensorLayout:
         row, col = divmod(index, self.col_step)
         return samples[row :: self.row_step, col :: self.col_step]
 
-    def plane_of(self, index: int) -> int:
-        """Return the plane of the sample with flat index `index`."""
-        row, col = divmod(index, self.shape[1])
-        return row % self.row_step * self.col_step + col % self.col_step
+    def planes_of(self, sites: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the planes of the samples with flat indices `sites`."""
+        row, col = np.divmod(sites, self.shape[1])
+        return np.asarray(row % self.row_step * self.col_step + col % self.col_step)
 
     def address(self, index: int) -> tuple[int, int, str]:
         """Return (x, y, colour) of the sample with flat index `index`; 0-based, from the top left."""
         row, col = divmod(index, self.shape[1])
         x, channel = divmod(col, self.channels)
-        return x, row, self.colours[channel if self.channels > 1 else self.plane_of(index)]
+        return x, row, self.colours[channel if self.channels > 1 else int(self.planes_of(np.array(index)))]
 
     def channel(self, index: int) -> int:
         """Return which of a pixel's samples the sample with flat index `index` is."""

@@ -152,7 +152,6 @@ class _Running:
     """The plain numbers of the state."""
 
     counted_total: int = 0
-    not_counted: int = 0
     light_frames: int = 0
     epoch: int = 1
     black_level_adu: float | None = None
@@ -227,7 +226,8 @@ class Sensor:
         if frame.sensor != self.identity:
             raise ValueError("a frame of another sensor cannot be folded")
         light = frame.kind is ShotKind.LIGHT
-        events = self.accumulator.fold(frame.samples, lone=light and self.layout.mosaic)
+        lone = light and self.layout.mosaic
+        events = self.accumulator.fold(frame.samples, lone=lone)
         running = self._running
         running.light_frames += light
         running.black_level_adu = frame.black_level_adu
@@ -235,7 +235,6 @@ class Sensor:
         self._noise_squares += defects.noise_of(frame, self.layout) ** 2
         lift = self._gate.lift(events) if light else None
         if lift is not None and lift > self._lift_limit:
-            running.not_counted += 1
             why = f"the scene does not move: it repeats an earlier frame {lift:.1f} times as often as chance"
             return FoldReport(False, why, lift, (), *_NO_OBSERVATIONS, events.fingerprint)
         if light:
@@ -244,7 +243,7 @@ class Sensor:
             # A rendered picture smears a defect over its neighbours, which then are no others of its kind.
             rows = self._tracks.rows
             known = np.sort(rows["site"][rows["status"] == Status.STABLE])
-            self.accumulator.unmask(frame.samples, events, known, lone=light and self.layout.mosaic)
+            self.accumulator.unmask(frame.samples, events, known, lone=lone)
         transitions = self._count(events, seq)
         sites, seen = self._observe(frame, events)
         transitions += self._settle(seen, seq)
@@ -292,7 +291,7 @@ class Sensor:
         strength = np.where(fixed, np.inf, tracks.rows["log_e"])
         weaker = np.zeros(len(tracks), bool)
         for i in order:
-            near = (np.abs(tx - x[i]) <= _MERGED_WITHIN) & (np.abs(ty - y[i]) <= _MERGED_WITHIN)
+            near = _near(tx, ty, x[i], y[i], _MERGED_WITHIN)
             if (strength[near & ~weaker] >= log_e[i]).any():
                 continue
             if kept and _near(x[kept], y[kept], x[i], y[i], _MERGED_WITHIN).any():
@@ -469,7 +468,7 @@ class Sensor:
 
     def _transitions(self, change: Change, positions: NDArray[np.int64]) -> list[Transition]:
         rows = self._tracks.rows[positions]
-        sigma = self._mean_excess(rows["site"]) / self._noise()[self._planes(rows["site"])]
+        sigma = self._mean_excess(rows["site"]) / self._noise()[self.layout.planes_of(rows["site"])]
         return [
             Transition(int(row["site"]), change, Kind(row["kind"]).name.lower(), float(row["log_e"]), float(s))
             for row, s in zip(rows, sigma, strict=True)
@@ -484,10 +483,6 @@ class Sensor:
         median = np.median(around, axis=1)
         spread = 1.4826 * np.median(np.abs(around - median[:, None]), axis=1)
         return self.accumulator.mean(sites) - median, np.maximum(spread, 1e-3)
-
-    def _planes(self, sites: NDArray[np.int64]) -> NDArray[np.int64]:
-        row, col = np.divmod(sites, self.layout.shape[1])
-        return np.asarray(row % self.layout.row_step * self.layout.col_step + col % self.layout.col_step)
 
     def _pixels(self, sites: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         row, col = np.divmod(sites, self.layout.shape[1])

@@ -145,7 +145,7 @@ def verify(state: State) -> Answer:
 
 def waiting(state: State) -> int:
     """Return how many shots were received but are in no generation yet, after an interruption."""
-    return len(state.ledger.rows_to_replay({id_: archive.covers_of(state, id_) for id_ in state.ledger.sensors()}))
+    return len(state.ledger.rows_to_replay(archive.covers(state)))
 
 
 def _sensors(state: State) -> Iterator[tuple[str, Kept]]:

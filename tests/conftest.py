@@ -56,7 +56,7 @@ def feed(root: Path, *wanted: Path, kind: Any = None) -> list[Outcome]:
     """Scan some paths into a state in this process, and checkpoint."""
     with State(root) as state, Monitor(state) as monitor:
         outcomes = list(monitor.replay())
-        outcomes += monitor.process(find_shots(map(str, wanted)).shots, kind)
+        outcomes += monitor.process(find_shots(map(str, wanted), kind).shots)
         monitor.checkpoint()
     return outcomes
 

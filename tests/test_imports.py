@@ -22,6 +22,10 @@ MAY_IMPORT = {
     "views": {"archive", "core", "store", "views"},
     "monitor": {"archive", "core", "intake", "monitor", "store"},
     "simulate": {"core", "simulate"},
+    "feed": {"feed"},
+    "alerts": {"alerts", "core", "store"},
+    "metrics": {"metrics"},
+    "systemd": {"systemd"},
 }
 """Parts of ours by part; those not named, such as the cli, may import any."""
 

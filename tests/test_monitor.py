@@ -198,7 +198,7 @@ def test_what_the_user_says_of_a_shot_outlives_a_replay(camera, tmp_path):
     """The kind given is part of the shot's row."""
     root = tmp_path / "state"
     with State(root) as state, Monitor(state) as monitor:
-        list(monitor.process(find_shots([str(camera.folder)]).shots, ShotKind.DARK))
+        list(monitor.process(find_shots([str(camera.folder)], ShotKind.DARK).shots))
     outcomes = feed(root)
     assert len(outcomes) == 12
     assert all(o.replayed and o.kind is ShotKind.DARK for o in outcomes)

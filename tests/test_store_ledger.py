@@ -116,6 +116,7 @@ def test_conclusions_add_up(ledger: Ledger) -> None:
         size=1001,
         received_at="2026-11-22T20:00:00Z",
         kind_given=None,
+        camera_given=None,
         verdict="folded",
         reason=None,
         sensor_id="cam",

@@ -21,7 +21,7 @@ from typing import Literal, Self
 
 from hotpixd import archive
 from hotpixd.archive import Kept
-from hotpixd.core.frame import Frame, ShotKind
+from hotpixd.core.frame import Frame, ShotInfo, ShotKind
 from hotpixd.core.sensor import DetectionSettings, FoldReport, Transition
 from hotpixd.intake.decode import DecodeError, decode, keep_large_buffers
 from hotpixd.intake.files import FoundShot
@@ -81,6 +81,12 @@ class Outcome:
 
     replayed: bool = False
     """Folded again after an interruption, from the spool."""
+
+    seq: int | None = None
+    """Its row of the ledger, if it was folded."""
+
+    info: ShotInfo | None = None
+    """How it was taken, if it was folded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,36 +167,51 @@ class Monitor:
         while waiting:
             yield self._conclude(waiting.popleft())
 
-    def process(
-        self,
-        shots: Iterable[FoundShot],
-        kind: ShotKind | None = None,
-        stop: Callable[[], bool] = lambda: False,
-    ) -> Iterator[Outcome]:
+    def process(self, shots: Iterable[FoundShot], stop: Callable[[], bool] = lambda: False) -> Iterator[Outcome]:
         """Take shots in and fold them, yielding what became of each.
 
         Parameters
         ----------
         shots : in the order in which they are to be folded
-        kind : light or dark, if the user says so
         stop : asked before each shot is received; once true, those received are folded and the rest is left alone
         """
-        ahead = self._hashed(shots)
+        return (outcome for outcome in self.follow(shots, stop) if outcome is not None)
+
+    def follow(
+        self, shots: Iterable[FoundShot | None], stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[Outcome | None]:
+        """Do as `process` does with a source that may have no shot just now, and then says None at once.
+
+        Yields None when there is nothing left to do: the caller waits before it goes on.
+        """
+        source = iter(shots)
         waiting: deque[_Waiting] = deque()
         hashed: deque[tuple[FoundShot, Future[str]]] = deque()
         more = True
-        while more or hashed:
+        while True:
             while more and len(hashed) < _HASH_AHEAD:
-                following = next(ahead, None)
-                more = following is not None
-                if following is not None:
-                    hashed.append(following)
+                try:
+                    shot = next(source)
+                except StopIteration:
+                    more = False
+                    break
+                if shot is None:
+                    break
+                hashed.append((shot, self._hashers.submit(Spool.hash_file, shot.path)))
             if stop():
                 break
-            together = [hashed.popleft()] if hashed else []
+            if not hashed:
+                if waiting:
+                    yield self._conclude(waiting.popleft())
+                elif more:
+                    yield None
+                else:
+                    break
+                continue
+            together = [hashed.popleft()]
             while hashed and hashed[0][1].done() and len(together) < _RECEIVE_TOGETHER:
                 together.append(hashed.popleft())
-            for received in self._received(together, kind, waiting):
+            for received in self._received(together, waiting):
                 if isinstance(received, Outcome):
                     yield received
                     continue
@@ -216,12 +237,8 @@ class Monitor:
         self._checkpointed_at = self._clock()
         self._since_checkpoint = 0
 
-    def _hashed(self, shots: Iterable[FoundShot]) -> Iterator[tuple[FoundShot, Future[str]]]:
-        for shot in shots:
-            yield shot, self._hashers.submit(Spool.hash_file, shot.path)
-
     def _received(
-        self, together: list[tuple[FoundShot, Future[str]]], kind: ShotKind | None, waiting: deque[_Waiting]
+        self, together: list[tuple[FoundShot, Future[str]]], waiting: deque[_Waiting]
     ) -> Iterator[Outcome | ShotRow]:
         """Acknowledge shots: their bytes are in the spool and their rows on the disk when this yields them."""
         taken: dict[str, FoundShot] = {}
@@ -230,7 +247,7 @@ class Monitor:
                 key = future.result()
                 if shot.raw is not None:
                     # Its raw file decides: it has to be on its way before this one is looked at.
-                    yield from self._acknowledged(taken, kind)
+                    yield from self._acknowledged(taken)
                     taken = {}
                 row = self._ledger.find(key)
                 if row is not None or key in taken:
@@ -242,27 +259,27 @@ class Monitor:
                 continue
             if shot.raw is not None and self._is_folded(shot.raw, waiting):
                 # With its verdict in the same commit: without it, a replay would fold the companion.
-                self._ledger.receive([replace(self._received_now(shot.path, key, kind), companion_of=shot.raw.name)])
+                self._ledger.receive([replace(self._received_now(shot, key), companion_of=shot.raw.name)])
                 yield Outcome(shot.path, Fate.COMPANION, f"companion of {shot.raw.name}")
                 continue
             taken[key] = shot
-        yield from self._acknowledged(taken, kind)
+        yield from self._acknowledged(taken)
 
-    def _acknowledged(self, taken: dict[str, FoundShot], kind: ShotKind | None) -> Iterator[ShotRow]:
+    def _acknowledged(self, taken: dict[str, FoundShot]) -> Iterator[ShotRow]:
         if not taken:
             return
-        self._ledger.receive([self._received_now(shot.path, key, kind) for key, shot in taken.items()])
+        self._ledger.receive([self._received_now(shot, key) for key, shot in taken.items()])
         for key in taken:
             row = self._ledger.find(key)
             if row is not None:
                 yield row
 
-    def _received_now(self, path: Path, key: str, kind: ShotKind | None) -> Received:
-        given: Literal["light", "dark"] | None = None if kind is None else kind.value
+    def _received_now(self, shot: FoundShot, key: str) -> Received:
+        given: Literal["light", "dark"] | None = None if shot.kind is None else shot.kind.value
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         # Of the spool's file: the card may have been pulled by now.
         size = self._state.spool.path(key).stat().st_size
-        return Received(key, path.name, str(path.absolute()), size, now, given)
+        return Received(key, shot.path.name, str(shot.path.absolute()), size, now, given, shot.camera)
 
     def _is_folded(self, raw: Path, waiting: deque[_Waiting]) -> bool:
         """Whether a raw file is folded, or about to be."""
@@ -308,6 +325,8 @@ class Monitor:
         except DecodeError as error:
             self._ledger.conclude(row.seq, verdict="refused", reason=str(error))
             return Outcome(path, Fate.REFUSED, str(error), replayed=shot.replayed)
+        if row.camera_given and frame.sensor.serial is None:
+            frame = replace(frame, sensor=replace(frame.sensor, serial=row.camera_given))
         kept = self._sensor_of(frame)
         report = kept.sensor.fold(frame, row.seq)
         kept.last_seq = row.seq
@@ -321,7 +340,7 @@ class Monitor:
         due = self._clock() - self._checkpointed_at > _CHECKPOINT_AFTER_S
         if due or self._since_checkpoint >= _CHECKPOINT_AFTER_SHOTS:
             self.checkpoint()
-        return Outcome(path, Fate.FOLDED, None, kept.id, frame.kind, report, shot.replayed)
+        return Outcome(path, Fate.FOLDED, None, kept.id, frame.kind, report, shot.replayed, row.seq, frame.info)
 
     def _write_down(self, row: ShotRow, frame: Frame, id_: str, report: FoldReport, digest: str) -> None:
         info = frame.info

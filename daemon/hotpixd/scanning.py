@@ -32,7 +32,7 @@ def run_scan(state: State, wanted: list[str], kind: str | None, stop: Callable[[
     stop : becomes true when the user wants to stop
     """
     console = Console(stderr=True, highlight=False)
-    listing = find_shots(wanted)
+    listing = find_shots(wanted, None if kind is None else ShotKind(kind))
     if listing.missing:
         for text in listing.missing:
             _say(console, f"nothing is at {text}")
@@ -48,7 +48,7 @@ def run_scan(state: State, wanted: list[str], kind: str | None, stop: Callable[[
         _replay(monitor, console, stop)
         total = len(listing.shots)
         with progress("shot", total) as advance:
-            for outcome in monitor.process(listing.shots, None if kind is None else ShotKind(kind), stop):
+            for outcome in monitor.process(listing.shots, stop):
                 if outcome.report is not None:
                     changes.update(t.change for t in outcome.report.transitions)
                 # Without its report: that holds an array per shot.

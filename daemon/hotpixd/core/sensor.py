@@ -19,7 +19,7 @@ from hotpixd.core import defects, evidence
 from hotpixd.core.accumulator import Accumulator, EachSlab, FrameEvents
 from hotpixd.core.defects import Defect
 from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, ShotKind
-from hotpixd.core.tracks import OBSERVATION, Kind, Status, Tracks, neighbours_of
+from hotpixd.core.tracks import OBSERVATION, RECENT, Kind, Status, Tracks, neighbours_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -532,6 +532,49 @@ class Sensor:
                 )
             )
         return found
+
+    def recent_excess(self, sites: Iterable[int]) -> list[list[float]]:
+        """Return the excess of the last observations at each site in units of its plane's noise, oldest first.
+
+        Up to `tracks.RECENT` of them; none for a site that is not observed.
+        """
+        wanted = list(sites)
+        tracks = self._tracks
+        if not len(tracks):
+            return [[] for _ in wanted]
+        position = {int(site): i for i, site in enumerate(tracks.rows["site"])}
+        noise = self._noise()[self.layout.planes_of(np.array(wanted, np.int64))]
+        kept, held = tracks.recent_of(np.array([position.get(site, 0) for site in wanted], np.int64))
+        histories: list[list[float]] = []
+        for i, site in enumerate(wanted):
+            at = position.get(site)
+            if at is None:
+                histories.append([])
+                continue
+            oldest = int(tracks.rows["seen"][at]) % RECENT
+            excess = np.roll(kept["excess"][i], -oldest)[np.roll(held[i], -oldest)]
+            histories.append((excess / noise[i]).tolist())
+        return histories
+
+    def around(self, site: int, reach: int) -> NDArray[np.float64]:
+        """Return the mean frame around a site, (2 reach + 1, 2 reach + 1) pixels, NaN outside of the sensor.
+
+        Each pixel is its mean minus the median of its plane in this patch, in units of the plane's noise. In a
+        rendered picture it is the channel of the site.
+        """
+        row, col = divmod(site, self.layout.shape[1])
+        x, channel = divmod(col, self.layout.channels)
+        ys, xs = np.mgrid[row - reach : row + reach + 1, x - reach : x + reach + 1]
+        inside = (ys >= 0) & (xs >= 0) & (ys < self.layout.height) & (xs < self.layout.width)
+        sites = (ys * self.layout.shape[1] + xs * self.layout.channels + channel)[inside]
+        mean, planes = self.accumulator.mean(sites), self.layout.planes_of(sites)
+        noise = self._noise()
+        for plane in np.unique(planes):
+            own = planes == plane
+            mean[own] = (mean[own] - np.median(mean[own])) / noise[plane]
+        patch = np.full(inside.shape, np.nan)
+        patch[inside] = mean
+        return patch
 
     def digest(self, keys: Iterable[str] = ()) -> str:
         """Return the accumulator's digest over the frames named by `keys`."""

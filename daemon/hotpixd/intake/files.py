@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
+from hotpixd.core.frame import ShotKind
+
 RAW = frozenset(
     (
         ".3fr", ".ari", ".arw", ".bay", ".cap", ".cr2", ".cr3", ".crw", ".dcr", ".dcs", ".dng", ".eip", ".erf", ".fff",
@@ -40,6 +42,12 @@ class FoundShot:
     raw: Path | None = None
     """The raw file of the same shot, if there is one beside it: then this one is its companion."""
 
+    kind: ShotKind | None = None
+    """Light or dark, if the user says so."""
+
+    camera: str | None = None
+    """The user's name for the body: its serial number, if the file holds none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Listing:
@@ -55,11 +63,15 @@ class Listing:
     """Folders that could not be listed, with the system's reason."""
 
 
-def find_shots(wanted: Iterable[str]) -> Listing:
+def find_shots(wanted: Iterable[str], kind: ShotKind | None = None) -> Listing:
     """List the shots of files, folders (with all below them) and glob patterns.
 
     A file that is named is listed whatever its ending; in folders, endings decide. Hidden files and folders are left
     out: AppleDouble `._IMG_1.JPG` and `.Trashes` are no shots.
+
+    Parameters
+    ----------
+    kind : light or dark, if the user says so
     """
     files: dict[Path, None] = {}
     missing: list[str] = []
@@ -77,7 +89,7 @@ def find_shots(wanted: Iterable[str]) -> Listing:
                 files[path] = None
         if not found:
             missing.append(text)
-    return Listing(tuple(_with_companions(list(files))), tuple(missing), tuple(unreadable))
+    return Listing(tuple(_with_companions(list(files), kind)), tuple(missing), tuple(unreadable))
 
 
 def _pictures_below(folder: Path, unreadable: list[tuple[Path, str]]) -> Iterator[Path]:
@@ -105,7 +117,7 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _with_companions(files: list[Path]) -> Iterator[FoundShot]:
+def _with_companions(files: list[Path], kind: ShotKind | None) -> Iterator[FoundShot]:
     raws = {_stem(path): path for path in files if path.suffix.lower() in RAW}
     late: dict[Path, list[Path]] = {}
     early: set[Path] = set()
@@ -117,9 +129,9 @@ def _with_companions(files: list[Path]) -> Iterator[FoundShot]:
     for path in files:
         if path in early:
             continue
-        yield FoundShot(path)
+        yield FoundShot(path, kind=kind)
         for companion in late.get(path, ()):
-            yield FoundShot(companion, raw=path)
+            yield FoundShot(companion, raw=path, kind=kind)
 
 
 def _stem(path: Path) -> tuple[Path, str]:

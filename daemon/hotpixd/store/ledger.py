@@ -31,7 +31,7 @@ from hotpixd.store.durable import StateError, StateFull, failpoint, fsync_folder
 Verdict = Literal["received", "folded", "refused", "companion"]
 Change = Literal["appeared", "stable", "recovered", "dropped"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # Observations lie in the order in which they come, (sensor, seq, site): a frame's rows are then appended to
 # a few pages. In the order (sensor, site, seq) each row of a frame would dirty a page of its own. A site's
@@ -45,6 +45,7 @@ CREATE TABLE shot(
     size INTEGER NOT NULL,
     received_at TEXT NOT NULL,
     kind_given TEXT CHECK (kind_given IN ('light', 'dark')),
+    camera_given TEXT,
     verdict TEXT NOT NULL DEFAULT 'received'
         CHECK (verdict IN ('received', 'folded', 'refused', 'companion')),
     reason TEXT,
@@ -84,6 +85,34 @@ CREATE TABLE transition(
 ) WITHOUT ROWID;
 """
 
+# Since format 2. A file seen is known by a digest of its volume, path, size and time; that only saves reading it
+# again. Alerts wait here until they are sent: `outbox` says how.
+_SCHEMA_2 = """
+CREATE TABLE seen(file BLOB PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE alert(
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    key TEXT UNIQUE NOT NULL,
+    raised_at TEXT NOT NULL,
+    topic TEXT NOT NULL,
+    subject TEXT NOT NULL,
+    text TEXT NOT NULL,
+    detail TEXT NOT NULL,
+    message INTEGER
+);
+CREATE INDEX alert_by_message ON alert(message, id);
+CREATE INDEX alert_by_subject ON alert(subject, id);
+CREATE TABLE delivery(
+    message INTEGER NOT NULL,
+    channel TEXT NOT NULL,
+    tries INTEGER NOT NULL DEFAULT 0,
+    state TEXT NOT NULL DEFAULT 'due' CHECK (state IN ('due', 'sent', 'given up')),
+    PRIMARY KEY (message, channel)
+) WITHOUT ROWID;
+"""
+
+_MIGRATIONS = {1: "ALTER TABLE shot ADD COLUMN camera_given TEXT;" + _SCHEMA_2}
+"""From a format to the next one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Received:
@@ -107,6 +136,9 @@ class Received:
     kind_given: Literal["light", "dark"] | None = None
     """What the user said it is. None if nothing."""
 
+    camera_given: str | None = None
+    """The user's name for the camera. None if they gave none."""
+
     companion_of: str | None = None
     """Name of the raw file of the same shot, which is folded instead. None if there is none."""
 
@@ -124,6 +156,7 @@ class ShotRow:
     size: int
     received_at: str
     kind_given: Literal["light", "dark"] | None
+    camera_given: str | None
 
     verdict: Verdict
     """received: not decided yet; folded: into its sensor's statistic; refused; companion: of a raw file."""
@@ -256,9 +289,12 @@ class Ledger:
         self._db.execute("PRAGMA cache_size = -16384")
         if version == 0:
             # One transaction: after a power cut there is all of the schema, or a new ledger is made.
-            self._db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
+            self._db.executescript(f"BEGIN;{_SCHEMA}{_SCHEMA_2}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
             # SQLite fsyncs the folder for its log, not for the database itself.
             fsync_folder(self.path.parent)
+            return
+        for older in range(version, SCHEMA_VERSION):
+            self._db.executescript(f"BEGIN;{_MIGRATIONS[older]}PRAGMA user_version = {older + 1};COMMIT;")
 
     def close(self) -> None:
         """Commit what waits and close."""
@@ -270,7 +306,7 @@ class Ledger:
 
     def check(self) -> None:
         """Read the whole database and raise `StateError` if anything in it is damaged."""
-        for (finding,) in self._rows("PRAGMA integrity_check(1)"):
+        for (finding,) in self.rows("PRAGMA integrity_check(1)"):
             if finding != "ok":
                 raise StateError(f"The ledger {self.path} is damaged: {finding}.")
 
@@ -315,7 +351,7 @@ class Ledger:
             return
         if shot.verdict not in ("refused", "companion"):
             raise ValueError(f"only a refused shot can be forgotten, {key} is {shot.verdict}")
-        self._later("DELETE FROM shot WHERE seq = ?", [(shot.seq,)])
+        self.later("DELETE FROM shot WHERE seq = ?", [(shot.seq,)])
 
     def conclude(self, seq: int, **columns: Unpack[Conclusion]) -> None:
         """Set columns of a shot: its verdict and what is known of it. The others stay as they are."""
@@ -323,7 +359,7 @@ class Ledger:
         if unknown or not columns:
             raise ValueError(f"a shot's conclusion has no columns {sorted(unknown)}")
         names = ", ".join(f"{name} = ?" for name in columns)
-        self._later(f"UPDATE shot SET {names} WHERE seq = ?", [(*map(_storable, columns.values()), int(seq))])
+        self.later(f"UPDATE shot SET {names} WHERE seq = ?", [(*map(_storable, columns.values()), int(seq))])
 
     def rows_to_replay(self, covers: Mapping[str, int]) -> list[ShotRow]:
         """Return, in seq order, the shots that no loaded generation contains.
@@ -358,28 +394,28 @@ class Ledger:
     def frame_keys(self, sensor_id: str, upto: int | None = None) -> list[str]:
         """Return the keys of all shots folded for a sensor, up to a seq if given, sorted."""
         query = "SELECT key FROM shot WHERE verdict = 'folded' AND sensor_id = ? AND seq <= ? ORDER BY key"
-        return [key for (key,) in self._rows(query, (sensor_id, 2**62 if upto is None else upto))]
+        return [key for (key,) in self.rows(query, (sensor_id, 2**62 if upto is None else upto))]
 
     def times(self, seqs: Iterable[int]) -> dict[int, str]:
         """Return when shots were taken, or received where the file does not say; UTC, ISO 8601."""
         query = "SELECT coalesce(taken_at, received_at) FROM shot WHERE seq = ?"
         found = {}
         for seq in seqs:
-            for (moment,) in self._rows(query, (seq,)):
+            for (moment,) in self.rows(query, (seq,)):
                 found[seq] = datetime.fromisoformat(moment).strftime("%Y-%m-%dT%H:%M:%SZ")
         return found
 
     def not_counted(self, sensor_id: str) -> dict[str, int]:
         """Return why frames of a sensor were no new evidence, and how many for each reason."""
         query = "SELECT not_counted_because FROM shot WHERE verdict = 'folded' AND sensor_id = ? AND counted = 0"
-        return dict(Counter((reason or "").split(":")[0] for (reason,) in self._rows(query, (sensor_id,))))
+        return dict(Counter((reason or "").split(":")[0] for (reason,) in self.rows(query, (sensor_id,))))
 
     def verdicts(self, keys: Iterable[str]) -> dict[str, tuple[Verdict, str | None, int]]:
         """Return (verdict, sensor_id, seq) of those keys that have a row."""
         query = "SELECT verdict, sensor_id, seq FROM shot WHERE key = ?"
         found = {}
         for key in keys:
-            for row in self._rows(query, (key,)):
+            for row in self.rows(query, (key,)):
                 found[key] = row
         return found
 
@@ -390,21 +426,21 @@ class Ledger:
                    sum(verdict = 'folded' AND coalesce(counted, 0)), sum(verdict = 'refused'),
                    sum(verdict = 'companion')
             FROM shot GROUP BY sensor_id ORDER BY sensor_id"""
-        return [Tally(*row) for row in self._rows(query)]
+        return [Tally(*row) for row in self.rows(query)]
 
     # --- sensors and what was derived
 
     def add_sensor(self, sensor_id: str, identity: Mapping[str, Any]) -> None:
         """Make a sensor known, or describe a known one anew. Needed before its observations."""
         number = self._numbers.setdefault(sensor_id, len(self._numbers) + 1)
-        self._later(
+        self.later(
             "INSERT OR REPLACE INTO sensor(number, id, identity) VALUES (?, ?, ?)",
             [(number, sensor_id, json.dumps(identity))],
         )
 
     def sensors(self) -> dict[str, dict[str, Any]]:
         """Return the identity of each sensor by its id, in the order in which they came."""
-        return {id_: json.loads(text) for id_, text in self._rows("SELECT id, identity FROM sensor ORDER BY number")}
+        return {id_: json.loads(text) for id_, text in self.rows("SELECT id, identity FROM sensor ORDER BY number")}
 
     def add_observations(
         self,
@@ -429,7 +465,7 @@ class Ledger:
         number = self._numbers[sensor_id]
         columns = [np.asarray(column).tolist() for column in (sites, value_adu, excess_adu, events)]
         rows = [(number, int(seq), *row) for row in zip(*columns, strict=True)]
-        self._later("INSERT OR REPLACE INTO observation VALUES (?, ?, ?, ?, ?, ?)", rows)
+        self.later("INSERT OR REPLACE INTO observation VALUES (?, ?, ?, ?, ?, ?)", rows)
 
     def observations(self, sensor_id: str, site: int | Iterable[int] | None = None) -> list[Observation]:
         """Return what was observed of a sensor, of one site, some or all, ordered by (seq, site).
@@ -451,7 +487,7 @@ class Ledger:
             wanted.append(json.dumps([int(s) for s in sites]))
         return [
             Observation._make((*row[:-1], None if row[-1] is None else bool(row[-1])))
-            for row in self._rows(query + " ORDER BY seq, site", wanted)
+            for row in self.rows(query + " ORDER BY seq, site", wanted)
         ]
 
     def add_transitions(self, rows: Iterable[TransitionRow]) -> None:
@@ -462,7 +498,7 @@ class Ledger:
         KeyError
             If a sensor was not added.
         """
-        self._later(
+        self.later(
             "INSERT OR REPLACE INTO transition(sensor, seq, site, change, detail) VALUES (?, ?, ?, ?, ?)",
             [(self._numbers[r.sensor_id], int(r.seq), int(r.site), r.change, json.dumps(dict(r.detail))) for r in rows],
         )
@@ -472,14 +508,24 @@ class Ledger:
         query = "SELECT site, seq, change, detail FROM transition WHERE sensor = ? ORDER BY seq, site, change"
         return [
             TransitionRow(sensor_id, site, seq, change, json.loads(detail))
-            for site, seq, change, detail in self._rows(query, (self._numbers.get(sensor_id),))
+            for site, seq, change, detail in self.rows(query, (self._numbers.get(sensor_id),))
         ]
 
     def delete_derived_after(self, sensor_id: str, seq: int) -> None:
         """Remove a sensor's observations and transitions of shots after `seq`: a replay writes them again."""
         number = self._numbers.get(sensor_id)
-        self._later("DELETE FROM observation WHERE sensor = ? AND seq > ?", [(number, seq)])
-        self._later("DELETE FROM transition WHERE sensor = ? AND seq > ?", [(number, seq)])
+        self.later("DELETE FROM observation WHERE sensor = ? AND seq > ?", [(number, seq)])
+        self.later("DELETE FROM transition WHERE sensor = ? AND seq > ?", [(number, seq)])
+
+    # --- files seen
+
+    def seen_files(self) -> set[bytes]:
+        """Return the digests of all files that need not be read again."""
+        return {file for (file,) in self.rows("SELECT file FROM seen")}
+
+    def add_seen(self, file: bytes) -> None:
+        """Remember that a file's shot is in the ledger."""
+        self.later("INSERT OR IGNORE INTO seen VALUES (?)", [(file,)])
 
     def commit(self) -> None:
         """Put the derived rows that wait on the disk."""
@@ -489,7 +535,13 @@ class Ledger:
 
     # --- how
 
-    def _later(self, statement: str, rows: Sequence[Sequence[object]]) -> None:
+    @property
+    def waits(self) -> bool:
+        """Whether derived rows wait for the next commit."""
+        return bool(self._pending) or self._db.in_transaction
+
+    def later(self, statement: str, rows: Sequence[Sequence[object]]) -> None:
+        """Write derived rows with the next commit; until then only this process sees them."""
         if rows:
             self._pending.append((statement, rows))
 
@@ -516,12 +568,13 @@ class Ledger:
             shot.size,
             shot.received_at,
             shot.kind_given,
+            shot.camera_given,
             "received" if shot.companion_of is None else "companion",
             None if shot.companion_of is None else _file_text(f"companion of {shot.companion_of}"),
         )
         added = self._db.execute(
-            "INSERT INTO shot(key, name, path, size, received_at, kind_given, verdict, reason)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO shot(key, name, path, size, received_at, kind_given, camera_given, verdict, reason)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             row,
         )
         return added.lastrowid or 0
@@ -532,14 +585,14 @@ class Ledger:
         self._pending.clear()
         self._applied = 0
 
-    def _rows(self, query: str, values: Sequence[object] = ()) -> list[Any]:
+    def rows(self, query: str, values: Sequence[object] = ()) -> list[Any]:
         """Read, with the rows that wait in sight."""
         with self._in_plain_words():
             self._apply_pending()
             return self._db.execute(query, values).fetchall()
 
     def _shots(self, condition: str, values: Sequence[object] = ()) -> Iterator[ShotRow]:
-        for row in self._rows(f"SELECT {_SHOT_COLUMNS} FROM shot {condition}", values):
+        for row in self.rows(f"SELECT {_SHOT_COLUMNS} FROM shot {condition}", values):
             columns = dict(zip(ShotRow.__dataclass_fields__, row, strict=True))
             for name in ("name", "path", "reason", "not_counted_because"):
                 if isinstance(columns[name], bytes):

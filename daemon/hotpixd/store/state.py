@@ -36,6 +36,11 @@ _SENSOR_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
 class StateLocked(StateError):  # noqa: N818 - a condition, not a fault
     """Another process has the state open."""
 
+    def __init__(self, message: str, feed: Path | None = None) -> None:
+        super().__init__(message)
+        self.feed = feed
+        """Socket at which that process answers questions. None if it does not."""
+
 
 class StateMissing(StateError):  # noqa: N818 - a condition, not a fault
     """There is no state yet."""
@@ -108,6 +113,10 @@ class State:
             os.close(self._lock)
             self._lock = -1
 
+    def announce(self, feed: Path) -> None:
+        """Write into the lock at which socket this process answers questions of those who find the state locked."""
+        _write_lock(self._lock, feed)
+
     def sensor_folder(self, sensor_id: str) -> Path:
         """Return the folder of a sensor's generations; it is made if missing.
 
@@ -173,11 +182,22 @@ def _locked(path: Path) -> int:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.pread(fd, 4096, 0).decode("utf-8", "replace").strip() or "another process"
+        holder, feed = _read_lock(fd)
         os.close(fd)
-        raise StateLocked(f"The state {path.parent} is in use by {holder}.") from None
-    me = f"process {os.getpid()} ({shlex.join(sys.argv)})\n"
-    with suppress(OSError):  # a full disk: the lock holds without a name in it
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, me.encode("utf-8", "surrogateescape"), 0)
+        raise StateLocked(f"The state {path.parent} is in use by {holder}.", feed) from None
+    _write_lock(fd, None)
     return fd
+
+
+def _write_lock(fd: int, feed: Path | None) -> None:
+    me = f"process {os.getpid()} ({shlex.join(sys.argv)})".replace("\n", " ")
+    text = os.fsencode(f"{me}\n" if feed is None else f"{me}\nfeed {feed}\n")
+    with suppress(OSError):  # a full disk: the lock holds without a name in it
+        os.pwrite(fd, text, 0)
+        os.ftruncate(fd, len(text))
+
+
+def _read_lock(fd: int) -> tuple[str, Path | None]:
+    first, _, second = os.fsdecode(os.pread(fd, 65536, 0)).partition("\n")
+    holder = first.encode("utf-8", "replace").decode().strip() or "another process"
+    return holder, Path(second.strip().removeprefix("feed ")) if second.startswith("feed ") else None

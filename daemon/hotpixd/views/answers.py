@@ -22,27 +22,19 @@ from hotpixd.store.state import State
 Answer = dict[str, Any]
 
 
-def status(state: State) -> Answer:
+Sensors = Iterable[tuple[str, Kept]]
+"""Sensors with their ids. Whoever holds some in memory gives them; else all are read from the disk."""
+
+
+def status(state: State, sensors: Sensors | None = None) -> Answer:
     """Sensors with their counters, all shots by verdict, what was refused and why."""
     tallies = {tally.sensor_id: tally for tally in state.ledger.tally()}
-    sensors = []
-    for id_, kept in _sensors(state):
-        found = kept.sensor.defects(candidates=True)
-        by_status = {name: sum(d.status == name for d in found) for name in ("stable", "candidate", "recovered")}
-        last = state.ledger.last_shot(id_)
-        sensors.append(
-            {
-                **_sensor(id_, kept, tallies.get(id_)),
-                **by_status,
-                "not_counted": state.ledger.not_counted(id_),
-                "last_shot": None if last is None else _shot(last),
-            }
-        )
+    described = [summary(state, id_, kept, tallies.get(id_)) for id_, kept in _given(state, sensors)]
     every = tallies.values()
     last = state.ledger.last_shot()
     return {
         "state": str(state.root),
-        "sensors": sensors,
+        "sensors": described,
         "shots": {f.name: sum(getattr(t, f.name) for t in every) for f in fields(Tally) if f.name != "sensor_id"},
         "refused": [{"name": row.name, "path": row.path, "reason": row.reason} for row in state.ledger.refused()],
         "last_shot": None if last is None else _shot(last),
@@ -51,14 +43,24 @@ def status(state: State) -> Answer:
     }
 
 
-def defects(state: State, *, candidates: bool = False, sensors: Iterable[tuple[str, Kept]] | None = None) -> Answer:
-    """Stable defects of every sensor, by position; with `candidates` those not yet stable and the recovered too.
+def summary(state: State, id_: str, kept: Kept, tally: Tally | None) -> Answer:
+    """One sensor of `status`."""
+    found = kept.sensor.defects(candidates=True)
+    by_status = {name: sum(d.status == name for d in found) for name in ("stable", "candidate", "recovered")}
+    last = state.ledger.last_shot(id_)
+    return {
+        **_sensor(id_, kept, tally),
+        **by_status,
+        "not_counted": state.ledger.not_counted(id_),
+        "last_shot": None if last is None else _shot(last),
+    }
 
-    Whoever holds sensors in memory gives them as `sensors`, with their ids; else all are read from the disk.
-    """
+
+def defects(state: State, *, candidates: bool = False, sensors: Sensors | None = None) -> Answer:
+    """Stable defects of every sensor, by position; with `candidates` those not yet stable and the recovered too."""
     tallies = {tally.sensor_id: tally for tally in state.ledger.tally()}
     answer = []
-    for id_, kept in _sensors(state) if sensors is None else sensors:
+    for id_, kept in _given(state, sensors):
         found = kept.sensor.defects(candidates=candidates)
         times = state.ledger.times({seq for d in found for seq in (d.first_seq, d.stable_seq) if seq is not None})
         entries = []
@@ -88,11 +90,11 @@ def defects(state: State, *, candidates: bool = False, sensors: Iterable[tuple[s
     return {"sensors": answer}
 
 
-def least_variance(state: State, k: int) -> Answer:
+def least_variance(state: State, k: int, sensors: Sensors | None = None) -> Answer:
     """The k samples of least variance over all frames, per sensor; ties by position."""
     tallies = {tally.sensor_id: tally for tally in state.ledger.tally()}
     answer = []
-    for id_, kept in _sensors(state):
+    for id_, kept in _given(state, sensors):
         layout = kept.sensor.layout
         least = []
         if kept.sensor.frames:
@@ -125,7 +127,7 @@ def verify(state: State) -> Answer:
                 checkpoint.verify(path)
             except checkpoint.GenerationError as error:
                 problems.append(str(error))
-    for id_, kept in _sensors(state):
+    for id_, kept in _given(state, None):
         covers[id_] = kept.covers
         keys = state.ledger.frame_keys(id_, kept.covers)
         if len(keys) != kept.sensor.frames:
@@ -148,7 +150,10 @@ def waiting(state: State) -> int:
     return len(state.ledger.rows_to_replay(archive.covers(state)))
 
 
-def _sensors(state: State) -> Iterator[tuple[str, Kept]]:
+def _given(state: State, sensors: Sensors | None) -> Iterator[tuple[str, Kept]]:
+    if sensors is not None:
+        yield from sensors
+        return
     # One at a time: a sensor of 45 megapixels takes a gigabyte.
     for id_, description in state.ledger.sensors().items():
         identity = archive.identity_from(description)

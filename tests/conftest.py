@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,15 @@ _SCRIPT = Path(sys.executable).with_name("hotpixd")
 HOTPIXD = [str(_SCRIPT)] if _SCRIPT.exists() else [sys.executable, "-c", "from hotpixd.cli import main; main()"]
 """The command, as a user would start it."""
 
-_OF_THE_USER = ("COLUMNS", "FORCE_COLOR", "HOTPIXD_FAILPOINT", "LINES", "NO_COLOR", "STATE_DIRECTORY")
+_OF_THE_USER = (
+    "COLUMNS",
+    "FORCE_COLOR",
+    "HOTPIXD_FAILPOINT",
+    "LINES",
+    "NO_COLOR",
+    "RUNTIME_DIRECTORY",
+    "STATE_DIRECTORY",
+)
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -129,3 +137,28 @@ def scanned(tmp_path_factory: pytest.TempPathFactory, camera: Camera) -> Path:
     root = tmp_path_factory.mktemp("scanned") / "state"
     feed(root, camera.folder)
     return root
+
+
+@pytest.fixture
+def runtime() -> Iterator[Path]:
+    """Return a folder for sockets whose path is short, as theirs must be."""
+    with tempfile.TemporaryDirectory(prefix="hpx") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def start(tmp_path: Path, runtime: Path) -> Iterator[Callable[..., Any]]:
+    """Return what starts a daemon on tmp_path/state; it is gone when the test ends."""
+    # Not above: daemons needs this module.
+    from daemons import Daemon
+
+    running: list[Daemon] = []
+
+    def started(*arguments: object, wait: bool = True, **env: str) -> Daemon:
+        daemon = Daemon(tmp_path / "state", runtime, *arguments, **env)
+        running.append(daemon)
+        return daemon.wait_ready() if wait else daemon
+
+    yield started
+    for daemon in running:
+        daemon.close()

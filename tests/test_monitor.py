@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from hotpixd import monitor as monitor_module
 from hotpixd.core.frame import ShotKind
 from hotpixd.intake.files import FoundShot, find_shots
 from hotpixd.monitor import Fate, Monitor, Outcome
+from hotpixd.simulate import VirtualSensor, write_series
 from hotpixd.store.checkpoint import generations
 from hotpixd.store.ledger import Ledger
-from hotpixd.store.state import State
+from hotpixd.store.state import State, StateFull
 
 
 def fates(outcomes: list[Outcome]) -> list[tuple[str, str]]:
@@ -332,14 +334,13 @@ def test_an_original_that_was_edited_in_place_is_not_folded(camera, tmp_path):
     assert [o.path.name for o in outcomes if o.fate is Fate.REFUSED] == [edited.name]
 
 
-def test_a_checkpoint_is_written_when_it_is_due(camera, tmp_path, monkeypatch):
+def test_a_checkpoint_is_written_when_it_is_due(camera, tmp_path):
     """After a time, by the clock handed in, and after a number of shots."""
     now = itertools.count(step=40)
     with State(tmp_path / "timed") as state, Monitor(state, clock=lambda: float(next(now))) as monitor:
         list(monitor.process(find_shots([str(camera.folder)]).shots))
     assert int(newest(tmp_path / "timed")[0].stem[4:]) >= 3
-    monkeypatch.setattr(monitor_module, "_CHECKPOINT_AFTER_SHOTS", 5)
-    with State(tmp_path / "counted") as state, Monitor(state) as monitor:
+    with State(tmp_path / "counted") as state, Monitor(state, checkpoint_every_shots=5) as monitor:
         list(monitor.process(find_shots([str(camera.folder)]).shots))
     assert newest(tmp_path / "counted")[0].name == "gen-00000002.hpx"
 
@@ -351,3 +352,55 @@ def test_nothing_new_writes_no_generation(scanned, camera, tmp_path):
     before = newest(root)
     feed(root, *camera.shots[:3])
     assert newest(root) == before
+
+
+def test_a_source_may_have_nothing_just_now(camera, scanned, tmp_path):
+    """None from the source is None to the caller, once all that came before is folded."""
+    shots = find_shots([str(camera.folder)]).shots
+    said = [None, *shots[:1], *[None] * 4, *shots[1:9], None, *shots[9:], *[None] * 9]
+    with State(tmp_path / "state") as state, Monitor(state) as monitor:
+        outcomes = list(monitor.follow(said))
+        monitor.checkpoint()
+    names = [None if outcome is None else outcome.path.name for outcome in outcomes]
+    assert [name for name in names if name is not None] == [shot.path.name for shot in shots]
+    assert names[:2] == [None, shots[0].path.name]
+    # One None is used up in receiving the shot and one in folding it.
+    assert names[2:5] == [None, None, shots[1].path.name]
+    assert names[-1] is None
+    assert told(tmp_path / "state") == told(scanned)
+
+
+def test_a_disk_that_was_full_for_a_while_loses_nothing(camera, scanned, tmp_path, monkeypatch):
+    """What was received goes on where it was; the shot that did not fit is offered again."""
+    shots = find_shots([str(camera.folder)]).shots
+    with State(tmp_path / "state") as state, Monitor(state) as monitor:
+        receive, done = state.ledger.receive, []
+
+        def full(received):
+            if len(done) == 5:
+                raise StateFull("No space left for the ledger.")
+            return receive(received)
+
+        monkeypatch.setattr(state.ledger, "receive", full)
+        monkeypatch.setattr(monitor_module, "_RECEIVE_TOGETHER", 1)
+        with pytest.raises(StateFull):
+            done.extend(monitor.follow(shots))
+        assert len(done) == 5
+        assert monitor.in_flight > 0
+        monkeypatch.undo()
+        done += [o for o in monitor.follow(shots[5:]) if o is not None and o.fate is Fate.FOLDED]
+        monitor.checkpoint()
+    assert [outcome.path.name for outcome in done] == [shot.path.name for shot in shots]
+    assert told(tmp_path / "state") == told(scanned)
+
+
+def test_a_camera_takes_the_users_name_if_it_has_no_serial(camera, tmp_path):
+    """Only then; a serial number in the file is believed."""
+    nameless = VirtualSensor(64, 48, hot=1, stuck=0, dead=0, serial="")
+    for _ in write_series(tmp_path / "nameless", nameless, 2, "moving", "dng"):
+        pass
+    (tmp_path / "nameless" / "truth.json").unlink()
+    shots = find_shots([str(tmp_path / "nameless"), str(camera.shots[0])]).shots
+    with State(tmp_path / "state") as state, Monitor(state) as monitor:
+        list(monitor.process(replace(shot, camera="mine") for shot in shots))
+        assert {identity["serial"] for identity in state.ledger.sensors().values()} == {"mine", "V0001"}

@@ -297,3 +297,51 @@ def test_only_known_defects_are_looked_past(seed: int):
     """
     sensor = folded(shots(camera(seed=seed), "moving", range(8)), DetectionSettings(alpha=0.5))
     assert found(sensor) == set()
+
+
+def test_the_last_observations_of_a_site_are_told_oldest_first():
+    """A hot sample's excess in units of noise, as many as there were; nothing of a site that is not followed."""
+    source = camera(hot(151, 101))
+    sensor = Sensor(source.frame(source.shot(0, "moving")).sensor)
+    site = 101 * WIDTH + 151
+    assert sensor.recent_excess([site]) == [[]]
+    frames = shots(source, "moving", range(75))
+    fold(sensor, frames[:20])
+    (early,) = sensor.recent_excess([site])
+    assert 5 <= len(early) <= 20
+    reports = fold(sensor, frames[20:], 21)
+    history, nothing = sensor.recent_excess([site, 7])
+    assert nothing == []
+    assert len(history) == 64
+    counted = [report for report in reports if report.counted]
+    at = [int(np.flatnonzero(report.observed_sites == site)[0]) for report in counted]
+    excess = [float(report.observations["excess"][i]) for report, i in zip(counted, at, strict=True)]
+    ratio = np.array(history[-len(excess) :]) / np.array(excess)
+    assert np.allclose(ratio, ratio[0])
+    assert all(value > 0 for value in history)
+
+
+@pytest.mark.parametrize("rendered", [False, True])
+def test_the_surroundings_of_a_defect_are_flat_but_for_itself(rendered: bool):
+    """Colours are evened out; outside of the sensor there is nothing."""
+    source = camera(hot(298, 1, 12_000.0))
+    sensor = folded(shots(source, "moving", range(20), rendered=rendered))
+    channel = sensor.layout.channels - 1
+    site = 1 * sensor.layout.shape[1] + 298 * sensor.layout.channels + channel
+    patch = sensor.around(site, 3)
+    assert patch.shape == (7, 7)
+    assert np.isnan(patch[:2]).all()
+    assert np.isnan(patch[:, 5:]).all()
+    inside = patch[2:, :5]
+    assert np.isfinite(inside).all()
+    assert np.nanargmax(patch) == 3 * 7 + 3 or rendered
+    assert abs(np.median(inside)) < 1
+    assert np.nanmax(patch) > 3
+
+
+def test_sites_are_counted_by_status():
+    """As the list of defects says it."""
+    sensor = folded(shots(camera(hot=6, stuck=3), "moving", range(15)))
+    listed = [defect.status for defect in sensor.defects(candidates=True)]
+    assert sensor.found == {status: listed.count(status) for status in ("candidate", "stable", "recovered")}
+    assert sensor.found["stable"] > 0

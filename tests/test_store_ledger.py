@@ -446,3 +446,48 @@ class AgainstADict(RuleBasedStateMachine):
 
 TestAgainstADict = AgainstADict.TestCase
 TestAgainstADict.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+
+
+def test_a_ledger_of_an_older_version_is_brought_up_to_date(tmp_path: Path) -> None:
+    """Format 1 had no names for cameras, no files seen and no alerts; its shots stay."""
+    path = tmp_path / "ledger.sqlite"
+    with closing(Ledger(path)) as ledger:
+        folded(ledger, 1, 2)
+    with closing(sqlite3.connect(path)) as db:
+        for statement in (
+            "ALTER TABLE shot DROP COLUMN camera_given",
+            "DROP TABLE seen",
+            "DROP TABLE alert",
+            "DROP TABLE delivery",
+            "PRAGMA user_version = 1",
+        ):
+            db.execute(statement)
+    with closing(Ledger(path)) as ledger:
+        ledger.add_seen(b"x" * 16)
+        ledger.receive([replace(shot(3), camera_given="left")])
+        found = [ledger.find(shot(number).key) for number in (1, 2, 3)]
+        assert [row.camera_given for row in found if row is not None] == [None, None, "left"]
+        assert [row.verdict for row in found if row is not None] == ["folded", "folded", "received"]
+        assert ledger.seen_files() == {b"x" * 16}
+        assert ledger.alerts(5) == []
+
+
+def test_a_migration_that_dies_is_done_again(tmp_path: Path) -> None:
+    """It is one transaction: a power cut leaves the old format whole."""
+    path = tmp_path / "ledger.sqlite"
+    with closing(Ledger(path)):
+        pass
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("ALTER TABLE shot DROP COLUMN camera_given")
+        # The last table of the migration is in its way.
+        for table in ("seen", "alert"):
+            db.execute(f"DROP TABLE {table}")
+        db.execute("PRAGMA user_version = 1")
+    with pytest.raises(StateError):
+        Ledger(path)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+        assert "camera_given" not in [row[1] for row in db.execute("PRAGMA table_info(shot)")]
+        db.execute("DROP TABLE delivery")
+    with closing(Ledger(path)) as ledger:
+        assert ledger.seen_files() == set()

@@ -205,3 +205,18 @@ def test_orphans_of_an_earlier_process_go_and_those_of_this_one_stay(tmp_path: P
         state.spool.take(sources[1], keys[1])
         assert state.settle_spool({}) == 2
         assert list(state.spool.keys()) == [keys[1]]
+
+
+def test_the_lock_tells_where_its_holder_answers(tmp_path: Path) -> None:
+    """For readers who find the state locked; nothing until it is announced, whatever the command line says."""
+    with State(tmp_path / "state") as state:
+        with pytest.raises(StateLocked) as locked:
+            State(tmp_path / "state")
+        assert locked.value.feed is None
+        state.announce(tmp_path / "feed of\u20ac.sock")
+        with pytest.raises(StateLocked, match=f"process {os.getpid()} ") as locked:
+            State(tmp_path / "state")
+        assert locked.value.feed == tmp_path / "feed of\u20ac.sock"
+    with State(tmp_path / "state"), pytest.raises(StateLocked) as locked:
+        State(tmp_path / "state")
+    assert locked.value.feed is None

@@ -94,15 +94,16 @@ def load(
     return Kept(id_, sensor, generation.number, covers, _older_cover(state, id_, generation.number), covers, damage)
 
 
-def save(state: State, kept: Kept) -> None:
-    """Write the sensor's next generation, if it has frames that no generation has."""
+def save(state: State, kept: Kept) -> int:
+    """Write the sensor's next generation, if it has frames that no generation has; return its bytes."""
     if not kept.pending:
-        return
+        return 0
     header, arrays = kept.sensor.save()
     kept.number += 1
-    state.checkpoint(kept.id, kept.number, {"sensor": header, "covers": kept.last_seq}, arrays)
+    written = state.checkpoint(kept.id, kept.number, {"sensor": header, "covers": kept.last_seq}, arrays)
     kept.covered_by_older = kept.covers or None
     kept.covers = kept.last_seq
+    return written.stat().st_size
 
 
 def covers_of(state: State, id_: str) -> int:

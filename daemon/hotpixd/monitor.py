@@ -38,12 +38,6 @@ _DECODE_AHEAD = 3
 _RECEIVE_TOGETHER = 4
 """Shots acknowledged with one commit, when that many are hashed already."""
 
-_CHECKPOINT_AFTER_S = 60.0
-"""Folding time that a crash may cost to repeat."""
-
-_CHECKPOINT_AFTER_SHOTS = 1024
-"""Shots after which the spool is cleared, however fast they came."""
-
 _RESIDENT_BYTES = 1 << 30
 """Accumulators of sensors not in use are kept in memory up to this size."""
 
@@ -88,6 +82,9 @@ class Outcome:
     info: ShotInfo | None = None
     """How it was taken, if it was folded."""
 
+    size: int = 0
+    """Bytes of its file, if it was received."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
@@ -108,6 +105,8 @@ class Monitor:
     state : open for writing
     settings : of detection
     cores : threads for decoding and for folding
+    checkpoint_every_s : folding time that a crash may cost to repeat
+    checkpoint_every_shots : shots after which the spool is cleared, however fast they came
     clock : monotonic, s
     """
 
@@ -117,13 +116,18 @@ class Monitor:
         settings: DetectionSettings | None = None,
         *,
         cores: int = 2,
+        checkpoint_every_s: float = 60.0,
+        checkpoint_every_shots: int = 1024,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._state = state
         self._ledger = state.ledger
         self._settings = settings or DetectionSettings()
+        self.checkpoint_every_s = checkpoint_every_s
+        self.checkpoint_every_shots = checkpoint_every_shots
         self._clock = clock
         self._slabs = cores
+        self._waiting: deque[_Waiting] = deque()
         keep_large_buffers()
         self._hashers = ThreadPoolExecutor(1, "hash")
         self._decoders = ThreadPoolExecutor(cores, "decode")
@@ -157,15 +161,14 @@ class Monitor:
         for id_ in {row.sensor_id for row in rows if row.sensor_id in covers}:
             if id_ is not None:
                 self._ledger.delete_derived_after(id_, covers[id_])
-        waiting: deque[_Waiting] = deque()
         for row in rows:
             if stop():
                 break
-            waiting.append(self._decode(row, replayed=True))
-            if len(waiting) > _DECODE_AHEAD:
-                yield self._conclude(waiting.popleft())
-        while waiting:
-            yield self._conclude(waiting.popleft())
+            self._waiting.append(self._decode(row, replayed=True))
+            if len(self._waiting) > _DECODE_AHEAD:
+                yield from self._next_concluded()
+        while self._waiting:
+            yield from self._next_concluded()
 
     def process(self, shots: Iterable[FoundShot], stop: Callable[[], bool] = lambda: False) -> Iterator[Outcome]:
         """Take shots in and fold them, yielding what became of each.
@@ -182,10 +185,11 @@ class Monitor:
     ) -> Iterator[Outcome | None]:
         """Do as `process` does with a source that may have no shot just now, and then says None at once.
 
-        Yields None when there is nothing left to do: the caller waits before it goes on.
+        Yields None when there is nothing left to do: the caller waits before it goes on. If a full disk ends it
+        (`StateFull`), what was received is kept: call it again when there is room.
         """
         source = iter(shots)
-        waiting: deque[_Waiting] = deque()
+        waiting = self._waiting
         hashed: deque[tuple[FoundShot, Future[str]]] = deque()
         more = True
         while True:
@@ -202,7 +206,7 @@ class Monitor:
                 break
             if not hashed:
                 if waiting:
-                    yield self._conclude(waiting.popleft())
+                    yield from self._next_concluded()
                 elif more:
                     yield None
                 else:
@@ -211,15 +215,15 @@ class Monitor:
             together = [hashed.popleft()]
             while hashed and hashed[0][1].done() and len(together) < _RECEIVE_TOGETHER:
                 together.append(hashed.popleft())
-            for received in self._received(together, waiting):
+            for received in self._received(together):
                 if isinstance(received, Outcome):
                     yield received
                     continue
                 waiting.append(self._decode(received, replayed=False))
                 while len(waiting) > _DECODE_AHEAD:
-                    yield self._conclude(waiting.popleft())
+                    yield from self._next_concluded()
         while waiting:
-            yield self._conclude(waiting.popleft())
+            yield from self._next_concluded()
 
     def sensors(self, ids: Iterable[str]) -> Iterator[tuple[str, Kept]]:
         """Return sensors of this state by id: those in memory as they are, the others from the disk."""
@@ -228,18 +232,35 @@ class Monitor:
             kept = self._kept.get(id_)
             yield id_, kept or archive.load(self._state, id_, archive.identity_from(known[id_]), self._settings)
 
-    def checkpoint(self) -> None:
-        """Write a generation of every sensor that has new frames, and clear the spool of what is safe by then."""
-        for kept in self._kept.values():
-            self._save(kept)
+    @property
+    def in_flight(self) -> int:
+        """Shots received and not folded yet."""
+        return len(self._waiting)
+
+    @property
+    def uncovered(self) -> int:
+        """Shots folded since the last checkpoint."""
+        return self._since_checkpoint
+
+    def resident(self, id_: str) -> Kept | None:
+        """Return a sensor if it is in memory."""
+        return self._kept.get(id_)
+
+    def checkpoint(self) -> int:
+        """Write a generation of every sensor that has new frames, and clear the spool of what is safe by then.
+
+        Returns
+        -------
+        Bytes written.
+        """
+        written = sum(self._save(kept) for kept in self._kept.values())
         self._ledger.commit()
         self._state.settle_spool(self._covered_by_older)
         self._checkpointed_at = self._clock()
         self._since_checkpoint = 0
+        return written
 
-    def _received(
-        self, together: list[tuple[FoundShot, Future[str]]], waiting: deque[_Waiting]
-    ) -> Iterator[Outcome | ShotRow]:
+    def _received(self, together: list[tuple[FoundShot, Future[str]]]) -> Iterator[Outcome | ShotRow]:
         """Acknowledge shots: their bytes are in the spool and their rows on the disk when this yields them."""
         taken: dict[str, FoundShot] = {}
         for shot, future in together:
@@ -257,7 +278,7 @@ class Monitor:
             except SpoolError as error:
                 yield Outcome(shot.path, Fate.UNREADABLE, str(error))
                 continue
-            if shot.raw is not None and self._is_folded(shot.raw, waiting):
+            if shot.raw is not None and self._is_folded(shot.raw):
                 # With its verdict in the same commit: without it, a replay would fold the companion.
                 self._ledger.receive([replace(self._received_now(shot, key), companion_of=shot.raw.name)])
                 yield Outcome(shot.path, Fate.COMPANION, f"companion of {shot.raw.name}")
@@ -281,9 +302,9 @@ class Monitor:
         size = self._state.spool.path(key).stat().st_size
         return Received(key, shot.path.name, str(shot.path.absolute()), size, now, given, shot.camera)
 
-    def _is_folded(self, raw: Path, waiting: deque[_Waiting]) -> bool:
+    def _is_folded(self, raw: Path) -> bool:
         """Whether a raw file is folded, or about to be."""
-        for shot in waiting:
+        for shot in self._waiting:
             if Path(shot.row.path) == raw.absolute():
                 return shot.frame.exception() is None
         try:
@@ -316,6 +337,13 @@ class Monitor:
             " be folded again"
         )
 
+    def _next_concluded(self) -> Iterator[Outcome]:
+        yield self._conclude(self._waiting.popleft())
+        # After the yield: what the caller writes down of this shot is then in the same commit.
+        due = self._clock() - self._checkpointed_at > self.checkpoint_every_s
+        if self._since_checkpoint and (due or self._since_checkpoint >= self.checkpoint_every_shots):
+            self.checkpoint()
+
     def _conclude(self, shot: _Waiting) -> Outcome:
         """Fold a decoded shot and write down what that changed."""
         row = shot.row
@@ -324,7 +352,7 @@ class Monitor:
             frame = shot.frame.result()
         except DecodeError as error:
             self._ledger.conclude(row.seq, verdict="refused", reason=str(error))
-            return Outcome(path, Fate.REFUSED, str(error), replayed=shot.replayed)
+            return Outcome(path, Fate.REFUSED, str(error), replayed=shot.replayed, size=row.size)
         if row.camera_given and frame.sensor.serial is None:
             frame = replace(frame, sensor=replace(frame.sensor, serial=row.camera_given))
         kept = self._sensor_of(frame)
@@ -337,10 +365,9 @@ class Monitor:
             )
         self._write_down(row, frame, kept.id, report, digest)
         self._since_checkpoint += 1
-        due = self._clock() - self._checkpointed_at > _CHECKPOINT_AFTER_S
-        if due or self._since_checkpoint >= _CHECKPOINT_AFTER_SHOTS:
-            self.checkpoint()
-        return Outcome(path, Fate.FOLDED, None, kept.id, frame.kind, report, shot.replayed, row.seq, frame.info)
+        return Outcome(
+            path, Fate.FOLDED, None, kept.id, frame.kind, report, shot.replayed, row.seq, frame.info, row.size
+        )
 
     def _write_down(self, row: ShotRow, frame: Frame, id_: str, report: FoldReport, digest: str) -> None:
         info = frame.info
@@ -390,10 +417,11 @@ class Monitor:
             self._save(next(iter(self._kept.values())))
             self._kept.popitem(last=False)
 
-    def _save(self, kept: Kept) -> None:
-        archive.save(self._state, kept)
+    def _save(self, kept: Kept) -> int:
+        written = archive.save(self._state, kept)
         if kept.covered_by_older is not None:
             self._covered_by_older[kept.id] = kept.covered_by_older
+        return written
 
 
 def _utc(moment: datetime) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from hotpixd.core import defects, evidence
 from hotpixd.core.accumulator import Accumulator, EachSlab, FrameEvents
 from hotpixd.core.defects import Defect
-from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, ShotKind
+from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, SensorLayout, ShotInfo, ShotKind
 from hotpixd.core.tracks import OBSERVATION, RECENT, Kind, Status, Tracks, neighbours_of
 
 
@@ -198,6 +198,12 @@ class Sensor:
     def frames_counted(self) -> int:
         """Frames that were new evidence."""
         return self._running.counted_total
+
+    @property
+    def found(self) -> dict[str, int]:
+        """Number of sites by status: "candidate", "stable", "recovered"."""
+        statuses = self._tracks.rows["status"]
+        return {status.name.lower(): int((statuses == status).sum()) for status in Status}
 
     @property
     def threshold(self) -> float:
@@ -609,3 +615,18 @@ class Sensor:
 
 def _near(xs: NDArray[np.int64], ys: NDArray[np.int64], x: int, y: int, within: int) -> NDArray[np.bool_]:
     return np.asarray((np.abs(xs - x) <= within) & (np.abs(ys - y) <= within))
+
+
+def warm_up() -> None:
+    """Have the kernels compiled, or loaded from their cache, for the common kinds of frames."""
+    noise = np.random.default_rng(0)
+    for kind, layout in (
+        (SampleKind.RAW, SensorLayout(96, 64, "RGGB", 1)),
+        (SampleKind.RENDERED, SensorLayout(96, 64, "RGB", 3)),
+    ):
+        samples = noise.integers(40, 60, layout.shape)
+        values = samples.astype(np.uint16) if kind is SampleKind.RAW else samples.astype(np.uint8)
+        identity = SensorIdentity(None, None, None, kind, layout, values.dtype.name)
+        sensor = Sensor(identity)
+        for seq in range(2):
+            sensor.fold(Frame(identity, values, ShotKind.LIGHT, ShotInfo()), seq)

@@ -517,6 +517,12 @@ class Ledger:
         self.later("DELETE FROM observation WHERE sensor = ? AND seq > ?", [(number, seq)])
         self.later("DELETE FROM transition WHERE sensor = ? AND seq > ?", [(number, seq)])
 
+    def alerts(self, last: int) -> list[dict[str, Any]]:
+        """Return the latest alerts, oldest first: id, at (UTC, ISO 8601), topic, text."""
+        query = "SELECT id, raised_at, topic, text FROM alert ORDER BY id DESC LIMIT ?"
+        rows = self.rows(query, (last,))
+        return [dict(zip(("id", "at", "topic", "text"), row, strict=True)) for row in reversed(rows)]
+
     # --- files seen
 
     def seen_files(self) -> set[bytes]:

@@ -6,8 +6,9 @@ The keys are a contract with programs outside this repository.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
+from datetime import UTC, datetime
 from typing import Any
 
 from hotpixd import archive
@@ -21,9 +22,35 @@ from hotpixd.store.state import State
 
 Answer = dict[str, Any]
 
-
 Sensors = Iterable[tuple[str, Kept]]
 """Sensors with their ids. Whoever holds some in memory gives them; else all are read from the disk."""
+
+
+def answer(state: State, question: str, arguments: Mapping[str, Any], sensors: Sensors | None = None) -> Answer:
+    """Answer a question by its name, be it asked here or over the daemon's socket.
+
+    Raises
+    ------
+    KeyError
+        If there is no such question.
+    """
+    match question:
+        case "status":
+            return status(state, sensors)
+        case "defects":
+            return {
+                **defects(state, candidates=bool(arguments.get("candidates")), sensors=sensors),
+                "waiting": waiting(state) if sensors is None else 0,
+            }
+        case "least-variance":
+            return least_variance(state, int(arguments.get("k", 10)), sensors)
+        case "verify":
+            return verify(state)
+    raise KeyError(question)
+
+
+_ALERTS = 50
+"""Latest alerts that a status tells."""
 
 
 def status(state: State, sensors: Sensors | None = None) -> Answer:
@@ -31,29 +58,31 @@ def status(state: State, sensors: Sensors | None = None) -> Answer:
     tallies = {tally.sensor_id: tally for tally in state.ledger.tally()}
     described = [summary(state, id_, kept, tallies.get(id_)) for id_, kept in _given(state, sensors)]
     every = tallies.values()
-    last = state.ledger.last_shot()
     return {
         "state": str(state.root),
         "sensors": described,
         "shots": {f.name: sum(getattr(t, f.name) for t in every) for f in fields(Tally) if f.name != "sensor_id"},
         "refused": [{"name": row.name, "path": row.path, "reason": row.reason} for row in state.ledger.refused()],
-        "last_shot": None if last is None else _shot(last),
+        "last_shot": last_shot(state),
         "sources": [],
-        "alerts": [],
+        "alerts": state.ledger.alerts(_ALERTS),
     }
 
 
 def summary(state: State, id_: str, kept: Kept, tally: Tally | None) -> Answer:
     """One sensor of `status`."""
-    found = kept.sensor.defects(candidates=True)
-    by_status = {name: sum(d.status == name for d in found) for name in ("stable", "candidate", "recovered")}
-    last = state.ledger.last_shot(id_)
     return {
         **_sensor(id_, kept, tally),
-        **by_status,
+        **kept.sensor.found,
         "not_counted": state.ledger.not_counted(id_),
-        "last_shot": None if last is None else _shot(last),
+        "last_shot": last_shot(state, id_),
     }
+
+
+def last_shot(state: State, id_: str | None = None) -> Answer | None:
+    """Describe the shot received last, of one sensor or of all."""
+    row = state.ledger.last_shot(id_)
+    return None if row is None else _shot(row)
 
 
 def defects(state: State, *, candidates: bool = False, sensors: Sensors | None = None) -> Answer:
@@ -61,33 +90,38 @@ def defects(state: State, *, candidates: bool = False, sensors: Sensors | None =
     tallies = {tally.sensor_id: tally for tally in state.ledger.tally()}
     answer = []
     for id_, kept in _given(state, sensors):
-        found = kept.sensor.defects(candidates=candidates)
-        times = state.ledger.times({seq for d in found for seq in (d.first_seq, d.stable_seq) if seq is not None})
-        entries = []
-        for defect in found:
-            x, y, colour = kept.sensor.layout.address(defect.site)
-            entries.append(
-                {
-                    "x": x,
-                    "y": y,
-                    "colour": colour,
-                    "kind": defect.kind,
-                    "state": defect.status,
-                    "certainty": round(defect.certainty, 4),
-                    "log_e": _rounded(defect.log_e, 3),
-                    "excess_adu": _rounded(defect.excess_adu, 3),
-                    "excess_sigma": _rounded(defect.excess_sigma, 3),
-                    "dark_current_adu_per_s": _rounded(defect.dark_current_adu_per_s, 3),
-                    "dark_current_iso": _rounded(defect.dark_current_iso, 1),
-                    "share_on": _rounded(defect.share_on, 3),
-                    "level_adu": _rounded(defect.level_adu, 1),
-                    "first_seen": times.get(defect.first_seq),
-                    "stable_since": None if defect.stable_seq is None else times.get(defect.stable_seq),
-                    "frames_to_stable": defect.frames_to_stable,
-                }
-            )
+        entries = [entry for _, entry in entries_of(state, kept, candidates=candidates)]
         answer.append({**_sensor(id_, kept, tallies.get(id_)), "defects": entries})
     return {"sensors": answer}
+
+
+def entries_of(state: State, kept: Kept, *, candidates: bool) -> list[tuple[int, Answer]]:
+    """Return the defects of one sensor by position, each with its site."""
+    found = kept.sensor.defects(candidates=candidates)
+    times = state.ledger.times({seq for d in found for seq in (d.first_seq, d.stable_seq) if seq is not None})
+    entries = []
+    for defect in found:
+        x, y, colour = kept.sensor.layout.address(defect.site)
+        entry = {
+            "x": x,
+            "y": y,
+            "colour": colour,
+            "kind": defect.kind,
+            "state": defect.status,
+            "certainty": round(defect.certainty, 4),
+            "log_e": _rounded(defect.log_e, 3),
+            "excess_adu": _rounded(defect.excess_adu, 3),
+            "excess_sigma": _rounded(defect.excess_sigma, 3),
+            "dark_current_adu_per_s": _rounded(defect.dark_current_adu_per_s, 3),
+            "dark_current_iso": _rounded(defect.dark_current_iso, 1),
+            "share_on": _rounded(defect.share_on, 3),
+            "level_adu": _rounded(defect.level_adu, 1),
+            "first_seen": times.get(defect.first_seq),
+            "stable_since": None if defect.stable_seq is None else times.get(defect.stable_seq),
+            "frames_to_stable": defect.frames_to_stable,
+        }
+        entries.append((defect.site, entry))
+    return entries
 
 
 def least_variance(state: State, k: int, sensors: Sensors | None = None) -> Answer:
@@ -177,6 +211,11 @@ def _sensor(id_: str, kept: Kept, tally: Tally | None) -> Answer:
     if tally is not None:
         answer["frames_waiting"] = max(tally.folded - kept.sensor.frames, 0)
     return answer
+
+
+def now() -> str:
+    """Return the time as all answers write it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _shot(row: ShotRow) -> Answer:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hotpixd.views.text import printable
+from hotpixd.views.text import printable, sensor_name
 
 Answer = Mapping[str, Any]
 
@@ -29,7 +29,7 @@ def print_defects(
     if not answer["sensors"]:
         console.print("No sensor is known yet.")
     for sensor in answer["sensors"]:
-        console.print(f"\n[bold]{escape(_name(sensor))}[/bold]  {_frames(sensor)}")
+        console.print(f"\n[bold]{escape(sensor_name(sensor))}[/bold]  {_frames(sensor)}")
         for reason, count in (not_counted or {}).get(sensor["id"], {}).items():
             console.print(f"  {count} {_plural(count, 'frame')} not counted: {escape(reason)}")
         found = sensor["defects"]
@@ -70,7 +70,7 @@ def print_status(answer: Answer) -> None:
     shots = answer["shots"]
     console.print(", ".join(f"{n} {word}" for word, n in shots.items() if n) or "No shot yet.")
     for sensor in answer["sensors"]:
-        console.print(f"\n[bold]{escape(_name(sensor))}[/bold]  {_frames(sensor)}")
+        console.print(f"\n[bold]{escape(sensor_name(sensor))}[/bold]  {_frames(sensor)}")
         console.print(f"  {sensor['stable']} stable, {sensor['candidate']} candidates, {sensor['recovered']} recovered")
         for reason, count in sensor["not_counted"].items():
             console.print(f"  {count} {_plural(count, 'frame')} not counted: {escape(reason)}")
@@ -90,7 +90,7 @@ def print_least_variance(answer: Answer) -> None:
     if not answer["sensors"]:
         console.print("No sensor is known yet.")
     for sensor in answer["sensors"]:
-        console.print(f"\n[bold]{escape(_name(sensor))}[/bold]  {_frames(sensor)}")
+        console.print(f"\n[bold]{escape(sensor_name(sensor))}[/bold]  {_frames(sensor)}")
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
         for title in ("x", "y", "colour", "M2", "mean"):
             table.add_column(title, justify="left" if title == "colour" else "right")
@@ -103,7 +103,7 @@ def print_verify(answer: Answer) -> None:
     """Print the answer of `answers.verify`."""
     console = _console()
     for sensor in answer["sensors"]:
-        console.print(f"{escape(_name(sensor))}  {_frames(sensor)}  {sensor['digest']}", soft_wrap=True)
+        console.print(f"{escape(sensor_name(sensor))}  {_frames(sensor)}  {sensor['digest']}", soft_wrap=True)
     if answer["waiting"]:
         console.print(f"{answer['waiting']} shots were received but not folded; the next run folds them.")
     for problem in answer["problems"]:
@@ -114,16 +114,6 @@ def print_verify(answer: Answer) -> None:
 
 def _console() -> Console:
     return Console(highlight=False)
-
-
-def _name(sensor: Answer) -> str:
-    make, model = sensor["make"], sensor["model"]
-    # Most models repeat their maker.
-    first = (make or "").lower().split()[:1]
-    words = [model] if first and model and model.lower().startswith(first[0]) else [make, model]
-    named = " ".join(word.strip() for word in words if word and word.strip()) or "Unknown camera"
-    serial = f"serial {sensor['serial']}" if sensor["serial"] else "no serial number"
-    return printable(f"{named}, {serial}, {sensor['width']}x{sensor['height']} {sensor['samples']}")
 
 
 def _frames(sensor: Answer) -> str:

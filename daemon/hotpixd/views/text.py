@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 def printable(text: str) -> str:
     """Return a text on one line, with control characters and broken UTF-8 written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def sensor_name(sensor: Mapping[str, Any]) -> str:
+    """Name a sensor, described as in the answers, for people."""
+    make, model = sensor["make"], sensor["model"]
+    # Most models repeat their maker.
+    first = (make or "").lower().split()[:1]
+    words = [model] if first and model and model.lower().startswith(first[0]) else [make, model]
+    named = " ".join(word.strip() for word in words if word and word.strip()) or "Unknown camera"
+    serial = f"serial {sensor['serial']}" if sensor["serial"] else "no serial number"
+    return printable(f"{named}, {serial}, {sensor['width']}x{sensor['height']} {sensor['samples']}")

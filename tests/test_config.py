@@ -297,8 +297,8 @@ metrics:
         "line 14, column 1: checkpoint must be a section with the keys every_s, every_shots, idle_s, got 5.",
         "line 15, column 8: feed.group must be a non-empty text, got 100; put it in quotes.",
         f"line 17, column 20: alerts.topics[1] must be one of {topics}, got 'disc'.",
-        "line 18, column 3: alerts.command must be a list, each item a non-empty text, got a value that is not shown here, "
-        "as it may be secret.",
+        "line 18, column 3: alerts.command must be a list, each item a non-empty text, got a value that is not shown "
+        "here, as it may be secret.",
         "line 19, column 3: alerts.quiet_hours must be two times of day such as \"22:00-07:00\", got '22:00-22:00'.",
         "line 20, column 3: alerts.gather_s must be a number from 0 to 3600, got true.",
         "line 22, column 3: metrics.listen must be a numeric address with a port, such as "

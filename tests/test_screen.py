@@ -1,0 +1,388 @@
+"""What the dashboard shows, drawn from made-up live states at several sizes and for several terminals."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+from rich.screen import Screen
+from rich.text import Text
+
+import live_states as made_up
+from hotpixd.views.choices import Filter, Order, Page, View, arranged, pressed, settled
+from hotpixd.views.drawing import (
+    Look,
+    ascii_look,
+    bar,
+    console_look,
+    magnifier,
+    map_size,
+    sensor_map,
+    sparkline,
+    unicode_look,
+)
+from hotpixd.views.panels import Scene, Surroundings
+from hotpixd.views.screen import compose
+
+LOOKS = [unicode_look(256), unicode_look(16), unicode_look(0), console_look(16), ascii_look(16), ascii_look(0)]
+SIZES = [(80, 24), (100, 30), (120, 36), (149, 50), (150, 35), (150, 36), (400, 24), (200, 60), (400, 120)]
+
+
+def drawn(
+    live: dict[str, Any],
+    width: int = 80,
+    height: int = 24,
+    *,
+    look: Look | None = None,
+    view: View | None = None,
+    **more: Any,
+) -> list[str]:
+    """Return the lines of a screen, as a terminal would get them, without their colours."""
+    view, defects = settled(live, view or View())
+    scene = Scene(live, view, defects, look or unicode_look(256), where="/run/hotpixd/feed.sock", **more)
+    file = io.StringIO()
+    console = Console(file=file, width=width, height=height, force_terminal=True, color_system="256", no_color=False)
+    console.print(Screen(compose(scene, width, height).picture), end="")
+    return re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()).split("\n")
+
+
+def around(live: dict[str, Any], view: View | None = None) -> Surroundings:
+    """Return surroundings of what is selected."""
+    view, _ = settled(live, view or View())
+    assert view.sensor is not None
+    assert view.site is not None
+    return Surroundings(view.sensor, view.site, made_up.patch())
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize("look", LOOKS, ids=["unicode", "16", "mono", "console", "ascii", "ascii-mono"])
+def test_every_part_is_there_at_every_size(width: int, height: int, look: Look):
+    """Counters, list, map, magnifier, alerts and keys, in exactly as many lines and columns as there are."""
+    live = made_up.live()
+    live[f"sensor:{made_up.ID}"]["not_counting"] = "the scene does not move"
+    lines = drawn(live, width, height, look=look, around=around(live))
+    assert len(lines) == height
+    assert {cell_len(line) for line in lines} == {width}
+    screen = "\n".join(lines)
+    strongest = arranged(live, settled(live, View())[0])[0]
+    for part in (
+        "watching 2 sources", "1.2 shots/s", "queue 3", "Acme One, serial 0042", "412 frames",
+        "398 counted as evidence", "14 not", "2 shots refused", "IMG_0412.CR2", "1/250 s", "ISO 800", "31 ",
+        "the last frame was not counted: the scene does not move", "13 stable", "28 candidates", "6 recovered",
+        "kind", "certain", "dark ADU/s", "recent", "first seen", f"6000{look.times}4000", look.here,
+        f"{strongest['x']}, {strongest['y']}", "evidence 41.2 of 24.1", "ADU, ", "ISO 800", "first seen 2026-03",
+        "The defect at 17, 4 has recovered.", "help", "detach",
+    ):  # fmt: skip
+        assert part in screen, part
+    assert re.search(rf" {strongest['x']} +{strongest['y']} +{strongest['colour']} +{strongest['kind']}", screen)
+    assert look.spark[-1] in screen
+    assert look.bar[0] * 7 in screen
+    if not look.unicode:
+        assert screen.isascii()
+
+
+def test_more_space_shows_more():
+    """A wide terminal has the excess in ADU, the state in words, times to the minute, sources and reasons."""
+    live = made_up.live()
+    narrow, wide = "\n".join(drawn(live)), "\n".join(drawn(live, 200, 60))
+    for part in ("excess ADU", " stable   ", "11 frames not counted: the scene does not move", "tether away"):
+        assert part not in narrow
+        assert part in wide
+    assert wide.count(" 04:05") > 30
+
+
+@pytest.mark.parametrize(("width", "height"), [(79, 24), (80, 23), (20, 5), (1, 1)])
+def test_too_small_a_terminal_is_told_so(width: int, height: int):
+    """Below 80x24 there is a sentence instead of a broken screen."""
+    said = " ".join("".join(line) for line in drawn(made_up.live(), width, height)).split()
+    if width > 10:
+        assert "80x24" in said
+    assert not any("Acme" in word for word in said)
+
+
+def test_without_any_state_it_says_what_it_waits_for():
+    """Attaching, no daemon, a daemon without a sensor, a sensor not described yet, a sensor without a defect."""
+    assert "Attaching to /run/hotpixd/feed.sock" in "\n".join(drawn({}))
+    gone = "\n".join(drawn({}, trouble="Connection refused."))
+    assert "No daemon answers at /run/hotpixd/feed.sock; waiting" in gone
+    assert "Connection refused." in gone
+    live = made_up.live()
+    bare = "\n".join(drawn({key: live[key] for key in ("daemon", "sources", "alerts")} | {"sensors": []}))
+    assert "No sensor is known yet: waiting for the first shot." in bare
+    assert "card watching" in bare
+    assert "being read" in "\n".join(drawn(live | {f"sensor:{made_up.ID}": None}))
+    assert "Nothing yet." in "\n".join(drawn(made_up.live([]), around=None))
+    recovered = drawn(made_up.live([made_up.defect(7)]), view=View(only=Filter.RECOVERED))
+    assert "None is recovered; f shows others." in "\n".join(recovered)
+    assert "nothing selected" in "\n".join(recovered)
+
+
+def test_trouble_stands_above_everything():
+    """A daemon that is gone, a degraded one and a source in trouble are told in words, with what was last known."""
+    live = made_up.live()
+    live["daemon"]["degraded"] = "The disk is full: shots wait."
+    live["sources"][0] |= {"status": "trouble", "detail": "I/O error"}
+    screen = drawn(live, trouble="The daemon hung up.")
+    assert "No daemon answers at /run/hotpixd/feed.sock; waiting" in screen[1]
+    assert "The disk is full: shots wait." in screen[2]
+    assert "card: I/O error" in screen[3]
+    assert "412 frames" in screen[5]
+    log = "\n".join(drawn(live, view=View(page=Page.LOG)))
+    assert "The disk is full: shots wait." in log
+
+
+HOSTILE = "[bold red]x[/] \x1b[2J\r\n\t\u202e \ud800 [/nothing]"
+
+
+def test_nothing_from_outside_is_markup_or_control():
+    """Names of files, cameras and sources, reasons and alerts are shown as they are, and do nothing."""
+    live = made_up.live()
+    sensor = live[f"sensor:{made_up.ID}"]
+    sensor |= {"model": f"Acme {HOSTILE}", "not_counting": HOSTILE, "not_counted": {HOSTILE: 2}}
+    sensor["last_shot"]["name"] = HOSTILE
+    live["daemon"] |= {"activity": HOSTILE, "degraded": HOSTILE}
+    live["sources"] = [{"name": HOSTILE, "status": "trouble", "detail": HOSTILE, "files": 1, "waiting": 0}]
+    live["alerts"] = [{"id": 1, "at": "2026-03-30T20:01:00Z", "topic": HOSTILE, "text": HOSTILE}]
+    live[f"defects:{made_up.ID}"] = [made_up.defect(5, kind=HOSTILE, colour=HOSTILE)]
+    for page in (Page.MAIN, Page.LOG):
+        for look in LOOKS:
+            lines = drawn(live, 200, 60, look=look, view=View(page=page))
+            screen = "\n".join(lines)
+            assert not re.search(r"[\x00-\x09\x0b-\x1f\u202e\ud800]", screen)
+            assert r"[bold red]x[/] \x1b[2J\r\n\t\u202e \ud800 [/nothing]" in screen
+            assert {cell_len(line) for line in lines} == {200}
+
+
+def test_wide_characters_do_not_move_the_edges():
+    """A name in a script of double width is cut by its cells."""
+    live = made_up.live()
+    live[f"sensor:{made_up.ID}"]["last_shot"]["name"] = "写真" * 60
+    live["sources"][0] |= {"status": "trouble", "detail": "カード" * 60}
+    for page in (Page.MAIN, Page.LOG):
+        assert {cell_len(line) for line in drawn(live, view=View(page=page))} == {80}
+
+
+def test_numbers_that_are_not_known_are_left_blank():
+    """Nothing is made up for a sensor without a shot and a site with nothing but a position."""
+    unknown = dict.fromkeys(
+        ("excess_adu", "excess_sigma", "dark_current_adu_per_s", "dark_current_iso", "share_on", "level_adu",
+         "first_seen", "stable_since", "frames_to_stable", "log_e")
+    )  # fmt: skip
+    live = made_up.live([made_up.defect(5, recent=[None, 3.0, None]) | unknown, made_up.defect(9, recent=[]) | unknown])
+    live[f"sensor:{made_up.ID}"] |= {"last_shot": None, "threshold": None, "serial": None, "make": None}
+    for order in Order:
+        screen = "\n".join(drawn(live, view=View(order=order)))
+        assert "no shot yet" in screen
+        assert "None" not in screen
+
+
+def test_a_long_log_is_scrolled_to_its_end():
+    """Fifty long alerts do not fit 24 lines; each can be reached, and no word of it is lost."""
+    live = made_up.live()
+    alert = live["alerts"][0]
+    live["alerts"] = [alert | {"text": f"alert number {n} " + "and so on " * 15} for n in range(50)]
+    view, defects = settled(live, View(page=Page.LOG))
+    seen = ""
+    for _ in range(20):
+        scene = Scene(live, view, defects, unicode_look(256), where="")
+        screen = compose(scene, 80, 24)
+        seen += "\n".join(drawn(live, view=view))
+        view = pressed(view, "page down", live, defects, screen.rows, screen.scroll_limit)
+    assert all(f"alert number {n} " in seen for n in range(50))
+    assert view.scroll == screen.scroll_limit
+    assert pressed(view, "home", live, defects, 1, screen.scroll_limit).scroll == 0
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_help_names_every_key_on_the_smallest_screen(look: Look):
+    """Without scrolling."""
+    screen = "\n".join(drawn(made_up.live(), view=View(page=Page.HELP), look=look))
+    for word in ("sort by", "show all", "next, previous sensor", "alerts", "detach", "PgUp", "Home End", "magnifier"):
+        assert word in screen
+
+
+# What the user chooses.
+
+
+def test_orders_and_filters_are_what_they_say():
+    """Each against the plain definition."""
+    live = made_up.live(made_up.defects(300))
+    view, everything = settled(live, View())
+    assert len(everything) == 300
+    for order, key, down in (
+        (Order.CERTAINTY, lambda d: d["certainty"], True),
+        (Order.EXCESS, lambda d: abs(d["excess_sigma"]), True),
+        (Order.POSITION, lambda d: (d["y"], d["x"]), False),
+        (Order.FIRST_SEEN, lambda d: d["first_seen"], True),
+    ):
+        keys = [key(d) for d in arranged(live, replace(view, order=order))]
+        assert keys == sorted(keys, reverse=down)
+    for state in (Filter.STABLE, Filter.CANDIDATE, Filter.RECOVERED):
+        shown = arranged(live, replace(view, only=state))
+        assert {d["state"] for d in shown} == {state}
+        assert len(shown) == live[f"sensor:{made_up.ID}"][state]
+
+
+def press(view: View, keys: Sequence[str], live: dict[str, Any], rows: int = 7) -> View:
+    """Press keys one after another."""
+    for key in keys:
+        view, defects = settled(live, view)
+        view = pressed(view, key, live, defects, rows, 0)
+    return settled(live, view)[0]
+
+
+def test_the_selection_moves_by_rows_pages_and_to_the_ends():
+    """And stops there."""
+    live = made_up.live()
+    steps = [("down", 1), ("j", 2), ("page down", 9), ("k", 8), ("up", 7), ("end", 46), ("down", 46), ("page up", 39)]
+    view = View()
+    for key, index in [*steps, ("home", 0), ("up", 0), ("page up", 0), ("x", 0), ("f1", 0)]:
+        view = press(view, [key], live)
+        assert view.index == index
+        assert view.site == arranged(live, view)[index]["site"]
+
+
+def test_the_selection_stays_on_its_site():
+    """However the list is sorted, and whatever comes and goes around it."""
+    live = made_up.live()
+    view = press(View(), ["down"] * 5, live)
+    site = view.site
+    rng = random.Random(2)
+    for key in "ssss":
+        view = press(view, [key], live)
+        assert view.site == site
+        others = [d for d in made_up.defects(200, seed=rng.randint(0, 99)) if d["site"] != site]
+        own = [d for d in live[f"defects:{made_up.ID}"] if d["site"] == site]
+        live = made_up.live([*others[:100], *own, *others[100:]])
+        view, defects = settled(live, view)
+        assert view.site == site
+        assert defects[view.index]["site"] == site
+
+
+def test_the_heir_of_a_site_that_leaves_stands_where_it_stood():
+    """Also when it was the last, and when the list was empty for a while."""
+    found = made_up.defects(20)
+    live = made_up.live(found)
+    view = press(View(), ["end"], live)
+    assert press(view, [], made_up.live([d for d in found if d["site"] != view.site])).index == 18
+    empty = press(view, [], made_up.live([]))
+    assert empty.site is None
+    assert press(empty, ["down", "end", "s", "f", "f", "f", "f"], made_up.live([])).site is None
+    assert press(empty, [], live).site == view.site
+
+
+def test_sensors_take_turns_and_are_kept():
+    """n, N and Tab go round; the sensor shown stays when another becomes the one used last."""
+    live = made_up.live()
+    for id_ in ("b", "c"):
+        live |= {f"sensor:{id_}": made_up.sensor(id_, model=f"Model {id_}"), f"defects:{id_}": []}
+    live["sensors"] = ["b", made_up.ID, "c"]
+    view = press(View(), [], live)
+    assert view.sensor == "b"
+    live["sensors"] = ["c", "b", made_up.ID]
+    view = press(view, ["down"], live)
+    assert view.sensor == "b"
+    assert "sensor 2 of 3" in "\n".join(drawn(live, view=view))
+    turns = [view := press(view, [key], live) for key in ("n", "tab", "n", "N", "shift-tab")]
+    assert [v.sensor for v in turns] == ["c", made_up.ID, "b", made_up.ID, "c"]
+    assert press(view, ["down"], {**live, "sensors": ["b"]}).sensor == "b"
+    one = made_up.live()
+    assert press(View(), ["n"], one).sensor == made_up.ID
+    assert press(View(), ["n"], {}).sensor is None
+
+
+def test_pages_are_turned_and_turned_back():
+    """A key turns to its page and back, Esc goes back, another page's key changes over."""
+    live = made_up.live()
+    for keys, page in (("h", "help"), ("hh", "main"), ("?", "help"), ("a", "log"), ("ah", "help"), ("ahh", "main")):
+        assert press(View(), keys, live).page == page
+    assert press(View(), ["h", "escape"], live).page == Page.MAIN
+
+
+# Small pictures.
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_bar_is_full_only_at_one(look: Look):
+    """Its parts fill its width, it grows, and 0.999 is not certain."""
+    full, _, empty = look.bar
+    words = ["".join(piece for piece, _ in bar(share, 8, look, "")) for share in (-1, 0, 0.3, 0.5, 0.999, 1, 7)]
+    assert {len(word) for word in words} == {8}
+    assert words[0] == words[1] == empty * 8
+    assert words[3].startswith(full * 4)
+    assert words[5] == words[6] == full * 8
+    counts = [word.count(full) for word in words]
+    assert counts == sorted(counts)
+    if full != look.bar[1]:
+        assert words[4] != words[5]
+
+
+def test_a_sparkline_shows_the_newest_and_does_not_exaggerate():
+    """The last values, the newest to the right; noise stays low; gaps are gaps."""
+    look = unicode_look(256)
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 4, look) == "▅▆▇█"
+    assert sparkline([0.0, 0.2], 4, look) == "▁▁  "
+    assert sparkline([-5.0, 0.0], 2, look) == "▁█"
+    assert sparkline([None, 7.0], 2, look) == " █"
+    assert sparkline([], 3, look) == sparkline([None], 3, look) == "   "
+
+
+@pytest.mark.parametrize(("width", "height"), [(6000, 4000), (4000, 6000), (3000, 3000), (10000, 1), (1, 10000)])
+def test_a_map_has_the_aspect_of_its_sensor(width: int, height: int):
+    """A cell is twice as high as wide; a side that would vanish keeps one cell."""
+    columns, lines = map_size(width, height, 60, 20)
+    assert 1 <= columns <= 60
+    assert 1 <= lines <= 20
+    assert columns == 60 or lines == 20
+    if columns > 1 and lines > 1:
+        assert abs(columns / (2 * lines) / (width / height) - 1) < 0.1
+
+
+def test_a_map_has_its_defects_where_they_are():
+    """Corners in the corners; the strongest state shows where several share a cell; the selected one is marked."""
+    corners = [
+        made_up.defect(0, 100),
+        made_up.defect(99, 100, state="candidate"),
+        made_up.defect(49 * 100, 100, state="recovered"),
+        made_up.defect(49 * 100 + 1, 100, state="stable"),
+        made_up.defect(49 * 100 + 99, 100),
+    ]
+    plain = sensor_map(corners, None, (100, 50), (20, 5), ascii_look(0)).plain.split("\n")
+    assert plain == ["*" + 18 * " " + "o", " " * 20, " " * 20, " " * 20, "*" + 18 * " " + "*"]
+    dots = sensor_map(corners, corners[4], (100, 50), (20, 5), unicode_look(256)).plain.split("\n")
+    assert (dots[0][0], dots[0][-1], dots[4][0], dots[4][-1]) == ("⠁", "⠈", "⡀", "◆")
+
+
+def bright_cells(text: Text) -> list[tuple[int, int]]:
+    """Return (line, column) of the shades that stand for the strongest excess."""
+    return [(y, x) for y, line in enumerate(text.plain.split("\n")) for x, c in enumerate(line) if c == "@"]
+
+
+def test_a_magnifier_keeps_its_centre_and_its_edges():
+    """The centre is the brightest and in the middle; what is below zero and outside the sensor looks different."""
+    patch = made_up.patch(6)
+    shades = magnifier(patch, 26, 13, ascii_look(0))
+    lines = shades.plain.split("\n")
+    assert (len(lines), {len(line) for line in lines}) == (13, {26})
+    assert bright_cells(shades) == [(6, 12), (6, 13)]
+    assert all(line.endswith("?" * 8) for line in lines)
+    assert set(lines[10][6:8]) <= set("-~=%&$")
+    for look in LOOKS:
+        for columns, rows in ((11, 6), (30, 15), (60, 20), (12, 30), (2, 1)):
+            fitted = magnifier(patch, columns, rows, look).split("\n")
+            assert len(fitted) <= rows
+            assert max(line.cell_len for line in fitted) <= max(columns, 2)
+
+
+def test_a_stronger_neighbour_does_not_hide_the_centre():
+    """Brightness is relative to the centre, in which one is interested."""
+    patch = made_up.patch(4, centre=10.0)
+    patch[0][0] = 5000.0
+    assert (4, 8) in bright_cells(magnifier(patch, 18, 9, ascii_look(0)))

@@ -138,6 +138,17 @@ def test_trouble_stands_above_everything():
     assert "The disk is full: shots wait." in log
 
 
+def test_an_alert_of_the_sensor_shown_does_without_its_name():
+    """Where space is short; of another one, and in the log, it is whole."""
+    live = made_up.live()
+    alert = live["alerts"][0] | {"topic": "stable"}
+    live["alerts"] = [alert | {"text": "Acme One, serial 0042, 6000x4000 raw: hot G at (3, 4)."}]
+    assert "stable hot G at (3, 4)." in drawn(live)[-2]
+    assert "stable Acme One, serial 0042" in "\n".join(drawn(live, view=View(page=Page.LOG)))
+    live["alerts"] = [alert | {"text": "Other One: hot G at (3, 4)."}]
+    assert "stable Other One: hot G at (3, 4)." in drawn(live)[-2]
+
+
 HOSTILE = "[bold red]x[/] \x1b[2J\r\n\t\u202e \ud800 [/nothing]"
 
 

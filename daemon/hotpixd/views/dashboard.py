@@ -40,17 +40,17 @@ _REACH = 12
 
 
 class Client(Protocol):
-    """A connection to the daemon. Each call may raise OSError: then the connection is of no more use."""
+    """A connection to the daemon. One thread watches, another asks, and a third may close; each may raise OSError."""
 
     @property
     def hello(self) -> Mapping[str, Any]:
         """What the daemon said of itself."""
 
     def watch(self) -> Iterator[Live]:
-        """Go through the whole live state, as it is after each change; ends if closed from another thread."""
+        """Go through the whole live state, as it is after each change; ends when closed."""
 
-    def ask(self, name: str, **arguments: Any) -> Mapping[str, Any]:
-        """Return the answer to a question."""
+    def ask(self, name: str, /, **arguments: Any) -> Mapping[str, Any]:
+        """Return the answer to a question. If it is refused, others may be asked."""
 
     def close(self) -> None:
         """Hang up."""
@@ -171,7 +171,7 @@ class _Attachment:
     def __init__(self, connect: Callable[[], Client], wake: Callable[[], None]) -> None:
         self._connect = connect
         self._wake = wake
-        self._watched: Client | None = None
+        self._client: Client | None = None
         self._changed = threading.Condition()
         self._closed = False
         # Sensor, site, and how many frames it had then.
@@ -201,9 +201,9 @@ class _Attachment:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            watched = self._watched
-        if watched is not None:
-            watched.close()
+            client = self._client
+        if client is not None:
+            client.close()
         # Not longer: a thread may wait for an answer of a daemon that is busy, and ends with the process.
         for thread in self._threads:
             thread.join(timeout=0.5)
@@ -242,7 +242,8 @@ class _Attachment:
             with self._changed:
                 if self._closed:
                     return
-                self._watched = client
+                self._client = client
+                self._changed.notify_all()
             for live in client.watch():
                 # A copy: the client may go on changing its own.
                 now = dict(live)
@@ -254,13 +255,15 @@ class _Attachment:
     def _ask(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._wanted not in (None, self._asked))
-                if self._closed or self._wanted is None:
+                self._changed.wait_for(
+                    lambda: self._closed or (self._client and self._wanted not in (None, self._asked))
+                )
+                client, self._asked = self._client, self._wanted
+                if self._closed or client is None or self._asked is None:
                     return
-                self._asked = sensor, site, _ = self._wanted
+                sensor, site, _ = self._asked
             try:
-                with closing(self._connect()) as client:
-                    around = _ask_around(client, sensor, site)
+                around = _ask_around(client, sensor, site)
             except OSError as error:
                 around = Surroundings(sensor, site, None, str(error))
             if around != self.around:

@@ -31,6 +31,7 @@ from hotpixd.views.drawing import (
     sensor_map,
     sparkline,
 )
+from hotpixd.views.text import sensor_name
 
 Sensor = Mapping[str, Any]
 """A sensor with its counters, as the live state describes it."""
@@ -144,11 +145,16 @@ def _columns(width: int, look: Look) -> list[_Column]:
         _Column(_BAR, gauge, lambda d: bar(d["certainty"], gauge, look, style(d)), right=False),
         words("", 4, lambda d: f"{100 * d['certainty']:.0f}%", right=True),
         *([number("excess ADU", 10, "excess_adu", "+.0f")] if adu else []),
-        number(f"+{look.sigma}", 7, "excess_sigma", "+.1f"),
+        words(f"+{look.sigma}", 7, lambda d: _sigmas(d["excess_sigma"]), right=True),
         number("dark ADU/s", 10, "dark_current_adu_per_s", ".0f"),
         _Column("recent", recent, lambda d: [(sparkline(d["recent"], recent, look), style(d))], right=False),
         words("first seen", moment, lambda d: label(d["first_seen"])[:moment]),
     ]
+
+
+def _sigmas(excess: float | None) -> str:
+    """Return an excess in seven characters."""
+    return "" if excess is None else f"{excess:+.1f}" if abs(excess) < 9999 else f"{excess:+.0f}"
 
 
 def _granted(rest: int, cells: int) -> tuple[int, int]:
@@ -180,11 +186,11 @@ def list_panel(scene: Scene, sensor: Sensor, width: int, height: int) -> Panel:
     if not defects:
         shown = "Nothing yet." if view.only == "all" else f"None is {view.only}; f shows others."
         lines.append(Text(f" {shown}", "dim"))
-    counts = Text(" ")
+    counts = Text()
     for state in reversed(STATES):
         noun = "candidates" if state == "candidate" and sensor[state] != 1 else state
         counts.append(f"{look.marks[state]} {sensor[state]} {noun}  ", STYLES[state])
-    counts.right_crop(1)
+    counts.right_crop(2)
     place = f"{view.index + 1} of {len(defects)}, " if defects else ""
     subtitle = f"{place}by {view.order}, {view.only}"
     return panel(lines, width, look, counts, subtitle)
@@ -282,10 +288,11 @@ def _facts(defect: Defect, sensor: Sensor, look: Look) -> list[Text]:
 _TOPIC_STYLES = {"stable": "red", "recovered": "green"}
 
 
-def alert_line(alert: Mapping[str, Any], look: Look) -> Text:
-    """Return an alert in one line, as long as it is."""
+def alert_line(alert: Mapping[str, Any], look: Look, sensor: Sensor | None = None) -> Text:
+    """Return an alert in one line, as long as it is; of the sensor that is shown, without its name."""
+    words = alert["text"] if sensor is None else alert["text"].removeprefix(f"{sensor_name(sensor)}: ")
     topic = Text(look.text(alert["topic"]), _TOPIC_STYLES.get(alert["topic"], "yellow"))
-    return Text.assemble((_local(alert["at"]), "dim"), " ", topic, f" {look.text(alert['text'])}")
+    return Text.assemble((_local(alert["at"]), "dim"), " ", topic, f" {look.text(words)}")
 
 
 def last_alert(scene: Scene, width: int) -> Text:
@@ -293,13 +300,13 @@ def last_alert(scene: Scene, width: int) -> Text:
     alerts = scene.live.get("alerts") or ()
     if not alerts:
         return Text(" no alert yet", "dim")
-    return scene.look.fit(Text(" ").append_text(alert_line(alerts[-1], scene.look)), width)
+    return scene.look.fit(Text(" ").append_text(alert_line(alerts[-1], scene.look, scene.sensor)), width)
 
 
 def alerts_panel(scene: Scene, width: int, height: int) -> Panel:
     """Return the last alerts, the newest first."""
     alerts = scene.live.get("alerts") or ()
-    lines = [alert_line(alert, scene.look) for alert in reversed(alerts[-(height - 2) :])]
+    lines = [alert_line(alert, scene.look, scene.sensor) for alert in reversed(alerts[-(height - 2) :])]
     return panel(lines or [Text("none yet", "dim")], width, scene.look, "alerts", pad=1)
 
 
@@ -326,10 +333,8 @@ def source_lines(live: Live, look: Look) -> list[Text]:
     for source in live.get("sources") or ():
         status = source["status"]
         line = Text.assemble(look.text(source["name"]), " ", (look.text(status), _SOURCE_STYLES.get(status, "")))
-        line.append(f", {many(source.get('files') or 0, 'file')}, {source.get('waiting') or 0} waiting")
-        if source.get("detail"):
-            line.append(f": {look.text(source['detail'])}")
-        lines.append(line)
+        counts = f"{many(source.get('files') or 0, 'file')}, {source.get('waiting') or 0} waiting"
+        lines.append(line.append(f": {look.text(source.get('detail') or counts)}"))
     return lines
 
 

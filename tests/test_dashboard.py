@@ -468,13 +468,18 @@ class Once:
         self._closed.set()
 
 
-def test_a_picture_is_saved(tmp_path: Path):
-    """An SVG that any program can read, with the parts of the screen in it."""
+def test_a_picture_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An SVG that any program can read, with the parts of the screen in it, whatever the terminal can show."""
     path = tmp_path / "screen.svg"
     save_picture(Once(made_up.live()), path, width=120, height=36)
     words = "".join(ET.parse(path).getroot().itertext()).replace("\xa0", " ")
     for part in ("watching 2 sources", "28 candidates", "by certainty, all", "evidence 41.2 of 24.1"):
         assert part in words
+    coloured = path.read_text(encoding="utf-8")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    save_picture(Once(made_up.live()), path, width=120, height=36)
+    assert path.read_text(encoding="utf-8") == coloured
     save_picture(Once({"sensors": []}), path)
     assert "No sensor is known yet" in path.read_text(encoding="utf-8").replace("&#160;", " ")
 

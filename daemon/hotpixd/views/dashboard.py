@@ -95,7 +95,13 @@ def save_picture(client: Client, path: Path, *, width: int = 120, height: int = 
     if view.sensor is not None and view.site is not None:
         scene = replace(scene, around=_ask_around(client, view.sensor, view.site))
     console = Console(
-        file=io.StringIO(), record=True, width=width, height=height, force_terminal=True, color_system="truecolor"
+        file=io.StringIO(),
+        record=True,
+        width=width,
+        height=height,
+        force_terminal=True,
+        color_system="truecolor",
+        no_color=False,
     )
     console.print(compose(scene, width, height).picture)
     console.save_svg(os.fspath(path), title="hotpixd")

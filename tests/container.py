@@ -26,7 +26,7 @@ PACKAGES = ("dbus", "dbus-user-session", "libpam-systemd", "procps", "python3", 
 UNITS = Path(__file__).parents[1] / "systemd"
 
 _HOST = "/opt/host"
-_BUILD_LIMIT_S = 240
+_BUILD_LIMIT_S = 150
 
 
 class CannotBootError(Exception):
@@ -68,7 +68,9 @@ class Machine:
 @contextmanager
 def booted() -> Iterator[Machine]:
     """Boot a machine, and remove it afterwards. CannotBootError if that is impossible here."""
-    missing = [tool for tool in ("systemd-nspawn", "mmdebstrap", "nsenter", "runuser") if shutil.which(tool) is None]
+    missing = [
+        tool for tool in ("systemd-nspawn", "mmdebstrap", "nsenter", "runuser", "setpriv") if shutil.which(tool) is None
+    ]
     if missing:
         raise CannotBootError(f"not installed: {', '.join(missing)}")
     if os.getuid() != 0:
@@ -83,13 +85,9 @@ def booted() -> Iterator[Machine]:
         with log.open("wb") as console:
             nspawn = subprocess.Popen(
                 [
-                    *(
-                        "systemd-nspawn",
-                        "--quiet",
-                        "--boot",
-                        f"--directory={root}",
-                        f"--machine=hotpixd-test-{os.getpid()}",
-                    ),
+                    # It shuts down with us, even if we are killed.
+                    *("setpriv", "--pdeathsig", "TERM", "systemd-nspawn", "--quiet", "--boot"),
+                    *(f"--directory={root}", f"--machine=hotpixd-test-{os.getpid()}"),
                     *("--register=no", "--keep-unit", "--private-network", "--console=pipe"),
                     *(f"--bind-ro={bind}" for bind in binds),
                 ],

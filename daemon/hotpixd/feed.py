@@ -1,0 +1,766 @@
+"""Live state for other processes: lines of JSON over a unix socket, and the client that reads them.
+
+Each line is one object. The server greets with ``{"type":"hello","proto":1,...}``. A client may send:
+
+- ``{"ask":"watch"}`` and gets ``{"type":"snapshot","n":17,"set":{key:value,...}}``, then
+  ``{"type":"change","n":18,"set":{...},"gone":[...]}`` as things change, at most ten per second, and an empty change
+  after five seconds of nothing, so that a dead daemon or a dead link is told from a quiet one;
+- ``{"ask":NAME,"id":any,...arguments}`` and gets ``{"type":"answer","id":same,"answer":{...}}`` or
+  ``{"type":"error","id":same,"error":sentence}``, in any order. What can be asked is the daemon's business.
+
+An error without an id is about the connection, which is closed then. ``{"type":"bye"}`` is the last line of a daemon
+that stops. Unknown fields and types are to be ignored; `proto` changes when that is not enough. A client leaves by
+closing, even if it is only its writing side.
+
+A client that reads slowly gets fewer and newer changes: what it misses is never queued, since a change is made up
+from what the client has when it can take one. The mode of the socket file decides who may connect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import grp
+import json
+import logging
+import os
+import socket
+import stat
+import struct
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from blake3 import blake3
+
+from hotpixd import __version__
+
+log = logging.getLogger(__name__)
+
+PROTO = 1
+"""Version of the protocol: changes only when an older client could no longer understand."""
+
+_LONGEST_PATH = 107
+"""Bytes of a socket's path that fit the kernel's sockaddr_un."""
+
+_LONGEST_LINE = 64 * 1024
+"""Bytes of a line from a client, and of a hello."""
+
+_MOST_CONNECTIONS = 64
+
+_MOST_UNANSWERED = 4
+"""Questions of one connection that wait at the same time. It is not read on before one is answered."""
+
+_BETWEEN_CHANGES_S = 0.1
+
+_ACCEPT_AGAIN_S = 1.0
+"""Pause after a connection could not be accepted, for want of file descriptors most likely."""
+
+_GOODBYE_WITHIN_S = 1.0
+
+_STOP_WITHIN_S = 5.0
+
+_SILENCE_S = 15.0
+"""Longer silence of a daemon that is watched, three heartbeats, means that it or the link has gone."""
+
+Live = Mapping[str, Any]
+"""The merged live state, as a client sees it."""
+
+
+class FeedError(ConnectionError):
+    """The feed cannot be served or followed, or a question was refused; a sentence for people."""
+
+
+def _encoded(value: Any) -> bytes:
+    """Encode a value as JSON.
+
+    As ASCII: names of files may hold bytes that are not UTF-8, as surrogates, and only escapes can carry them. NaN
+    is refused, since JSON has none and a client in another language would choke on it.
+    """
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+# The server
+
+
+class _Published(NamedTuple):
+    """What is published; replaced, never changed, so that it can be read without a lock."""
+
+    n: int
+    """Number of the last change."""
+
+    pairs: Mapping[str, tuple[int, bytes]]
+    """By key: the number of the change that set it, and ``"key":value`` as JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a client wants to know. To be answered or refused once, from any thread; the client may have gone."""
+
+    name: str
+
+    arguments: Mapping[str, Any]
+    """What else the client sent. Not checked."""
+
+    _id: bytes
+    """The client's id for it, as JSON. Encoded on arrival: a hostile one must not fail where it is answered."""
+
+    _asker: _Connection
+
+    def answer(self, answer: Mapping[str, Any]) -> None:
+        """Send the answer."""
+        self._asker.reply(b'{"type":"answer","id":%b,"answer":%b}\n' % (self._id, _encoded(answer)))
+
+    def refuse(self, sentence: str) -> None:
+        """Send why there is no answer."""
+        self._asker.reply(b'{"type":"error","id":%b,"error":%b}\n' % (self._id, _encoded(sentence)))
+
+
+class FeedServer:
+    """Serves the live state in a thread of its own; nothing here makes the caller wait for a client.
+
+    Parameters
+    ----------
+    path : socket file
+    hello : what the greeting tells beside protocol, version and pid
+    wake : called in the feed's thread when a question or a new watcher has come
+    group : name of the group that may connect. None: leave it to the system
+    stuck_s : a client that takes nothing for so long is dropped
+    heartbeat_s : silence after which an empty change is sent
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        hello: Mapping[str, Any],
+        wake: Callable[[], None],
+        *,
+        group: str | None = None,
+        stuck_s: float = 30.0,
+        heartbeat_s: float = 5.0,
+    ) -> None:
+        self.path = path
+        self._wake = wake
+        self._stuck_s = stuck_s
+        self._heartbeat_s = heartbeat_s
+        greeting = {"type": "hello", "proto": PROTO, "app": "hotpixd", "version": __version__, "pid": os.getpid()}
+        self._hello = _encoded({**greeting, **hello}) + b"\n"
+        self._published = _Published(0, {})
+        self._waiting: deque[Question] = deque()
+        self._watching: set[_Connection] = set()
+        self._group = group
+        self._publishing = threading.Lock()
+        self._told = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._socket_file: os.stat_result | None = None
+        self._stopping = asyncio.Event()
+        self._connections: dict[asyncio.Task[None], _Connection] = {}
+        self._fault: Exception | None = None
+
+    def start(self) -> None:
+        """Begin to listen. The socket has mode 0660 before anybody can connect; a dead daemon's is replaced.
+
+        Raises
+        ------
+        FeedError
+            If its path is too long or cannot be bound, or another daemon listens there.
+        """
+        listener = _listen(self.path, self._group)
+        self._socket_file = self.path.stat()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, args=(self._loop, listener), name="feed", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Say goodbye to all clients, and remove the socket file unless it is another daemon's by now."""
+        if self._loop is None or self._thread is None:
+            return
+        with suppress(OSError):
+            if self._socket_file is not None and os.path.samestat(self.path.stat(), self._socket_file):
+                self.path.unlink()
+        self._call(self._stopping.set)
+        self._thread.join(_STOP_WITHIN_S)
+        self._thread = None
+
+    def publish(self, changes: Mapping[str, Any], gone: Iterable[str] = ()) -> None:
+        """Set some keys of the live state and remove others; from any thread. An equal value is no change.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a value cannot be said in JSON; NaN and infinity cannot.
+        """
+        encoded = {key: _encoded(key) + b":" + _encoded(value) for key, value in changes.items()}
+        removed = set(gone)
+        with self._publishing:
+            n, pairs = self._published
+            n += 1
+            changed = {
+                key: (n, pair)
+                for key, pair in encoded.items()
+                if key not in removed and (key not in pairs or pairs[key][1] != pair)
+            }
+            if not changed and removed.isdisjoint(pairs):
+                return
+            kept = {key: pair for key, pair in pairs.items() if key not in removed}
+            self._published = _Published(n, {**kept, **changed})
+            # One call for however many changes until it runs.
+            if self._loop is not None and not self._told:
+                self._told = True
+                self._call(self._tell)
+
+    @property
+    def watchers(self) -> int:
+        """Number of clients that watch."""
+        return len(self._watching)
+
+    def questions(self) -> Iterator[Question]:
+        """Take the questions that wait, but for those of clients that have gone.
+
+        Raises
+        ------
+        RuntimeError
+            If the feed's thread has died: that must not stay unnoticed.
+        """
+        if self._fault is not None:
+            raise RuntimeError(f"The feed at {self.path} has broken down: {self._fault!r}.") from self._fault
+        for _ in range(len(self._waiting)):
+            question = self._waiting.popleft()
+            if not question._asker.gone:
+                yield question
+
+    def _call(self, function: Callable[[], None]) -> None:
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+                self._loop.call_soon_threadsafe(function)
+
+    # What follows runs in the feed's thread.
+
+    def _run(self, loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
+        try:
+            with listener:
+                loop.run_until_complete(self._serve(listener))
+        except Exception as error:
+            self._fault = error
+            self._wake()
+        finally:
+            loop.close()
+
+    def _tell(self) -> None:
+        self._told = False
+        for connection in self._watching:
+            connection.news.set()
+
+    async def _serve(self, listener: socket.socket) -> None:
+        accepting = asyncio.create_task(self._accept(listener))
+        stopping = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait({accepting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if accepting.done():
+            accepting.result()
+        accepting.cancel()
+        await asyncio.gather(*(connection.say_goodbye() for connection in self._connections.values()))
+        left = [accepting, *self._connections]
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        failing = False
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(listener)
+            except OSError as error:
+                if not failing:
+                    log.warning("no client can connect to %s: %s", self.path, error.strerror)
+                failing = True
+                await asyncio.sleep(_ACCEPT_AGAIN_S)
+                continue
+            failing = False
+            if len(self._connections) >= _MOST_CONNECTIONS:
+                with accepted, suppress(OSError):
+                    accepted.send(_complaint(f"{_MOST_CONNECTIONS} clients are connected already; there is no room."))
+                continue
+            peer = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+            pid, uid, _ = struct.unpack("3i", peer)
+            log.debug("process %d of user %d connected to %s", pid, uid, self.path)
+            reader, writer = await asyncio.open_unix_connection(sock=accepted, limit=_LONGEST_LINE)
+            connection = _Connection(self, reader, writer)
+            task = asyncio.create_task(connection.run())
+            self._connections[task] = connection
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self._connections[task]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # One client's trouble, and a fault of ours: the others are served on.
+            log.error("a client of %s was dropped", self.path, exc_info=error)
+
+
+class _Connection:
+    """One client, in the feed's thread, but for `reply`."""
+
+    def __init__(self, server: FeedServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.news = asyncio.Event()
+        self.gone = False
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+        self._reader = reader
+        self._writer = writer
+        # Waiting for the buffer to drain then means waiting until it is empty: what is made up next is news.
+        writer.transport.set_write_buffer_limits(0)
+        self._replies: asyncio.Queue[bytes] = asyncio.Queue()
+        self._room = asyncio.BoundedSemaphore(_MOST_UNANSWERED)
+        self._asked_to_watch = asyncio.Event()
+        self._sent: dict[str, int] = {}
+        """Number of the change with which the client got each key it has."""
+
+    async def run(self) -> None:
+        """Serve the client until it leaves, sends garbage or takes nothing any more."""
+        self._writer.write(self._server._hello)
+        tasks = [asyncio.create_task(part) for part in (self._read(), self._send_replies(), self._send_changes())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.gone = True
+            self._server._watching.discard(self)
+            for task in tasks:
+                task.cancel()
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+            self._writer.transport.abort()
+        for end in ends:
+            if isinstance(end, Exception) and not isinstance(end, ConnectionError | TimeoutError):
+                raise end
+
+    def reply(self, line: bytes) -> None:
+        """Send a line when its turn comes; from any thread."""
+        with suppress(RuntimeError):  # the loop is closed: the server was stopped
+            self._loop.call_soon_threadsafe(self._replies.put_nowait, line)
+
+    async def say_goodbye(self) -> None:
+        """Send the last line, and wait for it a moment."""
+        self._writer.write(b'{"type":"bye"}\n')
+        with suppress(TimeoutError, ConnectionError):
+            async with asyncio.timeout(_GOODBYE_WITHIN_S):
+                await self._writer.drain()
+
+    async def _read(self) -> None:
+        while True:
+            try:
+                line = await self._reader.readuntil()
+                asked, id_, arguments = _understood(line)
+            except asyncio.IncompleteReadError:
+                return
+            except (asyncio.LimitOverrunError, _NotUnderstood) as error:
+                too_long = isinstance(error, asyncio.LimitOverrunError)
+                sentence = f"A line is longer than {_LONGEST_LINE} bytes." if too_long else str(error)
+                self._writer.write(_complaint(sentence))
+                await self._drained()
+                return
+            if asked == "watch":
+                self._sent = {}
+                self._asked_to_watch.set()
+                self._server._watching.add(self)
+                self.news.set()
+            else:
+                await self._room.acquire()
+                self._server._waiting.append(Question(asked, arguments, id_, self))
+            self._server._wake()
+
+    async def _send_replies(self) -> None:
+        while True:
+            self._writer.write(await self._replies.get())
+            # Only then is there room for another question, or a client that does not read could pile up answers.
+            await self._drained()
+            self._room.release()
+
+    async def _send_changes(self) -> None:
+        await self._asked_to_watch.wait()
+        while True:
+            silent = False
+            try:
+                async with asyncio.timeout(self._server._heartbeat_s):
+                    await self.news.wait()
+            except TimeoutError:
+                silent = True
+            await self._drained()
+            self.news.clear()
+            line = self._changes(silent)
+            if line:
+                self._writer.write(line)
+                await self._drained()
+                await asyncio.sleep(_BETWEEN_CHANGES_S)
+
+    def _changes(self, silent: bool) -> bytes:
+        """Make up a line from what the client does not have yet; b"" if it has everything, and was not silent."""
+        n, pairs = self._server._published
+        changed = b",".join(pair for key, (m, pair) in pairs.items() if self._sent.get(key) != m)
+        gone = [key for key in self._sent if key not in pairs]
+        self._sent = {key: m for key, (m, _) in pairs.items()}
+        if self._asked_to_watch.is_set():
+            self._asked_to_watch.clear()
+            return b'{"type":"snapshot","n":%d,"set":{%b}}\n' % (n, changed)
+        if not changed and not gone and not silent:
+            return b""
+        return b'{"type":"change","n":%d,"set":{%b},"gone":%b}\n' % (n, changed, _encoded(gone))
+
+    async def _drained(self) -> None:
+        """Wait until the client has taken everything; for ever only while it takes something."""
+        while True:
+            left = self._writer.transport.get_write_buffer_size()
+            try:
+                async with asyncio.timeout(self._server._stuck_s):
+                    return await self._writer.drain()
+            except TimeoutError:
+                if self._writer.transport.get_write_buffer_size() >= left:
+                    log.debug("a client of %s takes nothing any more and is dropped", self._server.path)
+                    raise
+
+
+class _NotUnderstood(Exception):  # noqa: N818 - a condition, not a fault
+    """A client's line is none of the protocol; a sentence."""
+
+
+def _understood(line: bytes) -> tuple[str, bytes, dict[str, Any]]:
+    """Return what a line asks for, the id it gives, as JSON, and its arguments."""
+    try:
+        message = json.loads(line.decode("utf-8"))
+        # Not left to the loop: nested as deep as could just be read, it may be too deep to be written there.
+        id_ = _encoded(message.pop("id", None)) if isinstance(message, dict) else b""
+    except (ValueError, RecursionError) as error:
+        raise _NotUnderstood("A line is not understood: it is no JSON.") from error
+    asked = message.pop("ask", None) if isinstance(message, dict) else None
+    if not isinstance(asked, str):
+        raise _NotUnderstood('A line is not understood: it is no object with a text "ask".')
+    return asked, id_, message
+
+
+def _complaint(sentence: str) -> bytes:
+    return b'{"type":"error","error":%b}\n' % _encoded(sentence)
+
+
+def _listen(path: Path, group: str | None) -> socket.socket:
+    """Make a listening socket; see `FeedServer.start`."""
+    # Made under another name and renamed: the umask is the whole process's, and until it listens nobody gets in.
+    temporary = path.with_name(f".{os.getpid()}")
+    for needed in (path, temporary):
+        if (length := len(os.fsencode(needed))) > _LONGEST_PATH:
+            raise FeedError(f"The socket {needed} has a path of {length} bytes; at most {_LONGEST_PATH} are possible.")
+    try:
+        group_id = -1 if group is None else grp.getgrnam(group).gr_gid
+    except KeyError as error:
+        raise FeedError(f"The socket {path} cannot be given to the group {group!r}: there is none.") from error
+    try:
+        with ExitStack() as undo:
+            if path.exists() and not path.is_socket():
+                raise FeedError(f"The socket {path} cannot be made: something else has that name.")
+            if _answers(path):
+                raise FeedError(f"Another daemon listens at {path}.")
+            listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            temporary.unlink(missing_ok=True)
+            listener.bind(str(temporary))
+            undo.callback(temporary.unlink, missing_ok=True)
+            temporary.chmod(0o660)
+            os.chown(temporary, -1, group_id)
+            listener.listen(_MOST_CONNECTIONS)
+            listener.setblocking(False)
+            temporary.replace(path)
+            undo.pop_all()
+    except FeedError:
+        raise
+    except OSError as error:
+        raise FeedError(f"The socket {path} cannot be made: {error.strerror or error}.") from error
+    return listener
+
+
+def _answers(path: Path) -> bool:
+    """Tell whether somebody listens at a socket.
+
+    Raises
+    ------
+    OSError
+        If that cannot be known.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except BlockingIOError:  # more clients are waiting there than it takes at a time
+            return True
+    return True
+
+
+# The client
+
+
+class FeedClient:
+    """A client of a daemon's feed. `watch` and `ask` may be used by different threads, `close` by any.
+
+    `watch` has a connection of its own, so that an answer need not wait for a change nor a change for an answer.
+
+    Parameters
+    ----------
+    path : socket file
+    timeout_s : for the daemon to say hello
+
+    Raises
+    ------
+    FeedError
+        If no daemon answers there that this program understands.
+    """
+
+    def __init__(self, path: Path, timeout_s: float = 5.0) -> None:
+        self._path = path
+        self._timeout_s = timeout_s
+        self._closing = threading.Lock()
+        self._closed = False
+        self._open: set[_Line] = set()
+        self._asking = threading.Lock()
+        self._asked = 0
+        self._line = self._connect()
+        self.hello: Mapping[str, Any] = self._line.hello
+
+    def ask(self, name: str, /, timeout_s: float = 600.0, **arguments: Any) -> dict[str, Any]:
+        """Ask the daemon, and wait for its answer.
+
+        Raises
+        ------
+        FeedError
+            If it refuses, has gone, or says nothing for `timeout_s`.
+        """
+        with self._asking:
+            self._asked += 1
+            id_ = self._asked
+            self._line.send({**arguments, "ask": name, "id": id_}, timeout_s)
+            while True:
+                message = self._line.read(timeout_s)
+                # Others may come late, to questions that were given up.
+                if message.get("id") == id_:
+                    break
+        if message["type"] == "error":
+            raise FeedError(message["error"])
+        answer: dict[str, Any] = message["answer"]
+        return answer
+
+    def watch(self) -> Iterator[Live]:
+        """Yield the live state now, after each change, and at each heartbeat. Ends when the client is closed.
+
+        Raises
+        ------
+        FeedError
+            When the daemon has gone, or nothing came for 15 s.
+        """
+        line = None
+        live: dict[str, Any] = {}
+        try:
+            line = self._connect()
+            line.send({"ask": "watch"}, self._timeout_s)
+            while True:
+                message = line.read(_SILENCE_S)
+                if message["type"] == "snapshot":
+                    live = {}
+                elif message["type"] != "change":
+                    continue
+                # Never changed in place: another thread may be drawing the one before.
+                live = {**live, **message["set"]}
+                for key in message.get("gone", ()):
+                    live.pop(key, None)
+                yield live
+        except FeedError:
+            if not self._closed:
+                raise
+        finally:
+            if line is not None:
+                self._disconnect(line)
+
+    def close(self) -> None:
+        """Leave. What another thread waits for here ends at once."""
+        with self._closing:
+            self._closed = True
+            for line in self._open:
+                line.hang_up()
+        with self._asking:
+            self._disconnect(self._line)
+
+    def _connect(self) -> _Line:
+        line = _Line(self._path, self._timeout_s)
+        with self._closing:
+            self._open.add(line)
+            if self._closed:
+                line.hang_up()
+        return line
+
+    def _disconnect(self, line: _Line) -> None:
+        with self._closing:
+            self._open.discard(line)
+        line.close()
+
+
+class _Line:
+    """A connection to a daemon that has said hello."""
+
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        self._path = path
+        self._received = bytearray()
+        self._socket = _connected(path, timeout_s)
+        try:
+            self.hello = self.read(timeout_s, _LONGEST_LINE)
+            if self.hello["type"] != "hello" or self.hello.get("app") != "hotpixd":
+                raise FeedError(f"What answers at {path} is not hotpixd.")
+            if (proto := self.hello.get("proto")) != PROTO:
+                raise FeedError(
+                    f"The daemon at {path} speaks version {proto} of the protocol, this program {PROTO}: one of them is"
+                    " out of date."
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def send(self, message: Mapping[str, Any], timeout_s: float) -> None:
+        """Send one object."""
+        try:
+            self._socket.settimeout(timeout_s)
+            self._socket.sendall(_encoded(message) + b"\n")
+        except OSError as error:
+            raise self._gone() from error
+
+    def read(self, silence_s: float, longest: int | None = None) -> dict[str, Any]:
+        """Return the next object, of at most `longest` bytes, waiting so long for each part of it.
+
+        Raises
+        ------
+        FeedError
+            Also if it is a goodbye or a complaint about this connection.
+        """
+        searched = 0
+        while (end := self._received.find(b"\n", searched)) < 0:
+            searched = len(self._received)
+            if longest is not None and searched > longest:
+                raise FeedError(f"What answers at {self._path} is not hotpixd.")
+            try:
+                self._socket.settimeout(silence_s)
+                received = self._socket.recv(256 * 1024)
+            except TimeoutError as error:
+                raise FeedError(f"The daemon at {self._path} has said nothing for {silence_s:g} s.") from error
+            except OSError as error:
+                raise self._gone() from error
+            if not received:
+                raise self._gone()
+            self._received += received
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
+        try:
+            message = json.loads(line)
+        except ValueError as error:
+            raise FeedError(f"What answers at {self._path} is not hotpixd.") from error
+        if not isinstance(message, dict) or "type" not in message:
+            raise FeedError(f"What answers at {self._path} is not hotpixd.")
+        if message["type"] == "bye":
+            raise FeedError(f"The daemon at {self._path} has stopped.")
+        if message["type"] == "error" and "id" not in message:
+            raise FeedError(f"The daemon at {self._path} refuses: {message.get('error')}")
+        return message
+
+    def hang_up(self) -> None:
+        """End the connection from any thread. The socket stays, so that no reader finds another's in its place."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Free the socket, which no other thread may be using."""
+        self._socket.close()
+
+    def _gone(self) -> FeedError:
+        return FeedError(f"The daemon at {self._path} has gone.")
+
+
+def _connected(path: Path, timeout_s: float) -> socket.socket:
+    until = time.monotonic() + timeout_s
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(timeout_s)
+    try:
+        while True:
+            try:
+                connection.connect(str(path))
+            except BlockingIOError:
+                # More clients are waiting there than it takes at a time: the kernel has no way to wait for that.
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.02)
+            else:
+                return connection
+    except PermissionError as error:
+        connection.close()
+        raise FeedError(f"The daemon's socket {path} is closed to this user; its group may use it.") from error
+    except OSError as error:
+        connection.close()
+        raise FeedError(f"No daemon answers at {path}: {error.strerror or error}.") from error
+
+
+# Where the socket is
+
+
+def default_socket(state: Path, environ: Mapping[str, str]) -> Path:
+    """Return where the daemon of a state listens unless it is told: in its service's or the user's runtime directory.
+
+    The user's is made if it is missing.
+
+    Raises
+    ------
+    FeedError
+        If others could put a socket of theirs there.
+    """
+    for folder in _runtime_directories(environ):
+        return folder / "feed.sock"
+    folder = _user_folder(environ)
+    for level in (folder.parent, folder):
+        _make_private(level)
+    return folder / f"{blake3(os.fsencode(state.resolve())).hexdigest()[:12]}.sock"
+
+
+def find_sockets(environ: Mapping[str, str]) -> list[Path]:
+    """Return where daemons answer: of this service, of this user, of the system, in this order."""
+    system = Path("/run/hotpixd")
+    found = [folder / "feed.sock" for folder in _runtime_directories(environ)]
+    with suppress(OSError):  # closed to this user
+        found += sorted(_user_folder(environ).glob("*.sock"))
+    found.append(system / "feed.sock")
+    with suppress(OSError):
+        found += sorted(system.glob("*/feed.sock"))
+    living = []
+    for path in dict.fromkeys(found):
+        with suppress(OSError):
+            if _answers(path):
+                living.append(path)
+    return living
+
+
+def _runtime_directories(environ: Mapping[str, str]) -> list[Path]:
+    """Return what systemd made for this service."""
+    return [Path(name) for name in environ.get("RUNTIME_DIRECTORY", "").split(":") if name]
+
+
+def _user_folder(environ: Mapping[str, str]) -> Path:
+    """Return the folder for this user's sockets. Not by platformdirs, which warns where there is no session."""
+    given = Path(environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}")
+    if given.is_absolute() and given.is_dir():
+        return given / "hotpixd"
+    return Path(tempfile.gettempdir()) / f"runtime-{os.geteuid()}" / "hotpixd"
+
+
+def _make_private(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise FeedError(f"The folder {folder} for sockets cannot be made: {error.strerror}.") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise FeedError(f"The folder {folder} for sockets can be changed by others; it must be this user's alone.")

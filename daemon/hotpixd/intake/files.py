@@ -77,7 +77,7 @@ def find_shots(wanted: Iterable[str], kind: ShotKind | None = None) -> Listing:
     missing: list[str] = []
     unreadable: list[tuple[Path, str]] = []
     for text in wanted:
-        matches = [text] if os.path.lexists(text) else sorted(glob(text, recursive=True), key=_natural)  # noqa: PTH207 - absolute and ~ patterns too
+        matches = [text] if os.path.lexists(text) else sorted(glob(text, recursive=True), key=natural)  # noqa: PTH207 - absolute and ~ patterns too
         found = False
         for match in matches:
             path = Path(match)
@@ -92,11 +92,28 @@ def find_shots(wanted: Iterable[str], kind: ShotKind | None = None) -> Listing:
     return Listing(tuple(_with_companions(list(files), kind)), tuple(missing), tuple(unreadable))
 
 
+def is_picture(name: str) -> bool:
+    """Tell whether a file of this name is looked at in a folder: neither AppleDouble nor hidden, nor half copied."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in PICTURES  # noqa: PTH122
+
+
+def stem_of(path: str) -> str:
+    """Return what the files of one shot share: their folder, and their name without its ending, in lower case."""
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + os.path.splitext(name)[0].lower()  # noqa: PTH122
+
+
+def natural(name: str) -> tuple[tuple[int, str], ...]:
+    """Sort key under which IMG_9 comes before IMG_10."""
+    parts = re.split(r"(\d+)", name)
+    return tuple((int(part), "") if part.isdigit() and part.isascii() else (-1, part) for part in parts)
+
+
 def _pictures_below(folder: Path, unreadable: list[tuple[Path, str]]) -> Iterator[Path]:
     # Not os.walk: it hides the errors of a card that was pulled.
     try:
         with os.scandir(folder) as entries:
-            found = sorted(entries, key=lambda entry: _natural(entry.name))
+            found = sorted(entries, key=lambda entry: natural(entry.name))
     except OSError as error:
         unreadable.append((folder, error.strerror or str(error)))
         return
@@ -105,7 +122,7 @@ def _pictures_below(folder: Path, unreadable: list[tuple[Path, str]]) -> Iterato
             continue
         if entry.is_dir(follow_symlinks=False):
             yield from _pictures_below(Path(entry.path), unreadable)
-        elif os.path.splitext(entry.name)[1].lower() in PICTURES and _is_file(entry):  # noqa: PTH122
+        elif is_picture(entry.name) and _is_file(entry):
             yield Path(entry.path)
 
 
@@ -118,11 +135,11 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 
 
 def _with_companions(files: list[Path], kind: ShotKind | None) -> Iterator[FoundShot]:
-    raws = {_stem(path): path for path in files if path.suffix.lower() in RAW}
+    raws = {stem_of(str(path)): path for path in files if path.suffix.lower() in RAW}
     late: dict[Path, list[Path]] = {}
     early: set[Path] = set()
     for path in files:
-        raw = raws.get(_stem(path)) if path.suffix.lower() in RENDERED else None
+        raw = raws.get(stem_of(str(path))) if path.suffix.lower() in RENDERED else None
         if raw is not None:
             late.setdefault(raw, []).append(path)
             early.add(path)
@@ -132,13 +149,3 @@ def _with_companions(files: list[Path], kind: ShotKind | None) -> Iterator[Found
         yield FoundShot(path, kind=kind)
         for companion in late.get(path, ()):
             yield FoundShot(companion, raw=path, kind=kind)
-
-
-def _stem(path: Path) -> tuple[Path, str]:
-    return path.parent, path.stem.lower()
-
-
-def _natural(name: str) -> tuple[tuple[int, str], ...]:
-    """Sort key under which IMG_9 comes before IMG_10."""
-    parts = re.split(r"(\d+)", name)
-    return tuple((int(part), "") if part.isdigit() and part.isascii() else (-1, part) for part in parts)

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
@@ -23,6 +23,7 @@ from hotpixd import __version__
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
+    from hotpixd.config import Config
     from hotpixd.store.state import State
 
 DONE, SHOTS_REFUSED, WRONG_USE, STATE_UNUSABLE = 0, 1, 2, 3
@@ -39,9 +40,33 @@ app = typer.Typer(
 
 StateOption = Annotated[
     Path | None,
-    typer.Option("--state", metavar="DIR", help="State directory. [default: $STATE_DIRECTORY, else the user's]"),
+    typer.Option(
+        "--state",
+        metavar="DIR",
+        help="State directory. [default: $STATE_DIRECTORY, else the user's]",
+        # Another user's: its daemon may answer us all the same.
+        readable=False,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="F", help="Configuration. [default: see README]", exists=True, dir_okay=False),
+]
+
+
+class LogLevel(StrEnum):
+    """How much the daemon says."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+LogLevelOption = Annotated[LogLevel | None, typer.Option("--log-level", help="[default: of the configuration]")]
 
 
 class KindOption(StrEnum):
@@ -92,7 +117,8 @@ def main() -> None:
 def _fail(message: str, code: int) -> NoReturn:
     from hotpixd.views.text import printable
 
-    print(f"hotpixd: {printable(message)}", file=sys.stderr)
+    for line in message.split("\n"):
+        print(f"hotpixd: {printable(line)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -148,7 +174,21 @@ def _prepare_cache() -> None:
         import platformdirs
 
         given = platformdirs.user_cache_dir("hotpixd")
-    os.environ["NUMBA_CACHE_DIR"] = str(Path(given) / f"kernels-{__version__}")
+    place = Path(given) / f"kernels-{__version__}"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        usable = os.access(place, os.W_OK)
+    except OSError:
+        usable = False
+    if not usable:
+        # A user without a home: compiled anew each time, but never from a place where others could put code.
+        import atexit
+        import shutil
+        import tempfile
+
+        place = Path(tempfile.mkdtemp(prefix="hotpixd-kernels-"))
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+    os.environ["NUMBA_CACHE_DIR"] = str(place)
 
 
 @app.callback(invoke_without_command=True)
@@ -178,12 +218,84 @@ def scan(
 
 
 @app.command()
-def status(state: StateOption = None, as_json: JsonOption = False) -> None:
-    """Show sensors, frames, what was refused, the last shot."""
-    from hotpixd.views import answers, tables
+def run(
+    config: ConfigOption = None,
+    state: StateOption = None,
+    log_level: LogLevelOption = None,
+) -> None:
+    """Be the daemon: watch every source of the configuration. This is what systemd starts."""
+    raise typer.Exit(_serve(_config_loader(config, {"state": state, "log_level": log_level}), reloadable=True))
 
-    with _opened(state, create=False) as opened:
-        answer = answers.status(opened)
+
+@app.command()
+def watch(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Cards or tether directories.")],
+    kind: Annotated[
+        KindOption, typer.Option(help="What the shots are; auto: the file's header or samples say.")
+    ] = KindOption.AUTO,
+    config: ConfigOption = None,
+    state: StateOption = None,
+    log_level: LogLevelOption = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Print lines, even to a terminal.")] = False,
+) -> None:
+    """Watch directories; shows the dashboard if stdout is a terminal."""
+    sources = [{"directory": str(d.expanduser().absolute()), "kind": kind.value} for d in directories]
+    load = _config_loader(config, {"state": state, "log_level": log_level, "sources": sources})
+    if plain or not (sys.stdout.isatty() and sys.stdin.isatty()):
+        raise typer.Exit(_serve(load, reloadable=False))
+    _loaded(load)
+    from hotpixd.attached import watch_with_dashboard
+
+    raise typer.Exit(watch_with_dashboard(sys.argv[1:], _state_dir(state)))
+
+
+@app.command()
+def dashboard(
+    state: StateOption = None,
+    socket: Annotated[Path | None, typer.Option(metavar="PATH", help="Socket of the daemon's feed.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Save the screen as a picture instead of showing it.")
+    ] = None,
+    size: Annotated[str, typer.Option(metavar="COLUMNSxROWS", help="Size of the picture.")] = "120x36",
+) -> None:
+    """Attach to the running daemon; q detaches."""
+    from hotpixd.attached import run_attached, save_attached
+
+    where = socket or _socket(state)
+    if picture is None:
+        raise typer.Exit(run_attached(where))
+    width, _, height = size.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and 80 <= int(width) <= 500 and 24 <= int(height) <= 200):
+        _fail(f"--size is given as 120x36, from 80x24 to 500x200, not {size!r}", WRONG_USE)
+    save_attached(where, picture, int(width), int(height))
+
+
+@app.command()
+def check_config(
+    config: Annotated[Path | None, typer.Argument(metavar="[F]", help="The file. [default: as for run]")] = None,
+) -> None:
+    """Say what is wrong with a configuration, by key and line."""
+    from hotpixd import config as configuration
+
+    path = config or configuration.find_config(os.environ)
+    if path is None:
+        print("No configuration file: the defaults apply.")
+        raise typer.Exit(DONE)
+    try:
+        loaded = configuration.load(path, environ=os.environ, overrides={})
+    except configuration.ConfigError as error:
+        _fail(str(error), WRONG_USE)
+    for sentence in configuration.warnings(loaded, path):
+        print(sentence)
+    print(f"{path} is right: {len(loaded.sources)} sources.")
+
+
+@app.command()
+def status(state: StateOption = None, as_json: JsonOption = False) -> None:
+    """Show sensors, frames, sources, what was refused, the last shot, alerts."""
+    from hotpixd.views import tables
+
+    answer = _asked(state, "status")
     _print_json(answer) if as_json else tables.print_status(answer)
 
 
@@ -194,11 +306,10 @@ def defects(
     everything: Annotated[bool, typer.Option("--all", help="Candidates and recovered ones too.")] = False,
 ) -> None:
     """List the stable defects; with --all the candidates too."""
-    from hotpixd.views import answers, tables
+    from hotpixd.views import tables
 
-    with _opened(state, create=False) as opened:
-        answer = answers.defects(opened, candidates=everything)
-        waiting = answers.waiting(opened)
+    answer = _asked(state, "defects", candidates=everything)
+    waiting = answer.pop("waiting", 0)
     _print_json(answer) if as_json else tables.print_defects(answer)
     if waiting:
         print(f"hotpixd: {waiting} shots were received but not folded; run scan again.", file=sys.stderr)
@@ -211,20 +322,18 @@ def least_variance(
     as_json: JsonOption = False,
 ) -> None:
     """List the k samples of least variance over all frames."""
-    from hotpixd.views import answers, tables
+    from hotpixd.views import tables
 
-    with _opened(state, create=False) as opened:
-        answer = answers.least_variance(opened, k)
+    answer = _asked(state, "least-variance", k=k)
     _print_json(answer) if as_json else tables.print_least_variance(answer)
 
 
 @app.command()
 def verify(state: StateOption = None, as_json: JsonOption = False) -> None:
     """Check every digest of the state."""
-    from hotpixd.views import answers, tables
+    from hotpixd.views import tables
 
-    with _opened(state, create=False) as opened:
-        answer = answers.verify(opened)
+    answer = _asked(state, "verify")
     _print_json(answer) if as_json else tables.print_verify(answer)
     raise typer.Exit(DONE if answer["ok"] else STATE_UNUSABLE)
 
@@ -281,6 +390,119 @@ def _opened(state: Path | None, *, create: bool = True) -> Iterator[State]:
 
     with State(state or default_state_dir(), create=create) as opened:
         yield opened
+
+
+def _state_dir(state: Path | None) -> Path:
+    from hotpixd.store.state import default_state_dir
+
+    return state or default_state_dir()
+
+
+def _asked(state: Path | None, question: str, **arguments: Any) -> dict[str, Any]:
+    """Answer from the state, or have the daemon answer that has it open."""
+    from hotpixd.store.state import State, StateError, StateLocked
+
+    try:
+        with State(_state_dir(state), create=False) as opened:
+            # Not before it is needed: it takes a second, and who only asks may have no place for compiled kernels.
+            from hotpixd.views import answers
+
+            return answers.answer(opened, question, arguments)
+    except StateLocked as locked:
+        if locked.feed is None:
+            raise
+        socket = locked.feed
+    except StateError:
+        # Another user's: a service may have it open and answer those it lets in.
+        found = _others_socket(state)
+        if found is None:
+            raise
+        socket = found
+    from hotpixd.feed import FeedClient
+
+    with contextlib.closing(FeedClient(socket)) as client:
+        return client.ask(question, **arguments)
+
+
+def _socket(state: Path | None) -> Path:
+    """Return where the daemon of a state listens; without one, where a daemon listens."""
+    from hotpixd.feed import default_socket
+    from hotpixd.store.state import State, StateError, StateLocked
+
+    try:
+        with State(_state_dir(state), create=False):
+            pass
+    except StateLocked as locked:
+        if locked.feed is not None:
+            return locked.feed
+    except StateError:
+        pass
+    return _others_socket(state) or default_socket(_state_dir(state), os.environ)
+
+
+def _others_socket(state: Path | None) -> Path | None:
+    """Return the socket of the one daemon of this state, or of the only daemon if none is named."""
+    from hotpixd.feed import FeedClient, FeedError, find_sockets
+
+    found = []
+    for path in find_sockets(os.environ):
+        with contextlib.suppress(FeedError), contextlib.closing(FeedClient(path)) as client:
+            if state is None or Path(client.hello["state"]) == state.absolute():
+                found.append((path, client.hello["state"]))
+    if len(found) > 1:
+        listed = ", ".join(f"--state {where}" for _, where in found)
+        _fail(f"several daemons are running; say which: {listed}", WRONG_USE)
+    return found[0][0] if found else None
+
+
+def _config_loader(config: Path | None, overrides: dict[str, Any]) -> Callable[[], Config]:
+    """Return what reads the configuration, now and at every reload."""
+    from hotpixd import config as configuration
+
+    given = {key: value for key, value in overrides.items() if value is not None}
+
+    def load() -> Config:
+        # What watch is told is all there is to watch; only run looks for a file by itself.
+        path = config if "sources" in given else config or configuration.find_config(os.environ)
+        return configuration.load(path, environ=os.environ, overrides=given)
+
+    return load
+
+
+def _loaded(load: Callable[[], Config]) -> Config:
+    from hotpixd.config import ConfigError
+
+    try:
+        return load()
+    except ConfigError as error:
+        _fail(str(error), WRONG_USE)
+
+
+def _serve(load: Callable[[], Config], *, reloadable: bool) -> int:
+    config = _loaded(load)
+    if not config.sources:
+        _fail("nothing to watch: name directories under `sources` in the configuration", WRONG_USE)
+    _log_to(config.log_level)
+    from hotpixd.feed import FeedError
+    from hotpixd.metrics import MetricsError
+    from hotpixd.service import serve
+
+    try:
+        return serve(load, reloadable=reloadable)
+    except (FeedError, MetricsError) as error:
+        # Not wrong use: whoever has the address may give it up, and the service manager tries again.
+        _fail(str(error), STATE_UNUSABLE)
+
+
+def _log_to(level: str) -> None:
+    """Log to the journal if that is where stderr goes, else with the time to stderr."""
+    from hotpixd.systemd import log_to_journal
+
+    handler = log_to_journal(os.environ)
+    if handler is None:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
 class _Stop:

@@ -15,13 +15,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
 from hotpixd import archive
 from hotpixd.archive import Kept
-from hotpixd.core.frame import Frame, ShotInfo, ShotKind
+from hotpixd.core.frame import Frame, SensorIdentity, ShotInfo, ShotKind
 from hotpixd.core.sensor import DetectionSettings, FoldReport, Transition
 from hotpixd.intake.decode import DecodeError, decode, keep_large_buffers
 from hotpixd.intake.files import FoundShot
@@ -128,6 +129,7 @@ class Monitor:
         self._clock = clock
         self._slabs = cores
         self._waiting: deque[_Waiting] = deque()
+        self._early: dict[str, Future[Frame]] = {}
         keep_large_buffers()
         self._hashers = ThreadPoolExecutor(1, "hash")
         self._decoders = ThreadPoolExecutor(cores, "decode")
@@ -242,9 +244,9 @@ class Monitor:
         """Shots folded since the last checkpoint."""
         return self._since_checkpoint
 
-    def resident(self, id_: str) -> Kept | None:
-        """Return a sensor if it is in memory."""
-        return self._kept.get(id_)
+    def sensor(self, id_: str) -> Kept:
+        """Return a sensor of the ledger, loaded if it is not in memory."""
+        return self._resident(id_, archive.identity_from(self._ledger.sensors()[id_]))
 
     def checkpoint(self) -> int:
         """Write a generation of every sensor that has new frames, and clear the spool of what is safe by then.
@@ -274,7 +276,7 @@ class Monitor:
                 if row is not None or key in taken:
                     yield self._known(shot, row)
                     continue
-                self._state.spool.take(shot.path, key)
+                self._state.spool.take(shot.path, key, partial(self._decode_early, shot, key))
             except SpoolError as error:
                 yield Outcome(shot.path, Fate.UNREADABLE, str(error))
                 continue
@@ -294,6 +296,12 @@ class Monitor:
             row = self._ledger.find(key)
             if row is not None:
                 yield row
+        self._early.clear()
+
+    def _decode_early(self, shot: FoundShot, key: str) -> None:
+        """Start decoding while the shot is made durable; nobody sees the frame before that is done."""
+        if shot.raw is None and len(self._waiting) + len(self._early) <= _DECODE_AHEAD:
+            self._early[key] = self._decoders.submit(decode, self._state.spool.path(key), shot.kind)
 
     def _received_now(self, shot: FoundShot, key: str) -> Received:
         given: Literal["light", "dark"] | None = None if shot.kind is None else shot.kind.value
@@ -322,7 +330,9 @@ class Monitor:
         kind = None if row.kind_given is None else ShotKind(row.kind_given)
         if replayed:
             return _Waiting(row, self._decoders.submit(self._decode_again, row, kind), True)
-        return _Waiting(row, self._decoders.submit(decode, self._state.spool.path(row.key), kind), False)
+        early = self._early.pop(row.key, None)
+        frame = early or self._decoders.submit(decode, self._state.spool.path(row.key), kind)
+        return _Waiting(row, frame, False)
 
     def _decode_again(self, row: ShotRow, kind: ShotKind | None) -> Frame:
         spool = self._state.spool
@@ -398,14 +408,18 @@ class Monitor:
 
     def _sensor_of(self, frame: Frame) -> Kept:
         id_ = archive.sensor_id(frame.sensor)
+        if id_ not in self._kept:
+            self._ledger.add_sensor(id_, archive.describe(frame.sensor))
+        return self._resident(id_, frame.sensor)
+
+    def _resident(self, id_: str, identity: SensorIdentity) -> Kept:
         kept = self._kept.get(id_)
         if kept is None:
             self._make_room()
             each_slab = self._folders.map
-            kept = archive.load(self._state, id_, frame.sensor, self._settings, each_slab=each_slab, slabs=self._slabs)
+            kept = archive.load(self._state, id_, identity, self._settings, each_slab=each_slab, slabs=self._slabs)
             self.warnings.extend(kept.damage)
             self._kept[id_] = kept
-            self._ledger.add_sensor(id_, archive.describe(frame.sensor))
             if kept.covered_by_older is not None:
                 self._covered_by_older[id_] = kept.covered_by_older
         self._kept.move_to_end(id_)

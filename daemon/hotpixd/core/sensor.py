@@ -206,6 +206,12 @@ class Sensor:
         return {status.name.lower(): int((statuses == status).sum()) for status in Status}
 
     @property
+    def kinds(self) -> dict[str, int]:
+        """Number of stable defects by kind, as far as these are known by now."""
+        kinds = self._tracks.rows["kind"][self._tracks.rows["status"] == Status.STABLE]
+        return {kind.name.lower(): n for kind in Kind if (n := int((kinds == kind).sum()))}
+
+    @property
     def threshold(self) -> float:
         """ln e at which a site is stable.
 

@@ -96,10 +96,11 @@ class Spool:
             raise ValueError(f"a shot's key is 64 hex digits, got {key!r}")
         return self.folder / key
 
-    def take(self, path: Path | str, key: str) -> Path:
+    def take(self, path: Path | str, key: str, placed: Callable[[], object] = lambda: None) -> Path:
         """Take custody of a file whose content has this key; when this returns, its bytes are on the disk.
 
-        A linked file is not hashed again: `verify` does so before it is used. A copy is.
+        A linked file is not hashed again: `verify` does so before it is used. A copy is. `placed` is called as soon
+        as the file can be read in its place, before it is durable.
 
         Raises
         ------
@@ -108,18 +109,11 @@ class Spool:
         StateFull
             If the copy does not fit.
         """
-        return self.take_many([(path, key)])[0]
-
-    def take_many(self, shots: Iterable[tuple[Path | str, str]]) -> list[Path]:
-        """Take custody of several files, as `take` does, with one fsync of the folder.
-
-        The first that fails ends it; those before it may be taken again, at no cost.
-        """
-        taken = [self._place(path, key) for path, key in shots]
+        final = self._place(path, key, placed)
         failpoint("after_link")
         fsync_folder(self.folder)
         failpoint("after_spool")
-        return taken
+        return final
 
     def verify(self, key: str) -> bool:
         """Tell whether the shot is there with the content of its name.
@@ -146,12 +140,13 @@ class Spool:
             self._found.discard(key)
             failpoint("after_spool_drop")
 
-    def _place(self, path: Path | str, key: str) -> Path:
+    def _place(self, path: Path | str, key: str, placed: Callable[[], object]) -> Path:
         final = self.path(key)
         self._found.discard(key)
         with _source(path) as fd:
             if final.exists():
                 if os.path.samestat(os.fstat(fd), final.stat()) or self.verify(key):
+                    placed()
                     # Whoever put it here may have died before its own fsync.
                     fsync_file(final)
                     return final
@@ -159,10 +154,12 @@ class Spool:
                 final.unlink()
             with full_disk_as_state_full(f"to keep {os.fspath(path)!r} in {self.folder}"):
                 if _link(fd, final):
+                    placed()
                     # Link and source are one file, of the state's own disk: EIO here ends the process.
                     os.fsync(fd)
                 else:
                     self._copy(fd, path, key)
+                    placed()
         return final
 
     def _copy(self, source: int, path: Path | str, key: str) -> None:

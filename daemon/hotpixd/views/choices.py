@@ -13,6 +13,8 @@ Live = Mapping[str, Any]
 Defect = Mapping[str, Any]
 """A candidate, stable or recovered, as the live state describes it."""
 
+MOST_LISTED = 1000
+"""Defects of a sensor in the live state: the most certain ones."""
 
 _Choice = TypeVar("_Choice")
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM
 from types import TracebackType
@@ -22,7 +23,7 @@ from typing import Any, Protocol, Self
 
 from rich.console import Console
 
-from hotpixd.views.choices import Live, View, pressed, settled
+from hotpixd.views.choices import MOST_LISTED, Live, View, pressed, settled
 from hotpixd.views.drawing import Look, ascii_look, console_look, unicode_look
 from hotpixd.views.panels import Scene, Surroundings
 from hotpixd.views.screen import compose
@@ -34,6 +35,9 @@ WRONG_USE = 2
 _FRAME_S = 0.1
 _RECONNECT_S = 1.0
 _ASK_AGAIN_S = 2.0
+
+_PICTURE_WITHIN = 20
+"""Changes waited for until a picture is complete."""
 
 _REACH = 12
 """Pixels around the selected site that are asked for: more than a patch shows on all but huge terminals."""
@@ -87,7 +91,10 @@ def save_picture(client: Client, path: Path, *, width: int = 120, height: int = 
     OSError
         If the daemon goes, or the file cannot be written.
     """
-    live = dict(next(client.watch()))
+    # The candidates are only worked out while someone watches: at first there may be none, or old ones.
+    for live in islice(client.watch(), _PICTURE_WITHIN):  # noqa: B007 - the last one is wanted
+        if _is_complete(live):
+            break
     view, defects = settled(live, View())
     # In a picture of half blocks, the lines between lines would show.
     look = replace(unicode_look(256), pixel="full")
@@ -105,6 +112,17 @@ def save_picture(client: Client, path: Path, *, width: int = 120, height: int = 
     )
     console.print(compose(scene, width, height).picture)
     console.save_svg(os.fspath(path), title="hotpixd")
+
+
+def _is_complete(live: Live) -> bool:
+    """Whether the candidates of the sensor shown first are those that its counters tell of."""
+    for id_ in live.get("sensors", [])[:1]:
+        sensor, listed = live.get(f"sensor:{id_}"), live.get(f"defects:{id_}")
+        if sensor is None or listed is None:
+            return False
+        counted = sensor["stable"] + sensor["candidate"] + sensor["recovered"]
+        return len(listed) == min(counted, MOST_LISTED)
+    return True
 
 
 def look_of(environment: Mapping[str, str], console: Console) -> Look:

@@ -1,0 +1,5 @@
+"""`python -m hotpixd` is `hotpixd`."""
+
+from hotpixd.cli import main
+
+main()

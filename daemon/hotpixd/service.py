@@ -1,0 +1,495 @@
+"""The daemon: shots in from all sources; what became of them out to feed, alerts, metrics, log and service manager.
+
+One thread does everything that touches the state, one shot or one tick at a
+time. Sources, feed, alerts and metrics have threads of their own, and hand over
+through queues; whoever has something for the loop wakes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hotpixd import __version__
+from hotpixd.alerts import Alerts, Watchman
+from hotpixd.config import Config, ConfigError, needs_restart
+from hotpixd.core.sensor import warm_up
+from hotpixd.feed import FeedServer, Question, default_socket
+from hotpixd.intake.directory import DirectorySettings, DirectorySource, SourceState
+from hotpixd.intake.files import FoundShot
+from hotpixd.live import Live
+from hotpixd.metrics import Metrics
+from hotpixd.monitor import Fate, Monitor, Outcome
+from hotpixd.store.ledger import Ledger
+from hotpixd.store.state import State, StateFull, default_state_dir
+from hotpixd.systemd import Notifier
+from hotpixd.views import answers
+from hotpixd.views.text import printable, sensor_name
+
+log = logging.getLogger("hotpixd")
+
+_TICK_S = 1.0
+"""Between two looks at what sends no word: sources' states, the disk, the clock."""
+
+_DISK_EVERY_S = 10.0
+
+_COMMIT_AFTER_S = 0.5
+"""Quiet time after which derived rows are committed. Earlier, the next shot's own commit would take them along."""
+
+_FULL_RETRY_S = (5.0, 60.0)
+"""First and longest pause before a full disk is tried again."""
+
+_PATIENCE_S = 180.0
+"""Longest single step of the loop (compiling, a checkpoint on a slow card) that does not count as a hang."""
+
+
+class Wake:
+    """Wakes the loop. Callable from any thread and from signal handlers, unlike an Event's set."""
+
+    def __init__(self) -> None:
+        self._tokens: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def __call__(self) -> None:
+        self._tokens.put(None)
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until woken, at most so long."""
+        try:
+            self._tokens.get(timeout=timeout_s)
+            while True:
+                self._tokens.get_nowait()
+        except queue.Empty:
+            return
+
+
+class Orders:
+    """What signals ask for: SIGTERM and SIGINT to stop, SIGHUP to read the configuration again."""
+
+    def __init__(self, wake: Wake) -> None:
+        self._wake = wake
+        self.stop = False
+        self.reload = False
+
+    @contextmanager
+    def obeyed(self, *, reloadable: bool) -> Iterator[None]:
+        """Take signals while this lasts. What cannot reload stops at SIGHUP: its terminal has gone."""
+        hang_up = self._reload if reloadable else self._stop
+        actions = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGHUP: hang_up}
+        before = {number: signal.signal(number, action) for number, action in actions.items()}
+        try:
+            yield
+        finally:
+            for number, action in before.items():
+                signal.signal(number, action)
+
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
+        if self.stop:
+            # Safe at any moment: what was received is in the spool and the ledger.
+            os._exit(128 + number)
+        self.stop = True
+        self._wake()
+
+    def _reload(self, _number: int, _frame: FrameType | None) -> None:
+        self.reload = True
+        self._wake()
+
+
+def serve(load: Callable[[], Config], *, reloadable: bool) -> int:
+    """Run the daemon until it is told to stop; return its exit code.
+
+    Parameters
+    ----------
+    load : reads the configuration
+    reloadable : whether SIGHUP reads it again
+
+    Raises
+    ------
+    ConfigError
+        If the configuration is wrong at the start. Later, a wrong one is reported and the old one kept.
+    StateError
+        If the state is locked or damaged.
+    FeedError, MetricsError
+        If a socket cannot be had.
+    """
+    wake = Wake()
+    orders = Orders(wake)
+    with orders.obeyed(reloadable=reloadable):
+        return _Service(load, wake, orders).run()
+
+
+class _Service:
+    def __init__(self, load: Callable[[], Config], wake: Wake, orders: Orders) -> None:
+        self._load = load
+        self._config = load()
+        self._wake = wake
+        self._orders = orders
+        self._notifier = Notifier()
+        self._metrics = Metrics()
+        self._sources: dict[DirectorySettings, DirectorySource] = {}
+        self._taken: dict[Path, tuple[DirectorySource, float]] = {}
+        self._started_at = answers.now()
+        self._degraded: str | None = None
+        self._reload_failed = False
+        self._quiet_since: float | None = None
+        self._ticked_at = 0.0
+        self._disk_at = -_DISK_EVERY_S
+        self._disk_free = 0
+        self._activity = "starting"
+
+    def run(self) -> int:
+        config = self._config
+        with ExitStack() as stack:
+            self._state = state = stack.enter_context(State(config.state or default_state_dir()))
+            self._ledger: Ledger = state.ledger
+            self._feed = self._open_feed(state)
+            stack.callback(self._feed.stop)
+            if config.metrics.listen:
+                self._metrics.serve(config.metrics.listen)
+                stack.callback(self._metrics.close)
+            self._alerts = Alerts(self._ledger, config.alerts.settings(), wake=self._wake)
+            stack.callback(self._alerts.close)
+            self._watchman = Watchman(self._alerts)
+            self._monitor = stack.enter_context(self._make_monitor(state))
+            self._live = Live(state, self._monitor, self._feed.publish)
+            with self._patience("compiling the kernels"):
+                warm_up()
+            stack.callback(self._stop_sources)
+            self._replay()
+            if not self._orders.stop:
+                self._seen = self._ledger.seen_files()
+                self._start_sources()
+                self._tick()
+                self._notifier.ready(self._activity)
+                log.info("hotpixd %s: %s; state in %s", __version__, self._activity, state.root)
+                self._watch()
+            return self._finish()
+
+    # --- the loop
+
+    def _replay(self) -> None:
+        count = 0
+        for outcome in self._monitor.replay(self._stop_asked):
+            count += 1
+            self._notifier.extend(_PATIENCE_S)
+            self._activity = f"taking up {count} shots from where the last run was interrupted"
+            self._after(outcome)
+            self._tick()
+        if count:
+            log.info("took up %d shots from where the last run was interrupted", count)
+
+    def _watch(self) -> None:
+        pause = _FULL_RETRY_S[0]
+        while not self._orders.stop:
+            try:
+                for outcome in self._monitor.follow(self._shots(), self._stop_asked):
+                    if outcome is None:
+                        self._rest()
+                    else:
+                        self._after(outcome)
+                        self._degraded, pause = None, _FULL_RETRY_S[0]
+                    self._tick()
+            except StateFull as error:
+                self._wait_for_room(str(error), pause)
+                pause = min(2 * pause, _FULL_RETRY_S[1])
+
+    def _shots(self) -> Iterator[FoundShot | None]:
+        while True:
+            nothing = True
+            # One of each in turn: a full card must not keep a camera waiting.
+            for source in list(self._sources.values()):
+                shot = source.take()
+                if shot is not None:
+                    nothing = False
+                    self._taken[shot.path] = (source, time.monotonic())
+                    yield shot
+            if nothing:
+                yield None
+
+    def _stop_asked(self) -> bool:
+        return self._orders.stop
+
+    def _rest(self) -> None:
+        """Do what waits for a quiet moment, then sleep until there is something to do."""
+        now = time.monotonic()
+        if self._quiet_since is None:
+            self._quiet_since = now
+        quiet = now - self._quiet_since
+        if (self._ledger.waits and quiet >= _COMMIT_AFTER_S) or self._degraded is not None:
+            self._ledger.commit()
+            self._degraded = None
+        if self._monitor.uncovered and quiet >= self._config.checkpoint.idle_s:
+            self._monitor.checkpoint()
+        self._wake.wait(_COMMIT_AFTER_S if self._ledger.waits else _TICK_S)
+
+    def _after(self, outcome: Outcome) -> None:
+        """Tell everyone what became of a shot."""
+        self._quiet_since = None
+        source, since = self._taken.pop(outcome.path, (None, None))
+        name = printable(outcome.path.name)
+        if outcome.fate is Fate.UNREADABLE:
+            log.warning("%s", printable(outcome.reason or ""))
+            if source is not None:
+                source.retry(outcome.path)
+        elif source is not None:
+            self._remember(source.done(outcome.path))
+        self._live.include(outcome)
+        if outcome.fate is Fate.REFUSED:
+            log.warning("refused %s: %s", name, printable(outcome.reason or ""))
+        if not outcome.replayed:
+            self._watchman.outcome(outcome.path, str(outcome.fate), outcome.reason)
+        if outcome.report is not None:
+            self._tell_folded(outcome)
+        elif outcome.fate in (Fate.KNOWN, Fate.COMPANION):
+            log.info("%s: %s", name, printable(outcome.reason or "known already"))
+        latency = None if since is None else time.monotonic() - since
+        self._metrics.shot(str(outcome.fate), latency if outcome.report else None, outcome.size)
+
+    def _remember(self, file: bytes | None) -> None:
+        if file is not None and file not in self._seen:
+            self._seen.add(file)
+            self._ledger.add_seen(file)
+
+    def _tell_folded(self, outcome: Outcome) -> None:
+        id_, report, seq = outcome.sensor_id, outcome.report, outcome.seq
+        if id_ is None or report is None or seq is None:
+            return
+        sensor = self._monitor.sensor(id_).sensor
+        described = sensor_name(self._live.sensors[id_])
+        self._alerts.folded(id_, described, sensor.layout, report, seq)
+        if not outcome.replayed:
+            self._watchman.counted(described, report.counted, report.not_counted_because)
+            if outcome.info is not None and outcome.info.taken_at is not None:
+                self._watchman.clock(described, outcome.info.taken_at, datetime.now(UTC))
+        found = sensor.found
+        log.info(
+            "folded %s of %s: %d frames, %d candidates, %d stable%s",
+            printable(outcome.path.name),
+            described,
+            sensor.frames,
+            found["candidate"],
+            found["stable"],
+            "" if report.counted else f"; not counted: {report.not_counted_because}",
+        )
+
+    def _tick(self) -> None:
+        """Keep everyone informed. Called after every shot, and about once per second without one."""
+        self._notifier.beat()
+        if self._orders.reload:
+            self._orders.reload = False
+            self._reload()
+        for question in self._feed.questions():
+            self._answer(question)
+        while self._monitor.warnings:
+            self._watchman.damage(self._monitor.warnings.pop(0))
+        self._alerts.work()
+        self._live.refresh(watched=self._feed.watchers > 0)
+        now = time.monotonic()
+        if now - self._ticked_at < _TICK_S / 4:
+            return
+        self._ticked_at = now
+        self._look_around(now)
+
+    def _look_around(self, now: float) -> None:
+        states = [source.state() for source in self._sources.values()]
+        for state in states:
+            self._watchman.source(state.name, state.status, state.detail)
+        if now - self._disk_at >= _DISK_EVERY_S:
+            self._disk_at = now
+            self._disk_free = shutil.disk_usage(self._state.root).free
+            self._watchman.disk(self._disk_free)
+        queued = sum(state.waiting for state in states) or self._monitor.in_flight
+        if self._sources:
+            self._activity = self._degraded or _activity(states, queued, self._live)
+            if self._reload_failed:
+                self._activity += "; the changed configuration is wrong, the old one stays in use"
+        described = [asdict(state) for state in states]
+        self._live.daemon(self._facts(), described, queued)
+        self._feed.publish({"alerts": self._alerts.recent()})
+        self._notifier.status(self._activity)
+        self._metrics.update(
+            queue=queued,
+            sources=described,
+            sensors=self._live.sensors,
+            alerts_waiting=self._alerts.waiting,
+            disk_free_bytes=self._disk_free,
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "state": str(self._state.root),
+            "started_at": self._started_at,
+            "activity": self._activity,
+            "degraded": self._degraded,
+        }
+
+    def _wait_for_room(self, why: str, pause: float) -> None:
+        """Stay up while the disk is full: nothing is acknowledged meanwhile, and nothing is lost."""
+        log.error("%s Shots stay where they are until there is room.", why)
+        self._degraded = why
+        for source in self._sources.values():
+            source.forget_taken()
+        self._taken.clear()
+        until = time.monotonic() + pause
+        while not self._orders.stop and time.monotonic() < until:
+            self._notifier.beat()
+            for question in self._feed.questions():
+                self._answer(question)
+            with suppress(StateFull):  # whatever would be written down of what it sees
+                self._look_around(time.monotonic())
+            self._wake.wait(_TICK_S)
+
+    def _finish(self) -> int:
+        self._notifier.stopping("writing a checkpoint")
+        self._stop_sources()
+        try:
+            self._monitor.checkpoint()
+        except StateFull as error:
+            log.error("%s The shots since the last checkpoint are taken up from the spool at the next start.", error)
+            return 3
+        log.info("stopped; everything is on the disk")
+        return 0
+
+    # --- parts
+
+    def _open_feed(self, state: State) -> FeedServer:
+        config = self._config.feed
+        path = config.socket or default_socket(state.root, os.environ)
+        feed = FeedServer(path, {"version": __version__, "state": str(state.root)}, self._wake, group=config.group)
+        feed.start()
+        state.announce(path)
+        return feed
+
+    def _make_monitor(self, state: State) -> Monitor:
+        config = self._config
+        return _Watched(
+            self,
+            state,
+            config.detection.settings(),
+            cores=config.cores or min(os.cpu_count() or 1, 4),
+            checkpoint_every_s=config.checkpoint.every_s,
+            checkpoint_every_shots=config.checkpoint.every_shots,
+        )
+
+    def _start_sources(self) -> None:
+        wanted = [source.settings() for source in self._config.sources]
+        for settings in [known for known in self._sources if known not in wanted]:
+            self._sources.pop(settings).stop()
+        for settings in wanted:
+            if settings not in self._sources:
+                self._sources[settings] = source = DirectorySource(settings, self._seen, self._wake)
+                source.start()
+
+    def _stop_sources(self) -> None:
+        while self._sources:
+            _, source = self._sources.popitem()
+            source.stop()
+
+    def _reload(self) -> None:
+        self._notifier.reloading()
+        try:
+            new = self._load()
+        except ConfigError as error:
+            log.error("the configuration is not reloaded, the old one stays in use:\n%s", error)
+            self._reload_failed = True
+            self._notifier.ready("the new configuration is wrong; the old one stays in use")
+            return
+        self._reload_failed = False
+        for key in needs_restart(self._config, new):
+            log.warning("%s was changed: that takes effect at the next start", key)
+        self._config = new
+        logging.getLogger().setLevel(new.log_level.upper())
+        self._alerts.change_settings(new.alerts.settings())
+        self._monitor.checkpoint_every_s = new.checkpoint.every_s
+        self._monitor.checkpoint_every_shots = new.checkpoint.every_shots
+        self._start_sources()
+        log.info("the configuration is reloaded")
+        self._notifier.ready("the configuration is reloaded")
+
+    def _answer(self, question: Question) -> None:
+        """Answer who asks over the socket what the reading commands would read themselves."""
+        arguments = question.arguments
+        try:
+            if question.name == "around":
+                id_, site, reach = str(arguments["sensor"]), int(arguments["site"]), int(arguments.get("reach", 8))
+                question.answer(self._live.around(id_, site, reach))
+                return
+            if question.name == "verify":
+                # It looks at what is on the disk.
+                self._monitor.checkpoint()
+            with self._patience(f"answering {question.name}"):
+                sensors = self._monitor.sensors(list(self._ledger.sensors()))
+                answer = answers.answer(self._state, question.name, arguments, sensors)
+        except StateFull as error:
+            question.refuse(str(error))
+        except (KeyError, ValueError, TypeError) as error:
+            question.refuse(f"{question.name!r} with these arguments is no question to this daemon: {error}")
+        else:
+            if question.name == "status":
+                answer.update(
+                    daemon=self._facts(),
+                    sources=[asdict(source.state()) for source in self._sources.values()],
+                    metrics=self._metrics.as_dict(),
+                )
+            question.answer(answer)
+
+    @contextmanager
+    def _patience(self, doing: str) -> Iterator[None]:
+        """Keep the service manager from taking one long step for a hang; not for ever."""
+        done = threading.Event()
+
+        def beat() -> None:
+            until = time.monotonic() + _PATIENCE_S
+            while not done.wait(1.0) and time.monotonic() < until:
+                log.debug("still %s", doing)
+                self._notifier.beat()
+                self._notifier.extend(10.0)
+
+        thread = threading.Thread(target=beat, name="patience", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+class _Watched(Monitor):
+    """A monitor whose checkpoints are measured, and do not count as a hang."""
+
+    def __init__(self, service: _Service, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._service = service
+
+    def checkpoint(self) -> int:
+        started = time.monotonic()
+        with self._service._patience("writing a checkpoint"):
+            written = super().checkpoint()
+        self._service._metrics.checkpoint(time.monotonic() - started, written)
+        return written
+
+
+def _activity(states: list[SourceState], queued: int, live: Live) -> str:
+    """Say in a sentence what the daemon does."""
+    away = [state for state in states if state.status in ("away", "trouble")]
+    stable = sum(sensor.get("stable", 0) for sensor in live.sensors.values())
+    sentence = f"{_names(away)}: {printable(away[0].detail)}" if away else f"watching {_names(states)}"
+    counts = f"{live.shots['folded']} shots folded, {stable} stable defects"
+    return f"{sentence}; {counts}" + (f", {queued} to go" if queued else "")
+
+
+def _names(states: list[SourceState]) -> str:
+    return printable(states[0].name) if len(states) == 1 else f"{len(states)} directories"

@@ -1,0 +1,321 @@
+"""The daemon as a whole, as a real process: shots copied into real directories, signals, crashes, readers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import HOTPIXD, Camera, environment, feed, run, told
+from daemons import eventually
+
+
+def put(shot: Path, folder: Path) -> None:
+    """Copy a shot as a camera program does: under another name first."""
+    part = folder / f".{shot.name}.part"
+    shutil.copyfile(shot, part)
+    part.rename(folder / shot.name)
+
+
+def configured(folder: Path, **sections: object) -> Path:
+    """Write a configuration and return its path."""
+    path = folder / "hotpixd.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def test_shots_are_folded_as_they_come(camera: Camera, tmp_path, start):
+    """Whether they were there before or come later, one by one: the result is that of a scan."""
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    for shot in camera.shots[:4]:
+        put(shot, inbox)
+    daemon = start("watch", inbox)
+    daemon.wait_folded(4)
+    for n, shot in enumerate(camera.shots[4:], 5):
+        put(shot, inbox)
+        daemon.wait_folded(n)
+    assert daemon.stop() == 0
+    assert re.findall(r"folded (\S+) of", daemon.log) == [shot.name for shot in camera.shots]
+    feed(tmp_path / "scanned", camera.folder)
+    assert told(daemon.state) == told(tmp_path / "scanned")
+
+
+def test_readers_are_answered_while_it_runs_as_after_it(camera: Camera, tmp_path, start):
+    """Status, defects, least-variance and verify: one answer, two carriers."""
+    daemon = start("watch", camera.folder)
+    daemon.wait_folded(12)
+    questions = (("defects", "--all"), ("defects",), ("least-variance", "-k", "7"), ("verify",), ("status",))
+    live = [daemon.ask(*question) for question in questions]
+    assert live[4]["sources"][0]["name"] == str(camera.folder)
+    assert live[4]["daemon"]["pid"] == daemon.process.pid
+    assert daemon.stop() == 0
+    after = [daemon.ask(*question) for question in questions]
+    assert live[:4] == after[:4]
+    for key in ("sensors", "shots", "last_shot"):
+        assert live[4][key] == after[4][key]
+
+
+def test_a_restart_does_not_read_known_files_again(camera: Camera, tmp_path, start):
+    """What was folded is recognised by name, size and time; a new one is taken."""
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    for shot in camera.shots[:5]:
+        put(shot, inbox)
+    daemon = start("watch", inbox)
+    daemon.wait_folded(5)
+    assert daemon.stop() == 0
+    again = start("watch", inbox)
+    put(camera.shots[5], inbox)
+    again.wait_folded(6)
+    assert "known already" not in again.log
+    assert again.log.count("folded frame") == 1
+
+
+@pytest.mark.parametrize("after", [1, 4, 9])
+def test_killed_at_any_moment_it_comes_back_to_the_same_result(camera: Camera, tmp_path, start, after):
+    """kill -9 amid the shots, and again amid the replay."""
+    first = start("watch", camera.folder)
+    eventually(lambda: first.log.count("folded frame") >= after, "some shots are folded")
+    first.stop(signal.SIGKILL)
+    second = start("watch", camera.folder, wait=False)
+    time.sleep(1.0)
+    second.stop(signal.SIGKILL)
+    third = start("watch", camera.folder)
+    third.wait_folded(12)
+    assert third.stop() == 0
+    feed(tmp_path / "scanned", camera.folder)
+    assert told(third.state) == told(tmp_path / "scanned")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_it_stops_cleanly_with_a_checkpoint(camera: Camera, start, number):
+    """`watch` stops at each of the three (its terminal went away); nothing is left to replay."""
+    daemon = start("watch", camera.folder)
+    daemon.wait_folded(3)
+    started = time.monotonic()
+    assert daemon.stop(number) == 0
+    assert time.monotonic() - started < 10
+    checked = daemon.ask("verify")
+    assert checked["ok"]
+    assert checked["waiting"] == 0
+
+
+def test_two_sources_and_the_same_shots_in_both(camera: Camera, other_camera: Camera, tmp_path, start):
+    """Each sensor has its own statistic; what lies in both directories is folded once."""
+    both = tmp_path / "both"
+    shutil.copytree(camera.folder, both)
+    config = configured(
+        tmp_path, sources=[{"directory": str(both)}, {"directory": str(other_camera.folder)}, {"directory": "late"}]
+    )
+    daemon = start("run", "--config", config)
+    daemon.wait_folded(18)
+    (tmp_path / "late").mkdir()
+    for shot in camera.shots[:3]:
+        put(shot, tmp_path / "late")
+    eventually(lambda: daemon.log.count("known already") >= 3, "the doubles are seen")
+    frames = {sensor["serial"]: sensor["frames"] for sensor in daemon.ask("status")["sensors"]}
+    assert frames == {"V0001": 12, "V0002": 6}
+    assert daemon.stop() == 0
+
+
+def test_reload_takes_what_is_safe_and_says_what_is_not(camera: Camera, other_camera: Camera, tmp_path, start):
+    """SIGHUP: a new source is watched, alpha waits for the next start, a wrong file changes nothing."""
+    (tmp_path / "empty").mkdir()
+    config = configured(tmp_path, sources=[{"directory": "empty"}])
+    daemon = start("run", "--config", config)
+    configured(tmp_path, sources=[{"directory": "empty"}, {"directory": str(camera.folder)}], detection={"alpha": 0.5})
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_folded(12)
+    assert "detection.alpha was changed: that takes effect at the next start" in daemon.log
+    configured(tmp_path, sources=[{"directory": str(other_camera.folder), "knid": "dark"}])
+    daemon.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "knid" in daemon.log, "the mistake is named")
+    assert daemon.folded() == 12
+    configured(tmp_path, sources=[{"directory": str(other_camera.folder)}])
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_folded(18)
+    assert [source["name"] for source in daemon.ask("status")["sources"]] == [str(other_camera.folder)]
+    assert daemon.stop() == 0
+
+
+def test_a_second_process_is_told_who_has_the_state(camera: Camera, tmp_path, start):
+    """A daemon or a scan: exit code 3 and the name of the first."""
+    first = start("watch", camera.folder)
+    second = start("watch", camera.folder, wait=False)
+    assert second.process.wait(60) == 3
+    assert f"process {first.process.pid}" in second.log
+    done = run("scan", camera.folder, "--state", first.state, env=first.env)
+    assert done.returncode == 3
+    assert f"process {first.process.pid}" in done.stderr
+    first.wait_folded(12)
+    assert first.stop() == 0
+
+
+def test_a_refused_shot_is_told_and_not_tried_again(camera: Camera, tmp_path, start):
+    """A broken file costs a line in the log and in the status; the others are folded."""
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    (inbox / "a.dng").write_bytes(camera.shots[0].read_bytes()[:5000])
+    put(camera.shots[1], inbox)
+    daemon = start("watch", inbox)
+    daemon.wait_folded(1)
+    eventually(lambda: "refused a.dng" in daemon.log, "the refusal is said")
+    (refused,) = daemon.ask("status")["refused"]
+    assert refused["name"] == "a.dng"
+    assert daemon.stop() == 0
+    again = start("watch", inbox)
+    put(camera.shots[2], inbox)
+    again.wait_folded(2)
+    assert "refused a.dng" not in again.log
+
+
+def test_a_missing_directory_is_waited_for(camera: Camera, tmp_path, start):
+    """The status says so; when it comes, its shots are folded, though its name holds escape codes."""
+    inbox = tmp_path / "late\x1b[31m"
+    daemon = start("watch", inbox)
+    assert daemon.ask("status")["sources"][0]["status"] == "away"
+    shutil.copytree(camera.folder, inbox)
+    daemon.wait_folded(12)
+    assert "\x1b" not in daemon.log
+    assert daemon.stop() == 0
+
+
+def test_a_camera_without_a_serial_number_takes_the_name_given(tmp_path, start):
+    """Two bodies of one model then have two statistics, and a replay keeps them apart."""
+    from hotpixd.simulate import VirtualSensor, write_series
+
+    for place in ("left", "right"):
+        sensor = VirtualSensor(64, 48, hot=2, stuck=0, dead=0, seed=1, serial="")
+        for _ in write_series(tmp_path / place, sensor, 3, "moving" if place == "left" else "dark", "dng"):
+            pass
+        (tmp_path / place / "truth.json").unlink()
+    sources = [{"directory": place, "camera": place} for place in ("left", "right")]
+    daemon = start("run", "--config", configured(tmp_path, sources=sources))
+    daemon.wait_folded(6)
+    daemon.stop(signal.SIGKILL)
+    again = start("run", "--config", configured(tmp_path, sources=sources))
+    frames = {sensor["serial"]: sensor["frames"] for sensor in again.ask("status")["sensors"]}
+    assert frames == {"left": 3, "right": 3}
+
+
+def test_it_checkpoints_when_idle(camera: Camera, tmp_path, start):
+    """After a quiet second a generation covers everything, so a crash then costs no replay."""
+    config = configured(tmp_path, sources=[{"directory": str(camera.folder)}], checkpoint={"idle_s": 1})
+    daemon = start("run", "--config", config)
+    daemon.wait_folded(12)
+    eventually(lambda: list(daemon.state.glob("sensors/*/gen-*.hpx")), "a generation is written")
+    daemon.stop(signal.SIGKILL)
+    assert daemon.ask("verify")["waiting"] == 0
+
+
+def test_a_stable_defect_reaches_the_command(camera: Camera, tmp_path, start):
+    """The alert comes with its message's id, once, though the daemon is killed and started again."""
+    told_to = tmp_path / "told.jsonl"
+    alerts = {"command": ["sh", "-c", f"cat >> '{told_to}'; echo >> '{told_to}'"], "gather_s": 1}
+    config = configured(tmp_path, sources=[{"directory": str(camera.folder)}], alerts=alerts)
+    daemon = start("run", "--config", config)
+    daemon.wait_folded(12)
+    eventually(told_to.exists, "the command is run")
+    time.sleep(3)
+    daemon.stop(signal.SIGKILL)
+    again = start("run", "--config", config)
+    time.sleep(3)
+    assert again.stop() == 0
+    messages = [json.loads(line) for line in told_to.read_text().splitlines() if line]
+    stable = [alert["id"] for message in messages for alert in message["alerts"] if alert["topic"] == "stable"]
+    assert stable
+    assert len(stable) == len(set(stable)) == len(daemon.ask("defects")["sensors"][0]["defects"])
+
+
+def test_metrics_are_served_and_in_the_status(camera: Camera, tmp_path, start):
+    """Off by default; the numbers are those of the status."""
+    config = configured(tmp_path, sources=[{"directory": str(camera.folder)}], metrics={"listen": "127.0.0.1:19469"})
+    daemon = start("run", "--config", config)
+    daemon.wait_folded(12)
+    time.sleep(1.2)
+    with urllib.request.urlopen("http://127.0.0.1:19469/metrics", timeout=10) as response:
+        text = response.read().decode()
+    assert 'hotpixd_shots_total{fate="folded"} 12.0' in text
+    assert daemon.ask("status")["metrics"]
+    assert daemon.stop() == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_full_disk_is_survived(camera: Camera, tmp_path, start):
+    """It stays up, says so, acknowledges nothing, and goes on by itself when there is room."""
+    disk = tmp_path / "state"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", disk]).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        daemon = start("watch", camera.folder)
+        eventually(lambda: "No space left" in daemon.log, "the full disk is said")
+        with contextlib.closing(daemon.client()) as client:
+            live = next(iter(client.watch()))
+            assert "No space left" in (live["daemon"]["degraded"] or live["daemon"]["activity"])
+        assert daemon.process.poll() is None
+        subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+        daemon.wait_folded(12, within_s=90)
+        assert daemon.stop() == 0
+        feed(tmp_path / "scanned", camera.folder)
+        assert told(disk) == told(tmp_path / "scanned")
+    finally:
+        subprocess.run(["umount", "-l", disk], check=False)
+
+
+def test_wrong_use_is_a_sentence(tmp_path):
+    """No sources, a wrong configuration, one that is not there."""
+    nothing = run("run", "--config", configured(tmp_path, log_level="info"), "--state", tmp_path / "s")
+    assert nothing.returncode == 2
+    assert "nothing to watch" in nothing.stderr
+    wrong = run("run", "--config", configured(tmp_path, detection={"alpha": 7}), "--state", tmp_path / "s")
+    assert wrong.returncode == 2
+    assert "detection.alpha" in wrong.stderr
+    assert run("run", "--config", tmp_path / "none.yaml").returncode == 2
+    checked = run("check-config", configured(tmp_path, detection={"alhpa": 0.1}))
+    assert checked.returncode == 2
+    assert "alpha" in checked.stderr
+    assert run("check-config", configured(tmp_path, sources=[{"directory": "x"}])).returncode == 0
+    alone = run("dashboard", "--picture", tmp_path / "p.svg", "--state", tmp_path / "none")
+    assert alone.returncode == 3
+    assert "No daemon" in alone.stderr
+
+
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
+def test_watch_shows_the_dashboard_and_stops_with_it(camera: Camera, tmp_path, runtime):
+    """On a terminal: shots appear on the screen as they come; q ends the daemon too, cleanly."""
+    inbox, state = tmp_path / "inbox", tmp_path / "state"
+    inbox.mkdir()
+    server = ["tmux", "-S", str(runtime / "tmux")]
+    command = shlex.join([*HOTPIXD, "watch", str(inbox), "--state", str(state)])
+    env = environment(XDG_RUNTIME_DIR=str(runtime), LANG="C.UTF-8", TERM="xterm-256color")
+    shown = [*server, "new-session", "-d", "-x", "100", "-y", "30", f"{command}; echo EXIT $?; sleep 60"]
+
+    def screen() -> str:
+        return subprocess.run([*server, "capture-pane", "-p"], capture_output=True, text=True, env=env).stdout
+
+    subprocess.run(shown, env=env, check=True)
+    try:
+        eventually(lambda: "No sensor is known yet" in screen(), "the dashboard is there", 60)
+        for shot in camera.shots:
+            put(shot, inbox)
+        eventually(lambda: "12 frames" in screen() and "stuck" in screen(), "the defects are shown")
+        subprocess.run([*server, "send-keys", "q"], env=env, check=True)
+        eventually(lambda: "EXIT 0" in screen(), "it has stopped", 60)
+    finally:
+        subprocess.run([*server, "kill-server"], env=env, check=False)
+    checked = json.loads(run("verify", "--json", "--state", state, env=env).stdout)
+    assert checked["ok"]
+    assert checked["sensors"][0]["frames"] == 12

@@ -92,7 +92,7 @@ def save_picture(client: Client, path: Path, *, width: int = 120, height: int = 
         If the daemon goes, or the file cannot be written.
     """
     # The candidates are only worked out while someone watches: at first there may be none, or old ones.
-    for live in islice(client.watch(), _PICTURE_WITHIN):  # noqa: B007 - the last one is wanted
+    for live in islice(client.watch(), _PICTURE_WITHIN):
         if _is_complete(live):
             break
     view, defects = settled(live, View())
@@ -121,7 +121,7 @@ def _is_complete(live: Live) -> bool:
         if sensor is None or listed is None:
             return False
         counted = sensor["stable"] + sensor["candidate"] + sensor["recovered"]
-        return len(listed) == min(counted, MOST_LISTED)
+        return bool(len(listed) == min(counted, MOST_LISTED))
     return True
 
 

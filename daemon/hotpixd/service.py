@@ -27,6 +27,7 @@ from hotpixd.alerts import Alerts, Watchman
 from hotpixd.config import Config, ConfigError, needs_restart
 from hotpixd.core.sensor import warm_up
 from hotpixd.feed import FeedServer, Question, default_socket
+from hotpixd.intake.decode import keep_large_buffers
 from hotpixd.intake.directory import DirectorySettings, DirectorySource, SourceState
 from hotpixd.intake.files import FoundShot
 from hotpixd.live import Live
@@ -123,6 +124,8 @@ def serve(load: Callable[[], Config], *, reloadable: bool) -> int:
     FeedError, MetricsError
         If a socket cannot be had.
     """
+    # Before any thread is started: a thread that has an arena of its own would not keep frames.
+    keep_large_buffers()
     wake = Wake()
     orders = Orders(wake)
     with orders.obeyed(reloadable=reloadable):

@@ -48,7 +48,7 @@ Status = Literal["starting", "watching", "away", "trouble"]
 _LOCAL_EVERY_S, _NETWORK_EVERY_S = 1.0, 10.0
 _NETWORK_SETTLE_S = 5.0
 
-_LISTING_SHARE = 0.005
+_LISTING_SHARE = 0.002
 """Of a core, spent on listings that nothing calls for, down to one a minute: 10,000 files take about 0.1 s each."""
 
 _ASKED_LISTING_SHARE = 0.02
@@ -160,9 +160,6 @@ class _File:
     appeared: float
     """When a file of this name was first seen, monotonic s."""
 
-    key: tuple[Any, ...]
-    """Its place in the order of shots."""
-
     stage: _Stage = _Stage.WAITING
 
     placed: bool = False
@@ -179,6 +176,12 @@ class _File:
 
     problem: str | None = None
     """Why it could not be looked at the last time."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Its place in the order of shots. Not kept: most files are done."""
+        folder, _, name = self.below.rpartition("/")
+        return (*_order_of(folder), natural(name))
 
     @property
     def is_raw(self) -> bool:
@@ -522,9 +525,7 @@ class DirectorySource:
 
     def _put(self, below: str, picture: Picture, now: float) -> _File:
         """Begin to follow a file; one known under its path is forgotten."""
-        folder, _, name = below.rpartition("/")
-        key = (*_order_of(folder), natural(name))
-        file = _File(below, picture, self._signature(below, picture), now, now, key)
+        file = _File(below, picture, self._signature(below, picture), now, now)
         before = self._files.get(below)
         if before is not None:
             file.appeared = before.appeared

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import pytest
 import hotpixd
 from hotpixd.store.checkpoint import generations, newest
 from hotpixd.store.ledger import Received
-from hotpixd.store.state import State, StateError, StateLocked, StateMissing, default_state_dir
+from hotpixd.store.state import State, StateError, StateFull, StateLocked, StateMissing, default_state_dir
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(hotpixd.__file__).parents[1])}
 
@@ -147,6 +149,21 @@ def test_a_sensors_id_is_the_name_of_a_folder(state: State, sensor_id: str) -> N
     """An id that would leave the folder, or hide in it, is refused."""
     with pytest.raises(ValueError, match="sensor's id"):
         state.sensor_folder(sensor_id)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_no_room_for_a_sensors_folder_is_a_full_disk(state: State, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """The daemon waits for room then, as it does when any other file of the state finds none."""
+    mkdir = Path.mkdir
+
+    def full(path: Path, *arguments: Any, **options: Any) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(StateFull, match="No space left for the sensor cam in"):
+        state.sensor_folder("cam")
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    assert state.sensor_folder("cam").is_dir()
 
 
 def test_a_checkpoint_commits_the_verdicts_first(state: State, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,11 +124,14 @@ class State:
         ------
         ValueError
             If the id cannot be the name of a folder.
+        StateFull
+            If there is no room for it.
         """
         if not _SENSOR_ID.fullmatch(sensor_id):
             raise ValueError(f"a sensor's id is made of letters, digits and ._+-, got {sensor_id!r}")
         folder = self.root / "sensors" / sensor_id
-        make_folder(folder)
+        with full_disk_as_state_full(f"for the sensor {sensor_id} in {self.root}"):
+            make_folder(folder)
         return folder
 
     def checkpoint(

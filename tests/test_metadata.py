@@ -88,6 +88,31 @@ def test_a_clock_that_was_never_set_is_no_time(stamp):
 
 
 @pytest.mark.parametrize(
+    ("stamp", "zone"),
+    [
+        ("0001:01:01 00:00:00", "+09:00"),
+        ("9999:12:31 23:59:59", "-05:00"),
+        ("0001:01:01 00:00:00", None),
+        ("1825:12:31 23:59:59", None),
+    ],
+)
+def test_a_time_that_cannot_be_is_no_time(stamp, zone):
+    """A shot of the year 1 east of Greenwich has no time in UTC, and ended the daemon at each start."""
+    entries = {0x9003: stamp} | ({0x9011: zone} if zone else {})
+    assert metadata.from_bytes(jpeg(colour(), exif=exif(entries))).taken_at is None
+    fits = stamp.replace(":", "-", 2).replace(" ", "T") + (zone or "")
+    assert metadata.from_fits_header({"DATE-OBS": fits}).taken_at is None
+
+
+def test_a_credible_time_is_taken_after_one_that_cannot_be():
+    """The other time tags of the file may be right, and old scans carry old dates."""
+    entries = {0x9003: "0001:01:01 00:00:00", 0x9004: "1826:07:01 12:00:00", 0x9012: "+14:00"}
+    taken_at = metadata.from_bytes(jpeg(colour(), exif=exif(entries))).taken_at
+    assert taken_at is not None
+    assert taken_at.astimezone(UTC) == datetime(1826, 6, 30, 22, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
     ("written", "number"),
     [
         ("No= 00002539", "00002539"),

@@ -41,6 +41,9 @@ _MAX_ENTRIES = 512  # no camera writes as many; a broken count must not cost tim
 _MAX_VALUE_BYTES = 65536
 _MAX_SEGMENTS = 256
 _FITS_SERIALS = ("CAMSERNO", "SERIALNO", "SERNUM", "SERIAL", "CAMERAID", "CAMID", "DETSER")
+_FIRST_YEAR, _LAST_YEAR = 1826, 9000
+"""From the oldest photograph to far from the end of `datetime`, so that each time can be expressed in UTC."""
+
 _CANON_UUID = bytes.fromhex("85c0b687820f11e08111f4ce462b6a48")
 
 
@@ -413,6 +416,8 @@ def _exif_time(text: str | None, subseconds: str | None, zone: str | None) -> da
         taken_at = datetime.strptime("".join(match.groups()), "%Y%m%d%H%M%S")
     except ValueError:  # 0000:00:00 of a camera whose clock was never set
         return None
+    if not _is_credible(taken_at):
+        return None
     if subseconds and subseconds.isascii() and subseconds.isdigit():
         taken_at = taken_at.replace(microsecond=int(f"{subseconds:0<6.6}"))
     offset = re.fullmatch(r"([+-])(\d\d):(\d\d)", zone or "")
@@ -492,7 +497,13 @@ def _fits_time(value: object) -> datetime | None:
         taken_at = datetime.fromisoformat(value.strip())
     except ValueError:
         return None
+    if not _is_credible(taken_at):
+        return None
     return taken_at if taken_at.tzinfo else taken_at.replace(tzinfo=UTC)
+
+
+def _is_credible(taken_at: datetime) -> bool:
+    return _FIRST_YEAR <= taken_at.year <= _LAST_YEAR
 
 
 def _first(header: Mapping[str, object], *keywords: str) -> object:

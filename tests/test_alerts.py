@@ -282,6 +282,19 @@ def test_a_message_says_what_it_gathered_by_topic(bench: Callable[..., Bench], i
     assert message["alerts"][2]["detail"]["camera"] == CAMERA
 
 
+def test_a_message_counts_sensors_of_one_description_apart(bench: Callable[..., Bench], inbox: Inbox):
+    """Two bodies that write no serial number."""
+    one = bench(AlertSettings(command=inbox.command))
+    one.alerts.folded("other", CAMERA, LAYOUT, report(stable(1), stable(2)), 1)
+    one.fold(stable(3), stable(4), stable(5), seq=2)
+    one.later(30)
+    (message,) = inbox.messages()
+    assert [line for line in message["body"].splitlines() if "became" in line] == [
+        f"{CAMERA}: 2 defects became stable: 2 hot.",
+        f"{CAMERA}: 3 defects became stable: 3 hot.",
+    ]
+
+
 def test_what_comes_after_the_window_is_another_message(bench: Callable[..., Bench], inbox: Inbox):
     """The window starts with the first alert, so that a steady trickle is told of as well."""
     one = bench(AlertSettings(command=inbox.command, gather_s=30))
@@ -856,8 +869,8 @@ def test_a_run_of_refusals_is_a_few_alerts(bench: Callable[..., Bench]):
         "IMG_9.JPG was refused (10 such shots by now): it was edited",
         "IMG_99.JPG was refused (100 such shots by now): it was edited",
     ]
-    watch.watchman.outcome(Path("/card/x.JPG"), "unreadable", "it cannot be read: Input/output error")
-    assert watch.told()[3:] == ["x.JPG cannot be read: it cannot be read: Input/output error"]
+    watch.watchman.outcome(Path("/card/x.JPG"), "unreadable", "'/card/x.JPG' cannot be read: Input/output error.")
+    assert watch.told()[3:] == ["x.JPG could not be taken: '/card/x.JPG' cannot be read: Input/output error."]
     again = Watch(one)
     again.watchman.outcome(Path("/card/y.JPG"), "refused", "it was edited")
     assert len(again.told()) == 4
@@ -871,11 +884,20 @@ def test_a_scene_that_does_not_move_is_told_after_ten_frames(bench: Callable[...
     one = bench()
     watch = Watch(one)
     for counted in [False] * 9 + [True] + [False] * 25 + [True] * 3:
-        watch.watchman.counted("cam", counted, None if counted else "the scene does not move")
+        watch.watchman.counted("id", "cam", counted, None if counted else "the scene does not move")
     assert watch.told() == [
         "cam: the last 10 frames were no new evidence: the scene does not move",
         "cam: frames are new evidence again.",
     ]
+
+
+def test_sensors_of_one_description_have_scenes_of_their_own(bench: Callable[..., Bench]):
+    """Two bodies that write no serial number: one on a tripod does not stand still because the other moves."""
+    watch = Watch(bench())
+    for _ in range(10):
+        watch.watchman.counted("still", "Acme One", False, "the scene does not move")
+        watch.watchman.counted("moving", "Acme One", True, None)
+    assert watch.told() == ["Acme One: the last 10 frames were no new evidence: the scene does not move"]
 
 
 def test_a_disk_nearly_full_is_told_until_there_is_ample_room(bench: Callable[..., Bench]):
@@ -900,13 +922,13 @@ def test_a_camera_clock_is_wrong_until_it_is_right(bench: Callable[..., Bench]):
         datetime(2026, 11, 21, 9),
         datetime(2026, 11, 22, 11, 1, tzinfo=UTC),
     ):
-        watch.watchman.clock("cam", moment, MORNING)
-    watch.watchman.clock("other", datetime(2027, 1, 1), MORNING)
+        watch.watchman.clock("id", "cam", moment, MORNING)
+    watch.watchman.clock("other", "cam", datetime(2027, 1, 1), MORNING)
     assert [text[:55] for text in watch.told()] == [
         "cam: the camera's clock is wrong, or this computer's: 1",
         "cam: the camera's clock is right again.",
         "cam: the camera's clock is wrong, or this computer's: 2",
-        "other: the camera's clock is wrong, or this computer's:",
+        "cam: the camera's clock is wrong, or this computer's: 2",
     ]
 
 

@@ -521,17 +521,17 @@ def _lines(alerts: Iterable[Alert]) -> list[str]:
     """Say some alerts: defects by sensor, with counts and the strongest; of the others those raised first."""
     groups: dict[tuple[str, str], list[Alert]] = {}
     for alert in alerts:
-        camera = str(alert.detail["camera"]) if alert.topic in _OF_DEFECTS else ""
-        groups.setdefault((alert.topic, camera), []).append(alert)
+        sensor = str(alert.detail["sensor"]) if alert.topic in _OF_DEFECTS else ""
+        groups.setdefault((alert.topic, sensor), []).append(alert)
     lines = []
-    for (topic, camera), members in sorted(groups.items(), key=lambda group: TOPICS.index(group[0][0])):
+    for (topic, _), members in sorted(groups.items(), key=lambda group: TOPICS.index(group[0][0])):
         if topic not in _OF_DEFECTS or len(members) == 1:
             lines += [alert.text for alert in members[:_LISTED]]
         else:
             kinds = Counter(alert.detail["kind"] for alert in members)
             verb = "became stable" if topic == "stable" else "have recovered"
             counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
-            lines.append(f"{camera}: {len(members)} defects {verb}: {counts}.")
+            lines.append(f"{members[0].detail['camera']}: {len(members)} defects {verb}: {counts}.")
             strongest = sorted(members, key=lambda alert: -abs(alert.detail["excess_sigma"] or 0.0))
             lines += [f"  {_defect(alert.detail)}" for alert in strongest[:_LISTED]]
         if len(members) > _LISTED:
@@ -707,22 +707,28 @@ class Watchman:
         count, last_at = self._runs.get(fate) or self._run_before_restart(fate)
         count = 1 if self._clock() - last_at > _RUN_ENDS_AFTER_S else count + 1
         if count == 10 ** (len(str(count)) - 1):
-            was = "was refused" if fate == "refused" else "cannot be read"
+            was = "was refused" if fate == "refused" else "could not be taken"
             many = "" if count == 1 else f" ({count} such shots by now)"
             detail = {"path": str(path), "reason": reason, "count": count}
             self._raise("refused", fate, f"{path.name} {was}{many}: {reason}", detail)
         self._runs[fate] = count, self._clock()
 
-    def counted(self, sensor: str, counted: bool, because: str | None) -> None:
-        """Tell whether a light or dark frame of a sensor was new evidence, and why not."""
+    def counted(self, sensor: str, description: str, counted: bool, because: str | None) -> None:
+        """Tell whether a light or dark frame of a sensor was new evidence, and why not.
+
+        Parameters
+        ----------
+        sensor : its id; two sensors may have one description
+        description : its name for people
+        """
         subject = f"scene:{sensor}"
         if counted:
             del self._not_counted[sensor]
-            self._turn("scene", subject, False, f"{sensor}: frames are new evidence again.")
+            self._turn("scene", subject, False, f"{description}: frames are new evidence again.")
             return
         self._not_counted[sensor] += 1
         if self._not_counted[sensor] >= _NOT_COUNTED_IN_A_ROW:
-            text = f"{sensor}: the last {_NOT_COUNTED_IN_A_ROW} frames were no new evidence: {because}"
+            text = f"{description}: the last {_NOT_COUNTED_IN_A_ROW} frames were no new evidence: {because}"
             self._turn("scene", subject, True, text)
 
     def disk(self, free_bytes: int) -> None:
@@ -734,17 +740,22 @@ class Watchman:
         elif free_mb > 1.2 * least_mb:
             self._turn("disk", "disk", False, f"The state's disk has room again: {free_mb:.0f} MB are free.")
 
-    def clock(self, sensor: str, taken_at: datetime | None, received_at: datetime) -> None:
-        """Tell when a shot was taken by its camera's clock (naive: zone unknown), and received by ours (aware)."""
+    def clock(self, sensor: str, description: str, taken_at: datetime | None, received_at: datetime) -> None:
+        """Tell when a shot was taken by its camera's clock (naive: zone unknown), and received by ours (aware).
+
+        Parameters
+        ----------
+        sensor, description : as for `counted`
+        """
         if taken_at is None:
             return
         taken = taken_at if taken_at.tzinfo else taken_at.replace(tzinfo=UTC)
         wrong = taken < _CLOCK_RESET or taken > received_at + _CLOCK_AHEAD
         if wrong:
-            text = f"{sensor}: the camera's clock is wrong, or this computer's: {taken:%Y-%m-%d %H:%M} in the camera,"
-            text += f" {received_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC here."
+            text = f"{description}: the camera's clock is wrong, or this computer's:"
+            text += f" {taken:%Y-%m-%d %H:%M} in the camera, {received_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC here."
         else:
-            text = f"{sensor}: the camera's clock is right again."
+            text = f"{description}: the camera's clock is right again."
         self._turn("clock", f"clock:{sensor}", wrong, text)
 
     def damage(self, sentence: str) -> None:

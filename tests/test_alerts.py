@@ -507,6 +507,26 @@ def test_settings_can_change_while_messages_wait(bench: Callable[..., Bench], in
     assert one.alerts.waiting == 0
 
 
+def test_without_a_channel_nothing_waits(bench: Callable[..., Bench], inbox: Inbox):
+    """A reload that takes the last channel away left one message waiting for ever; the next channel gets it."""
+    inbox.broken.touch()
+    one = bench(AlertSettings(command=inbox.command))
+    one.fold(stable(1))
+    one.later(30)
+    one.fold(stable(2), seq=2)
+    one.settle()
+    assert one.alerts.waiting == 2
+    one.alerts.change_settings(AlertSettings())
+    assert one.later(3600) is None
+    assert one.alerts.waiting == 0
+    inbox.broken.unlink()
+    one.alerts.change_settings(AlertSettings(command=inbox.command))
+    for _ in range(2):
+        one.later(30)
+    assert sorted(a["detail"]["site"] for m in inbox.messages() for a in m["alerts"]) == [1, 2]
+    assert one.alerts.waiting == 0
+
+
 def test_a_message_reaches_a_web_server_and_the_command(bench: Callable[..., Bench], inbox: Inbox, web: Web):
     """Each gets it once, under one id; a server that answers 500 gets it again, the command does not."""
     web.status = 500

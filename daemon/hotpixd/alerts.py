@@ -236,8 +236,17 @@ class Alerts:
 
     @property
     def waiting(self) -> int:
-        """Messages that some channel has not taken yet, with the one being gathered."""
+        """Messages that some channel has not taken yet, with the one being gathered.
+
+        None while the settings name no channel; what has not reached anyone goes to the one they name next.
+        """
+        if not self._anyone_to_tell:
+            return 0
         return len({message for message, _ in self._due}) + (self._gathering_since is not None)
+
+    @property
+    def _anyone_to_tell(self) -> bool:
+        return bool(self.settings.notify or self.settings.command)
 
     def recent(self, n: int = 50) -> list[dict[str, Any]]:
         """Return the latest alerts, sent or not, oldest first: id, at (UTC, ISO 8601), topic, text."""

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from datetime import time as time_of_day
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -962,27 +962,92 @@ def test_damage_is_told_once_per_sentence(bench: Callable[..., Bench]):
     assert watch.told() == ["Generation 7 is damaged.", "Generation 8 is damaged."]
 
 
-def test_what_is_raised_with_a_full_disk_is_told_once(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch):
-    """Alerts wait for room like all that is derived; a condition is asked again and has been told of."""
+@contextmanager
+def full_disk(ledger: Ledger) -> Iterator[None]:
+    """Give SQLite no more pages than it has, and have more wait in the ledger than they hold."""
+    ledger.commit()
+    (pages,) = ledger._db.execute("PRAGMA page_count").fetchone()
+    ledger._db.execute(f"PRAGMA max_page_count = {pages}")
+    ledger.add_seen(bytes(100_000))
+    with pytest.raises(StateFull):
+        ledger.commit()
+    try:
+        yield
+    finally:
+        ledger._db.execute("PRAGMA max_page_count = 1000000")
+
+
+def test_what_is_raised_with_a_full_disk_is_sent_once(
+    bench: Callable[..., Bench], inbox: Inbox, caplog: pytest.LogCaptureFixture
+):
+    """Alerts were kept but not sent, or lost, by what they tell of and by when their look-up failed."""
+    one = bench(AlertSettings(command=inbox.command, topics=frozenset(("stable", "recovered")), min_excess_sigma=1.0))
+    one.settle()
+    with full_disk(one.ledger):
+        one.fold(stable(102), Transition(5, "recovered", "hot", 0.0, 0.1))
+        one.alerts.raise_("damage", "damage", "d1", "Generation 7 is damaged.")
+        assert one.alerts.waiting == 1
+    assert "Generation 7 is damaged." in caplog.messages
+    one.fold(stable(102))
+    one.later(30)
+    (message,) = inbox.messages()
+    assert [alert["topic"] for alert in message["alerts"]] == ["stable", "recovered"]
+    assert [entry["topic"] for entry in one.alerts.recent()] == ["stable", "recovered", "damage"]
+    assert one.alerts.waiting == 0
+    assert one.later(1000) is None
+
+
+def test_a_condition_that_begins_with_a_full_disk_is_told_once(bench: Callable[..., Bench]):
+    """How it was before cannot be looked up then, so it is asked again."""
     one = bench()
     watch = Watch(one)
-    rows = one.ledger.rows
-
-    def full(query: str, values: Any = ()) -> Any:
-        if "WHERE key IN" in query:
-            raise StateFull("No space left.")
-        return rows(query, values)
-
-    monkeypatch.setattr(one.ledger, "rows", full)
-    with pytest.raises(StateFull):
-        one.fold(stable(102))
-    with pytest.raises(StateFull):
+    with full_disk(one.ledger), pytest.raises(StateFull):
         watch.watchman.disk(0)
-    monkeypatch.setattr(one.ledger, "rows", rows)
     for _ in range(3):
         watch.watchman.disk(0)
-    one.ledger.commit()
-    assert [entry["topic"] for entry in one.alerts.recent()] == ["stable", "disk"]
+    assert len(watch.told()) == 1
+
+
+def test_a_replay_with_a_full_disk_sends_nothing_again(bench: Callable[..., Bench], inbox: Inbox):
+    """It cannot be told then that its alerts are known, but there is no message of none."""
+    one = bench(AlertSettings(command=inbox.command))
+    one.fold(stable(102))
+    one.later(30)
+    with full_disk(one.ledger):
+        one.fold(stable(102))
+    assert one.later(30) is None
+    assert len(inbox.messages()) == 1
+    assert one.alerts.waiting == 0
+
+
+def test_a_delivery_is_written_down_with_a_full_disk(bench: Callable[..., Bench], inbox: Inbox):
+    """It was forgotten, and the message sent a second time."""
+    one = bench(AlertSettings(command=inbox.command, gather_s=0))
+    one.settle()
+    one.fold(stable(1))
+    one.alerts.work()
+    with full_disk(one.ledger):
+        one.alerts.close()
+    one.settle()
+    assert len(inbox.ids()) == 1
+    assert one.states() == [(1, 0, "sent")]
+
+
+def test_settings_changed_with_a_full_disk_lose_no_message(bench: Callable[..., Bench], inbox: Inbox):
+    """What moves to another channel does so when there is room."""
+    one = bench(AlertSettings(command=("/nowhere/notify",), gather_s=0))
+    for site in (1, 2):
+        one.fold(stable(site), seq=site)
+        one.later(20)
+    with full_disk(one.ledger):
+        one.alerts.change_settings(AlertSettings(command=inbox.command, gather_s=0))
+        for _ in range(2):
+            with pytest.raises(StateFull):
+                one.alerts.work()
+    for _ in range(3):
+        one.later(20)
+    assert sorted(alert["detail"]["site"] for m in inbox.messages() for alert in m["alerts"]) == [1, 2]
+    assert one.alerts.waiting == 0
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from urllib.parse import unquote, urlsplit
 
 from hotpixd.core.frame import SensorLayout
 from hotpixd.core.sensor import FoldReport, Transition
-from hotpixd.store.durable import failpoint
+from hotpixd.store.durable import StateFull, failpoint
 from hotpixd.store.ledger import Ledger
 from hotpixd.store.outbox import Alert, Outbox
 
@@ -184,6 +184,8 @@ class _Tried:
     """What a thread made of a delivery."""
 
     message: int
+    id: str
+    """The message's, as people see it."""
     channel: str
     name: str
     failure: str | None
@@ -232,7 +234,7 @@ class Alerts:
             # Importing apprise takes half a second.
             threading.Thread(target=self._open, args=(settings,), name="alerts", daemon=True).start()
         else:
-            self._include(_opened(settings))
+            self._open(settings)
 
     @property
     def waiting(self) -> int:
@@ -275,8 +277,6 @@ class Alerts:
         seq : ledger row of the frame
         """
         told = [t for t in report.transitions if t.change in _OF_DEFECTS and t.kind in self.settings.kinds]
-        if not told:
-            return
         strengths = self._strengths_when_stable(sensor) if any(t.change == "recovered" for t in told) else {}
         alerts = []
         for t in told:
@@ -286,7 +286,7 @@ class Alerts:
         self._add(alerts)
 
     def raise_(self, topic: str, subject: str, key: str, text: str, detail: Mapping[str, Any] | None = None) -> None:
-        """Raise an alert, unless one of this key was raised before.
+        """Raise an alert, unless one of this key was raised before. If the disk is full it is written later.
 
         Parameters
         ----------
@@ -294,11 +294,6 @@ class Alerts:
         subject : see `Alert`
         text : a sentence
         detail : of strings, numbers and None
-
-        Raises
-        ------
-        StateFull
-            If the disk is full; the alert is written when there is room.
         """
         self._add([self._alert(topic, subject, key, text, detail or {})])
 
@@ -327,16 +322,23 @@ class Alerts:
         return self._alert(t.change, f"{sensor}:{t.site}", f"{t.change}:{sensor}:{t.site}:{seq}", text, detail)
 
     def _strengths_when_stable(self, sensor: str) -> dict[int, float]:
-        """Excess by site when it last became stable, sigma: a recovered site has none any more."""
-        return {t.site: t.detail["excess_sigma"] for t in self._ledger.transitions(sensor) if t.change == "stable"}
+        """Excess by site when it last became stable, sigma: a recovered site has none any more.
+
+        None is known while the disk is full: an alert too many is better than one too few.
+        """
+        try:
+            return {t.site: t.detail["excess_sigma"] for t in self._ledger.transitions(sensor) if t.change == "stable"}
+        except StateFull:
+            return {}
 
     def _add(self, alerts: Sequence[Alert]) -> None:
-        topics = self.settings.topics if self.settings.notify or self.settings.command else frozenset()
-        new = self._outbox.add([alert for alert in alerts if alert.topic not in topics], send=False)
-        gathered = self._outbox.add([alert for alert in alerts if alert.topic in topics], send=True)
-        if gathered and self._gathering_since is None:
+        if not alerts:
+            return
+        topics = self.settings.topics if self._anyone_to_tell else frozenset()
+        new = self._outbox.add(alerts, send=topics)
+        if self._gathering_since is None and any(alert.topic in topics for alert in new):
             self._gathering_since = self._clock()
-        for line in _lines([*new, *gathered]):
+        for line in _lines(new):
             log.warning("%s", line)
 
     # --- sending
@@ -380,9 +382,11 @@ class Alerts:
         until = time.monotonic() + timeout_s
         while any(channel.busy for channel in self._channels.values()):
             try:
-                self._include(self._results.get(timeout=max(until - time.monotonic(), 0.0)))
+                result = self._results.get(timeout=max(until - time.monotonic(), 0.0))
             except Empty:
                 return
+            if isinstance(result, _Tried):
+                self._record(result)
 
     def _ripe_at(self) -> float:
         """When the alerts gathered are to become a message, by the monotonic clock; inf: not by time alone.
@@ -394,6 +398,10 @@ class Alerts:
         return max(self._gathering_since + self.settings.gather_s, min(c.next_try for c in self._channels.values()))
 
     def _compose(self) -> None:
+        if not self._outbox.gathers:
+            # They were not new after all, which could not be told while the disk was full.
+            self._gathering_since = None
+            return
         message = self._outbox.compose(self._channels)
         self._due.update({(message, channel): _Due(0, self._clock()) for channel in self._channels})
         self._gathering_since = None
@@ -408,7 +416,7 @@ class Alerts:
         return composed(number, self._outbox.alerts(number))
 
     def _open(self, settings: AlertSettings) -> None:
-        """On a thread of its own: `_opened`."""
+        """Have `work` use the channels. On a thread of its own if that takes long."""
         self._results.put(_opened(settings))
         self._wake()
 
@@ -421,32 +429,42 @@ class Alerts:
             failure = f"{type(error).__name__} within its plugin"
         if failure is None:
             failpoint("after_send")
-        self._results.put(_Tried(number, channel.id, channel.name, failure))
+        self._results.put(_Tried(number, message.id, channel.id, channel.name, failure))
         self._wake()
 
     def _include(self, result: _Opened | _Tried) -> None:
         if isinstance(result, _Tried):
             self._record(result)
         elif result.settings is self.settings:
-            self._use(result)
+            try:
+                self._use(result)
+            except StateFull:
+                self._results.put(result)  # to be used when there is room for what moves to other channels
+                raise
 
     def _use(self, opened: _Opened) -> None:
+        # A channel that stays keeps its retries.
+        channels = {channel.id: self._channels.get(channel.id, channel) for channel in opened.channels}
+        if channels:
+            for message, gone in [key for key in self._due if key[1] not in channels]:
+                self._redirect(message, gone, channels)
+        self._channels = channels
+        self._opening = False
         for complaint in opened.complaints:
             log.error("%s", complaint)
-        # A channel that stays keeps its retries.
-        self._channels = {channel.id: self._channels.get(channel.id, channel) for channel in opened.channels}
-        self._opening = False
-        if not self._channels:
-            return
-        for message, gone in [key for key in self._due if key[1] not in self._channels]:
-            due = self._due.pop((message, gone))
-            self._outbox.record(message, gone, due.tries, "given up")
-            self._unsaved = True
-            new = () if self._too_old(due) else self._channels.keys() - self._outbox.channels(message)
-            self._outbox.add_deliveries(message, sorted(new))
-            self._due.update({(message, id_): _Due(0, due.born) for id_ in new})
-            if not new and all(number != message for number, _ in self._due):
-                log.warning("message %s is not sent any more: its channel is gone", self._message(message).id)
+
+    def _redirect(self, message: int, gone: str, channels: Iterable[str]) -> None:
+        """Have a message sent on those of the channels that it was never due on, instead of the one that is gone."""
+        # Read before anything is changed: should the disk be full, this is called again.
+        id_, known = self._message(message).id, self._outbox.channels(message)
+        due = self._due.pop((message, gone))
+        self._outbox.record(message, gone, due.tries, "given up")
+        self._unsaved = True
+        new = [] if self._too_old(due) else sorted(set(channels) - known)
+        self._outbox.add_deliveries(message, new)
+        self._due.update({(message, channel): _Due(0, due.born) for channel in new})
+        if not new and all(number != message for number, _ in self._due):
+            log.warning("message %s is not sent any more: its channel is gone", id_)
 
     def _record(self, tried: _Tried) -> None:
         channel = self._channels.get(tried.channel)
@@ -457,21 +475,20 @@ class Alerts:
         if due is None:
             return
         self._unsaved = True
-        id_ = self._message(tried.message).id
         if tried.failure is None:
             self._outbox.record(tried.message, tried.channel, due.tries, "sent")
             del self._due[tried.message, tried.channel]
-            log.info("message %s was delivered to %s", id_, tried.name)
+            log.info("message %s was delivered to %s", tried.id, tried.name)
             return
         due.tries += 1
         if self._too_old(due):
             self._outbox.record(tried.message, tried.channel, due.tries, "given up")
             del self._due[tried.message, tried.channel]
-            log.error("message %s was not delivered to %s and is given up: %s", id_, tried.name, tried.failure)
+            log.error("message %s was not delivered to %s and is given up: %s", tried.id, tried.name, tried.failure)
             return
         self._outbox.record(tried.message, tried.channel, due.tries, "due")
         level = logging.WARNING if due.tries == 1 else logging.INFO
-        log.log(level, "message %s was not delivered to %s, to be tried again: %s", id_, tried.name, tried.failure)
+        log.log(level, "message %s was not delivered to %s, to be tried again: %s", tried.id, tried.name, tried.failure)
 
     def _schedule(self, channel: _Channel, failure: str | None) -> None:
         if failure is None:

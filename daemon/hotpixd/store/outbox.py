@@ -13,10 +13,11 @@ made: an alert is on the disk together with what it tells of, or not at all.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from hotpixd.store.durable import StateFull
 from hotpixd.store.ledger import Ledger
 
 DeliveryState = Literal["due", "sent", "given up"]
@@ -68,29 +69,34 @@ class Outbox:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
-    def add(self, alerts: Iterable[Alert], *, send: bool) -> list[Alert]:
+    def add(self, alerts: Iterable[Alert], *, send: Collection[str]) -> list[Alert]:
         """Write the alerts whose key is new, and return those.
+
+        While the disk is full it cannot be told which are new: all are returned then, and once there is room
+        the new ones are written.
 
         Parameters
         ----------
-        send : gather them for the next message; else they are only kept
+        send : topics of which alerts are gathered for the next message; the others are only kept
         """
         by_key = {alert.key: alert for alert in alerts}
-        rows = [
-            (a.key, a.at, a.topic, a.subject, a.text, json.dumps(dict(a.detail), allow_nan=False), None if send else 0)
-            for a in by_key.values()
-        ]
+        rows = [(*_columns(alert), None if alert.topic in send else 0) for alert in by_key.values()]
+        known = self._known(by_key)
+        self._ledger.later(
+            "INSERT OR IGNORE INTO alert(key, raised_at, topic, subject, text, detail, message)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            rows,
+        )
+        return [alert for key, alert in by_key.items() if key not in known]
+
+    def _known(self, keys: Iterable[str]) -> set[str]:
         query = "SELECT key FROM alert WHERE key IN (SELECT value FROM json_each(?))"
         try:
-            known = {key for (key,) in self._ledger.rows(query, (json.dumps(list(by_key)),))}
-        finally:
-            # Even if the disk is full just now: what they tell of waits for the next commit too.
-            self._ledger.later(
-                "INSERT OR IGNORE INTO alert(key, raised_at, topic, subject, text, detail, message)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                rows,
-            )
-        return [alert for key, alert in by_key.items() if key not in known]
+            return {key for (key,) in self._ledger.rows(query, (json.dumps(list(keys)),))}
+        except StateFull:
+            # Reading brings what waits into the database. The next commit says that the disk is full; here it
+            # must not cost an alert, as nobody raises those of a transition again.
+            return set()
 
     @property
     def gathers(self) -> bool:
@@ -140,3 +146,8 @@ class Outbox:
             Alert(key, at, topic, subject, text, json.loads(detail), id_)
             for key, at, topic, subject, text, detail, id_ in self._ledger.rows(query, (value,))
         ]
+
+
+def _columns(alert: Alert) -> tuple[str, ...]:
+    detail = json.dumps(dict(alert.detail), allow_nan=False)
+    return alert.key, alert.at, alert.topic, alert.subject, alert.text, detail

@@ -217,7 +217,7 @@ def test_what_the_user_says_of_a_directory_goes_with_each_shot(tmp_path, serve):
     """Darks in one directory, another body in the next."""
     put(tmp_path, "a.fits")
     shot = serve(tmp_path, settle_s=0.1, kind=ShotKind.DARK, camera="attic").next()
-    assert shot == FoundShot(tmp_path / "a.fits", None, ShotKind.DARK, "attic")
+    assert shot == FoundShot(tmp_path / "a.fits", None, ShotKind.DARK, "attic", str(tmp_path))
 
 
 def test_names_that_are_not_text_are_delivered(tmp_path, serve):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from hotpixd.monitor import Fate, Monitor, Outcome
 from hotpixd.simulate import VirtualSensor, write_series
 from hotpixd.store.checkpoint import generations
 from hotpixd.store.ledger import Ledger
+from hotpixd.store.spool import Spool
 from hotpixd.store.state import State, StateFull
+from hotpixd.views import answers
 
 
 def fates(outcomes: list[Outcome]) -> list[tuple[str, str]]:
@@ -404,3 +407,90 @@ def test_a_camera_takes_the_users_name_if_it_has_no_serial(camera, tmp_path):
     with State(tmp_path / "state") as state, Monitor(state) as monitor:
         list(monitor.process(replace(shot, camera="mine") for shot in shots))
         assert {identity["serial"] for identity in state.ledger.sensors().values()} == {"mine", "V0001"}
+
+
+def test_a_checkpoint_on_a_full_disk_loses_none_of_a_commit(camera, tmp_path):
+    """Rows acknowledged together go on after it, though the first of them was just concluded."""
+    shots = find_shots([str(camera.folder)]).shots
+    with State(tmp_path / "state") as state, Monitor(state, checkpoint_every_shots=2) as monitor:
+        checkpoint, failing = monitor.checkpoint, [True, True]
+
+        def full():
+            last = state.ledger.last_shot()
+            if failing and last is not None and last.seq >= 8:
+                failing.pop()
+                raise StateFull("No space left for generation 3.")
+            return checkpoint()
+
+        monitor.checkpoint = full
+        outcomes: list[Outcome] = []
+        for _ in range(3):
+            done = {outcome.path for outcome in outcomes}
+            try:
+                outcomes += [o for o in monitor.follow([s for s in shots if s.path not in done]) if o is not None]
+            except StateFull:
+                # The caller cannot know what became of those it has no outcome for; it offers them again.
+                continue
+        checkpoint()
+        assert not failing
+        assert monitor.in_flight == 0
+        assert [row.verdict for row in state.ledger._shots("ORDER BY seq")] == ["folded"] * 12
+    with State(tmp_path / "state") as state:
+        checked = answers.verify(state)
+        assert checked["ok"], checked["problems"]
+        assert checked["sensors"][0]["frames"] == 12
+
+
+def test_a_read_that_hangs_holds_up_its_own_source_only(camera, tmp_path, monkeypatch):
+    """A dying card must not keep the shots of another camera waiting."""
+    hang, hung = threading.Event(), camera.shots[0]
+    hash_file = Spool.hash_file
+
+    def slow(path):
+        if path == hung:
+            hang.wait(60)
+        return hash_file(path)
+
+    monkeypatch.setattr(Spool, "hash_file", staticmethod(slow))
+    woken = threading.Event()
+    shots = [FoundShot(hung, source="dying"), *(FoundShot(shot, source="alive") for shot in camera.shots[1:4])]
+    names: list[str] = []
+    with State(tmp_path / "state") as state, Monitor(state) as monitor:
+        for outcome in monitor.follow(shots, wake=woken.set):
+            if outcome is None:
+                woken.wait(5)
+                woken.clear()
+            else:
+                names.append(outcome.path.name)
+                if len(names) == 3:
+                    hang.set()
+    assert names == [shot.name for shot in (*camera.shots[1:4], hung)]
+
+
+def test_a_double_in_one_batch_is_known_after_the_first_has_its_row(camera, tmp_path):
+    """What is said to be known is in the ledger by then."""
+    shutil.copyfile(camera.shots[0], tmp_path / "copy.dng")
+    with State(tmp_path / "state") as state, Monitor(state) as monitor:
+        for outcome in monitor.follow([FoundShot(camera.shots[0]), FoundShot(tmp_path / "copy.dng")]):
+            if outcome is not None and outcome.fate is Fate.KNOWN:
+                assert state.ledger.find(Spool.hash_file(outcome.path)) is not None
+                break
+        else:
+            raise AssertionError("no double was seen")
+
+
+def test_a_jpeg_waits_for_its_raw_that_cannot_be_read(pairs, tmp_path):
+    """Else the shot would count in two statistics once the raw can be read."""
+    raw = tmp_path / "a.dng"
+    raw.mkdir()
+    with State(tmp_path / "state") as state, Monitor(state) as monitor:
+        (outcome,) = monitor.process([FoundShot(pairs.folder / "frame_0001.jpg", raw=raw)])
+    assert outcome.fate is Fate.UNREADABLE
+    assert "a.dng" in (outcome.reason or "")
+
+
+def test_a_jpeg_whose_raw_was_deleted_is_folded(pairs, tmp_path):
+    """In the camera, say, between the listing and the reading."""
+    with State(tmp_path / "state") as state, Monitor(state) as monitor:
+        (outcome,) = monitor.process([FoundShot(pairs.folder / "frame_0001.jpg", raw=tmp_path / "gone.dng")])
+    assert outcome.fate is Fate.FOLDED

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import urllib.request
@@ -19,6 +20,7 @@ import yaml
 
 from conftest import HOTPIXD, Camera, environment, feed, run, told
 from daemons import eventually
+from hotpixd.feed import find_sockets
 
 
 def put(shot: Path, folder: Path) -> None:
@@ -319,3 +321,68 @@ def test_watch_shows_the_dashboard_and_stops_with_it(camera: Camera, tmp_path, r
     checked = json.loads(run("verify", "--json", "--state", state, env=env).stdout)
     assert checked["ok"]
     assert checked["sensors"][0]["frames"] == 12
+
+
+def test_no_line_of_a_client_ends_it(camera: Camera, tmp_path, start):
+    """Numbers without end, wrong types, unknown sensors, names and sites: refused in a sentence."""
+    daemon = start("watch", camera.folder)
+    daemon.wait_folded(12)
+    sensor = daemon.ask("status")["sensors"][0]["id"]
+    wrong = (
+        '{"ask":"least-variance","k":1e999}',
+        '{"ask":"least-variance","k":"many"}',
+        '{"ask":"around","sensor":"SENSOR","site":1e999}',
+        '{"ask":"around","sensor":"SENSOR","site":1e30}',
+        '{"ask":"around","sensor":"SENSOR","site":-1}',
+        '{"ask":"around","sensor":"none","site":1}',
+        '{"ask":"around"}',
+        '{"ask":"rm -rf"}',
+    )
+    (path,) = find_sockets(daemon.env)
+    with socket.socket(socket.AF_UNIX) as line:
+        line.connect(str(path))
+        with line.makefile("rw") as file:
+            assert json.loads(file.readline())["type"] == "hello"
+            for question in wrong:
+                file.write(question.replace("SENSOR", sensor) + "\n")
+                file.flush()
+                assert json.loads(file.readline())["type"] == "error", question
+    assert daemon.folded() == 12
+    assert daemon.stop() == 0
+
+
+def test_what_it_says_of_its_shots_is_what_the_ledger_says(camera: Camera, tmp_path, start):
+    """After a crash amid the shots, and though a refused one is met again: no shot counts twice on the screen."""
+    inbox = tmp_path / "inbox"
+    shutil.copytree(camera.folder, inbox)
+    (inbox / "a.dng").write_bytes(camera.shots[0].read_bytes()[:5000])
+    daemon = start("watch", inbox)
+    eventually(lambda: daemon.log.count("folded frame") >= 5, "some shots are folded")
+    daemon.stop(signal.SIGKILL)
+    again = start("watch", inbox)
+    again.wait_folded(12)
+    eventually(lambda: "refused a.dng" in daemon.log + again.log, "the refusal is said")
+    (inbox / "a.dng").touch()
+    eventually(lambda: "INFO    a.dng:" in again.log, "it is met again", 60)
+    with contextlib.closing(again.client()) as client:
+        shown = next(iter(client.watch()))["daemon"]["shots"]
+        told_of = client.ask("status")["shots"]
+    assert {fate: shown.get(fate, 0) for fate in ("folded", "refused")} == {"folded": 12, "refused": 1}
+    assert told_of["refused"] == 1
+    assert again.stop() == 0
+
+
+def test_a_reload_during_the_replay_waits_for_it(camera: Camera, tmp_path, start):
+    """SIGHUP before it watches anything is heeded once it does."""
+    config = configured(tmp_path, sources=[{"directory": str(camera.folder)}])
+    first = start("run", "--config", config)
+    first.wait_folded(12)
+    first.stop(signal.SIGKILL)
+    second = start("run", "--config", config, wait=False)
+    eventually(lambda: "starting" in second.log, "it has opened the state")
+    for _ in range(20):
+        second.process.send_signal(signal.SIGHUP)
+        time.sleep(0.05)
+    second.wait_ready()
+    eventually(lambda: "the configuration is reloaded" in second.log, "the reload is done")
+    assert second.stop() == 0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,26 +44,49 @@ def watch_with_dashboard(arguments: Sequence[str], state: Path) -> int:
     """
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
     log = state / "watch.log"
-    with log.open("wb") as out:
+    with log.open("ab") as out:
+        # Appended to: another daemon may have the state, and this be its log. If so, ours will say that and end.
+        begin = out.tell()
         daemon = subprocess.Popen(
             [sys.executable, "-m", "hotpixd", *arguments, "--plain"],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            # Ctrl-C is for the dashboard; the daemon is told to stop when that has gone.
+            # Ctrl-C is for the dashboard; the daemon is told to stop when that has gone, however it went.
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
-    before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
     try:
         socket = default_socket(state, os.environ)
         if _answers(socket, daemon):
-            run_attached(socket)
+            over = threading.Event()
+            threading.Thread(target=_end_with_daemon, args=(daemon, over), daemon=True).start()
+            run_dashboard(lambda: FeedClient(socket), where=str(socket), owned=True)
+            over.set()
     finally:
+        killed = (daemon.poll() or 0) < 0
+        code = _stopped(daemon)
         for number, handler in before.items():
             signal.signal(number, handler)
-        code = _stopped(daemon)
-        sys.stderr.write(log.read_text("utf-8", "replace") if code else "")
+    if killed:
+        print("The daemon was killed. What it had received is safe: start it again.", file=sys.stderr)
+        return 1
+    if code:
+        sys.stderr.write(log.read_bytes()[begin:].decode("utf-8", "replace"))
     return code
+
+
+def _end_with_parent() -> None:
+    """Have the kernel tell this process to stop when the one that started it dies."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _end_with_daemon(daemon: subprocess.Popen[bytes], over: threading.Event) -> None:
+    """End the dashboard when the daemon has ended, if it is not over."""
+    daemon.wait()
+    if not over.is_set():
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def _leave(number: int, _frame: object) -> None:

@@ -241,7 +241,7 @@ def watch(
     """Watch directories; shows the dashboard if stdout is a terminal."""
     sources = [{"directory": str(d.expanduser().absolute()), "kind": kind.value} for d in directories]
     load = _config_loader(config, {"state": state, "log_level": log_level, "sources": sources})
-    if plain or not (sys.stdout.isatty() and sys.stdin.isatty()):
+    if plain or not (sys.stdout.isatty() and sys.stdin.isatty()) or os.environ.get("TERM", "dumb") == "dumb":
         raise typer.Exit(_serve(load, reloadable=False))
     _loaded(load)
     from hotpixd.attached import watch_with_dashboard
@@ -287,7 +287,11 @@ def check_config(
         _fail(str(error), WRONG_USE)
     for sentence in configuration.warnings(loaded, path):
         print(sentence)
-    print(f"{path} is right: {len(loaded.sources)} sources.")
+    count = len(loaded.sources)
+    said = (
+        f"{count} source{'' if count == 1 else 's'}" if count else "but it names no sources: there is nothing to watch"
+    )
+    print(f"{path} is right, {said}.")
 
 
 @app.command()
@@ -488,10 +492,27 @@ def _serve(load: Callable[[], Config], *, reloadable: bool) -> int:
     from hotpixd.service import serve
 
     try:
-        return serve(load, reloadable=reloadable)
+        code = serve(load, reloadable=reloadable)
     except (FeedError, MetricsError) as error:
         # Not wrong use: whoever has the address may give it up, and the service manager tries again.
         _fail(str(error), STATE_UNUSABLE)
+    _leave_hung_reads(code)
+    return code
+
+
+def _leave_hung_reads(code: int) -> None:
+    """End here if a read of a dying card never will: Python would wait for its thread."""
+    import threading
+
+    from hotpixd.monitor import HASHING
+
+    for thread in threading.enumerate():
+        if thread.name.startswith(HASHING):
+            thread.join(1.0)
+            if thread.is_alive():
+                logging.getLogger("hotpixd").warning("a file is still being read; it is left behind")
+                sys.stderr.flush()
+                os._exit(code)
 
 
 def _log_to(level: str) -> None:

@@ -451,7 +451,10 @@ def _listen(path: Path, group: str | None) -> socket.socket:
     temporary = path.with_name(f".{os.getpid()}")
     for needed in (path, temporary):
         if (length := len(os.fsencode(needed))) > _LONGEST_PATH:
-            raise FeedError(f"The socket {needed} has a path of {length} bytes; at most {_LONGEST_PATH} are possible.")
+            raise FeedError(
+                f"The socket {needed} has a path of {length} bytes; at most {_LONGEST_PATH} are possible. Name a"
+                " shorter one by feed.socket in the configuration, or by HOTPIXD_FEED__SOCKET."
+            )
     try:
         group_id = -1 if group is None else grp.getgrnam(group).gr_gid
     except KeyError as error:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from hotpixd.core.sensor import FoldReport
-from hotpixd.monitor import Monitor, Outcome
+from hotpixd.monitor import Fate, Monitor, Outcome
 from hotpixd.store.state import State
 from hotpixd.views import answers
 from hotpixd.views.choices import MOST_LISTED
@@ -44,8 +44,7 @@ class Live:
         self._clock = clock
         self.shots: Counter[str] = Counter()
         """Shots by what became of them, over all runs; those known already, of this run."""
-        for tally in state.ledger.tally():
-            self.shots.update(folded=tally.folded, refused=tally.refused, companion=tally.companion)
+        self.recount()
         self._sensors: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._folded_at: deque[float] = deque()
         self._stale: dict[str, None] = {}
@@ -74,9 +73,15 @@ class Live:
         """Each sensor as last described; empty if it was not yet."""
         return self._sensors
 
+    def recount(self) -> None:
+        """Take the numbers of shots from the ledger. Those of a replay are in it already, or were not yet."""
+        self.shots.clear()
+        for tally in self._state.ledger.tally():
+            self.shots.update(folded=tally.folded, refused=tally.refused, companion=tally.companion)
+
     def include(self, outcome: Outcome) -> None:
         """Take in what became of a shot, and publish the counters of its sensor at once."""
-        self.shots[str(outcome.fate)] += not outcome.replayed
+        self.shots[str(Fate.KNOWN if outcome.again else outcome.fate)] += 1
         id_ = outcome.sensor_id
         if outcome.report is None or id_ is None:
             return

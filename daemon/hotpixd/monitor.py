@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import partial
+from itertools import islice, takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -29,6 +30,9 @@ from hotpixd.intake.files import FoundShot
 from hotpixd.store.ledger import Received, ShotRow, TransitionRow
 from hotpixd.store.spool import Spool, SpoolError
 from hotpixd.store.state import State
+
+HASHING = "hash"
+"""Prefix of the names of threads that read shots: the only ones that may never end."""
 
 _HASH_AHEAD = 6
 """Files whose content is being hashed ahead of time."""
@@ -86,6 +90,9 @@ class Outcome:
     size: int = 0
     """Bytes of its file, if it was received."""
 
+    again: bool = False
+    """It was refused before: this is no news."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
@@ -128,10 +135,11 @@ class Monitor:
         self.checkpoint_every_shots = checkpoint_every_shots
         self._clock = clock
         self._slabs = cores
+        self._acked: deque[ShotRow] = deque()
         self._waiting: deque[_Waiting] = deque()
         self._early: dict[str, Future[Frame]] = {}
         keep_large_buffers()
-        self._hashers = ThreadPoolExecutor(1, "hash")
+        self._hashers: dict[str, ThreadPoolExecutor] = {}
         self._decoders = ThreadPoolExecutor(cores, "decode")
         self._folders = ThreadPoolExecutor(cores, "fold")
         self._kept: OrderedDict[str, Kept] = OrderedDict()
@@ -147,7 +155,10 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for pool in (self._hashers, self._decoders, self._folders):
+        for hasher in self._hashers.values():
+            # Not waited for: a read of a dying card or a network that has gone may never end.
+            hasher.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._decoders, self._folders):
             pool.shutdown(cancel_futures=True)
         # Hundreds of MB, which whoever reads the state next needs for the same.
         self._kept.clear()
@@ -183,19 +194,25 @@ class Monitor:
         return (outcome for outcome in self.follow(shots, stop) if outcome is not None)
 
     def follow(
-        self, shots: Iterable[FoundShot | None], stop: Callable[[], bool] = lambda: False
+        self,
+        shots: Iterable[FoundShot | None],
+        stop: Callable[[], bool] = lambda: False,
+        wake: Callable[[], None] | None = None,
     ) -> Iterator[Outcome | None]:
         """Do as `process` does with a source that may have no shot just now, and then says None at once.
 
-        Yields None when there is nothing left to do: the caller waits before it goes on. If a full disk ends it
-        (`StateFull`), what was received is kept: call it again when there is room.
+        Yields None when there is nothing to do: the caller waits before it goes on, until `wake` is called (from
+        another thread) if it gave one. Without, the reading of files is waited for, and their order is kept. If a
+        full disk ends it (`StateFull`), what was received is kept: call it again when there is room.
         """
         source = iter(shots)
-        waiting = self._waiting
         hashed: deque[tuple[FoundShot, Future[str]]] = deque()
         more = True
+        # Of a call that a full disk ended.
+        yield from self._begun()
         while True:
-            while more and len(hashed) < _HASH_AHEAD:
+            # Who wakes limits what each source hands out; the files of one that hangs must not keep others out.
+            while more and (wake is not None or len(hashed) < _HASH_AHEAD):
                 try:
                     shot = next(source)
                 except StopIteration:
@@ -203,29 +220,41 @@ class Monitor:
                     break
                 if shot is None:
                     break
-                hashed.append((shot, self._hashers.submit(Spool.hash_file, shot.path)))
+                hashed.append((shot, self._hash(shot, wake)))
             if stop():
                 break
-            if not hashed:
-                if waiting:
-                    yield from self._next_concluded()
-                elif more:
-                    yield None
-                else:
-                    break
-                continue
-            together = [hashed.popleft()]
-            while hashed and hashed[0][1].done() and len(together) < _RECEIVE_TOGETHER:
-                together.append(hashed.popleft())
-            for received in self._received(together):
-                if isinstance(received, Outcome):
-                    yield received
-                    continue
-                waiting.append(self._decode(received, replayed=False))
-                while len(waiting) > _DECODE_AHEAD:
-                    yield from self._next_concluded()
-        while waiting:
+            together = self._read(hashed, wait=wake is None)
+            if together:
+                yield from self._received(together)
+            elif self._waiting:
+                yield from self._next_concluded()
+            elif more or hashed:
+                yield None
+            else:
+                break
+        while self._waiting:
             yield from self._next_concluded()
+
+    def _hash(self, shot: FoundShot, wake: Callable[[], None] | None) -> Future[str]:
+        if shot.source not in self._hashers:
+            self._hashers[shot.source] = ThreadPoolExecutor(1, HASHING)
+        future = self._hashers[shot.source].submit(Spool.hash_file, shot.path)
+        if wake is not None:
+            future.add_done_callback(lambda _: wake())
+        return future
+
+    def _read(self, hashed: deque[tuple[FoundShot, Future[str]]], *, wait: bool) -> list[tuple[FoundShot, Future[str]]]:
+        """Take some of those off that are read: in their order, the first one at least, if it is to be waited for."""
+        if wait:
+            ready: Iterator[tuple[FoundShot, Future[str]]] = takewhile(
+                lambda pair: pair[1].done() or pair is hashed[0], hashed
+            )
+        else:
+            ready = filter(lambda pair: pair[1].done(), hashed)
+        together = list(islice(ready, _RECEIVE_TOGETHER))
+        for pair in together:
+            hashed.remove(pair)
+        return together
 
     def sensors(self, ids: Iterable[str]) -> Iterator[tuple[str, Kept]]:
         """Return sensors of this state by id: those in memory as they are, the others from the disk."""
@@ -237,7 +266,7 @@ class Monitor:
     @property
     def in_flight(self) -> int:
         """Shots received and not folded yet."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._acked)
 
     @property
     def uncovered(self) -> int:
@@ -262,7 +291,7 @@ class Monitor:
         self._since_checkpoint = 0
         return written
 
-    def _received(self, together: list[tuple[FoundShot, Future[str]]]) -> Iterator[Outcome | ShotRow]:
+    def _received(self, together: list[tuple[FoundShot, Future[str]]]) -> Iterator[Outcome]:
         """Acknowledge shots: their bytes are in the spool and their rows on the disk when this yields them."""
         taken: dict[str, FoundShot] = {}
         for shot, future in together:
@@ -273,29 +302,47 @@ class Monitor:
                     yield from self._acknowledged(taken)
                     taken = {}
                 row = self._ledger.find(key)
-                if row is not None or key in taken:
+                if key in taken:
+                    yield from self._acknowledged(taken)
+                    taken = {}
+                    row = self._ledger.find(key)
+                if row is not None:
                     yield self._known(shot, row)
                     continue
                 self._state.spool.take(shot.path, key, partial(self._decode_early, shot, key))
             except SpoolError as error:
                 yield Outcome(shot.path, Fate.UNREADABLE, str(error))
                 continue
-            if shot.raw is not None and self._is_folded(shot.raw):
-                # With its verdict in the same commit: without it, a replay would fold the companion.
-                self._ledger.receive([replace(self._received_now(shot, key), companion_of=shot.raw.name)])
-                yield Outcome(shot.path, Fate.COMPANION, f"companion of {shot.raw.name}")
-                continue
+            if shot.raw is not None:
+                try:
+                    folded = self._is_folded(shot.raw)
+                except SpoolError as error:
+                    yield Outcome(shot.path, Fate.UNREADABLE, f"the raw file of {shot.path.name} comes first: {error}")
+                    continue
+                if folded:
+                    # With its verdict in the same commit: without it, a replay would fold the companion.
+                    received = self._received_now(shot, key)
+                    self._ledger.receive([replace(received, companion_of=shot.raw.name)])
+                    yield Outcome(shot.path, Fate.COMPANION, f"companion of {shot.raw.name}")
+                    continue
             taken[key] = shot
         yield from self._acknowledged(taken)
 
-    def _acknowledged(self, taken: dict[str, FoundShot]) -> Iterator[ShotRow]:
+    def _acknowledged(self, taken: dict[str, FoundShot]) -> Iterator[Outcome]:
         if not taken:
             return
         self._ledger.receive([self._received_now(shot, key) for key, shot in taken.items()])
         for key in taken:
             row = self._ledger.find(key)
             if row is not None:
-                yield row
+                self._acked.append(row)
+        yield from self._begun()
+
+    def _begun(self) -> Iterator[Outcome]:
+        while self._acked:
+            self._waiting.append(self._decode(self._acked.popleft(), replayed=False))
+            while len(self._waiting) > _DECODE_AHEAD:
+                yield from self._next_concluded()
         self._early.clear()
 
     def _decode_early(self, shot: FoundShot, key: str) -> None:
@@ -311,19 +358,27 @@ class Monitor:
         return Received(key, shot.path.name, str(shot.path.absolute()), size, now, given, shot.camera)
 
     def _is_folded(self, raw: Path) -> bool:
-        """Whether a raw file is folded, or about to be."""
+        """Whether a raw file is folded, or about to be.
+
+        Raises
+        ------
+        SpoolError
+            If it is there, but cannot be read.
+        """
         for shot in self._waiting:
             if Path(shot.row.path) == raw.absolute():
                 return shot.frame.exception() is None
         try:
             row = self._ledger.find(Spool.hash_file(raw))
-        except SpoolError:
-            return False
+        except SpoolError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return False
+            raise
         return row is not None and row.verdict == "folded"
 
     def _known(self, shot: FoundShot, row: ShotRow | None) -> Outcome:
         if row is not None and row.verdict == "refused":
-            return Outcome(shot.path, Fate.REFUSED, row.reason)
+            return Outcome(shot.path, Fate.REFUSED, row.reason, again=True)
         return Outcome(shot.path, Fate.KNOWN, sensor_id=None if row is None else row.sensor_id)
 
     def _decode(self, row: ShotRow, *, replayed: bool) -> _Waiting:
@@ -348,7 +403,9 @@ class Monitor:
         )
 
     def _next_concluded(self) -> Iterator[Outcome]:
-        yield self._conclude(self._waiting.popleft())
+        outcome = self._conclude(self._waiting[0])
+        self._waiting.popleft()
+        yield outcome
         # After the yield: what the caller writes down of this shot is then in the same commit.
         due = self._clock() - self._checkpointed_at > self.checkpoint_every_s
         if self._since_checkpoint and (due or self._since_checkpoint >= self.checkpoint_every_shots):

@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -34,7 +34,7 @@ from hotpixd.live import Live
 from hotpixd.metrics import Metrics
 from hotpixd.monitor import Fate, Monitor, Outcome
 from hotpixd.store.ledger import Ledger
-from hotpixd.store.state import State, StateFull, default_state_dir
+from hotpixd.store.state import State, StateError, StateFull, default_state_dir
 from hotpixd.systemd import Notifier
 from hotpixd.views import answers
 from hotpixd.views.text import printable, sensor_name
@@ -43,6 +43,9 @@ log = logging.getLogger("hotpixd")
 
 _TICK_S = 1.0
 """Between two looks at what sends no word: sources' states, the disk, the clock."""
+
+_TAKEN_AT_A_TIME = 8
+"""Shots of one source on their way through the loop."""
 
 _DISK_EVERY_S = 10.0
 
@@ -82,6 +85,8 @@ class Orders:
         self._wake = wake
         self.stop = False
         self.reload = False
+        self.nothing_held = False
+        """Whether the process may end at once, since it holds nothing yet."""
 
     @contextmanager
     def obeyed(self, *, reloadable: bool) -> Iterator[None]:
@@ -99,6 +104,8 @@ class Orders:
         if self.stop:
             # Safe at any moment: what was received is in the spool and the ledger.
             os._exit(128 + number)
+        if self.nothing_held:
+            os._exit(0)
         self.stop = True
         self._wake()
 
@@ -135,16 +142,19 @@ def serve(load: Callable[[], Config], *, reloadable: bool) -> int:
 class _Service:
     def __init__(self, load: Callable[[], Config], wake: Wake, orders: Orders) -> None:
         self._load = load
-        self._config = load()
+        self._config = self._started_with = load()
         self._wake = wake
         self._orders = orders
         self._notifier = Notifier()
         self._metrics = Metrics()
         self._sources: dict[DirectorySettings, DirectorySource] = {}
         self._taken: dict[Path, tuple[DirectorySource, float]] = {}
+        self._unreadable: set[Path] = set()
+        self._statuses: dict[str, str] = {}
         self._started_at = answers.now()
         self._degraded: str | None = None
         self._reload_failed = False
+        self._watching = False
         self._quiet_since: float | None = None
         self._ticked_at = 0.0
         self._disk_at = -_DISK_EVERY_S
@@ -165,14 +175,21 @@ class _Service:
             stack.callback(self._alerts.close)
             self._watchman = Watchman(self._alerts)
             self._monitor = stack.enter_context(self._make_monitor(state))
+            self._seen = self._ledger.seen_files()
             self._live = Live(state, self._monitor, self._feed.publish)
+            self._activity = "starting; the first start compiles the kernels, which takes up to half a minute"
+            self._tick()
+            log.info("%s", self._activity)
+            self._orders.nothing_held = True
             with self._patience("compiling the kernels"):
                 warm_up()
-            stack.callback(self._stop_sources)
+            self._orders.nothing_held = False
             self._replay()
+            self._live.recount()
             if not self._orders.stop:
-                self._seen = self._ledger.seen_files()
+                stack.callback(self._stop_sources)
                 self._start_sources()
+                self._watching = True
                 self._tick()
                 self._notifier.ready(self._activity)
                 log.info("hotpixd %s: %s; state in %s", __version__, self._activity, state.root)
@@ -196,7 +213,7 @@ class _Service:
         pause = _FULL_RETRY_S[0]
         while not self._orders.stop:
             try:
-                for outcome in self._monitor.follow(self._shots(), self._stop_asked):
+                for outcome in self._monitor.follow(self._shots(), self._stop_asked, self._wake):
                     if outcome is None:
                         self._rest()
                     else:
@@ -206,12 +223,19 @@ class _Service:
             except StateFull as error:
                 self._wait_for_room(str(error), pause)
                 pause = min(2 * pause, _FULL_RETRY_S[1])
+                with suppress(StateFull):
+                    # What was received may be what fills the disk: covered by a generation, it can go.
+                    for outcome in self._monitor.process(()):
+                        self._after(outcome)
+                    self._monitor.checkpoint()
 
     def _shots(self) -> Iterator[FoundShot | None]:
         while True:
             nothing = True
             # One of each in turn: a full card must not keep a camera waiting.
             for source in list(self._sources.values()):
+                if sum(taken is source for taken, _ in self._taken.values()) >= _TAKEN_AT_A_TIME:
+                    continue
                 shot = source.take()
                 if shot is not None:
                     nothing = False
@@ -240,24 +264,37 @@ class _Service:
         """Tell everyone what became of a shot."""
         self._quiet_since = None
         source, since = self._taken.pop(outcome.path, (None, None))
-        name = printable(outcome.path.name)
-        if outcome.fate is Fate.UNREADABLE:
-            log.warning("%s", printable(outcome.reason or ""))
-            if source is not None:
-                source.retry(outcome.path)
+        if outcome.fate is Fate.UNREADABLE and source is not None:
+            source.retry(outcome.path)
+            if outcome.path in self._unreadable:
+                return
+            self._unreadable.add(outcome.path)
         elif source is not None:
+            self._unreadable.discard(outcome.path)
             self._remember(source.done(outcome.path))
+        # First of all, so that they are in the same commit as the transitions that they tell of.
+        self._tell_folded(outcome)
         self._live.include(outcome)
-        if outcome.fate is Fate.REFUSED:
-            log.warning("refused %s: %s", name, printable(outcome.reason or ""))
-        if not outcome.replayed:
+        if not outcome.replayed and not outcome.again:
             self._watchman.outcome(outcome.path, str(outcome.fate), outcome.reason)
-        if outcome.report is not None:
-            self._tell_folded(outcome)
-        elif outcome.fate in (Fate.KNOWN, Fate.COMPANION):
-            log.info("%s: %s", name, printable(outcome.reason or "known already"))
-        latency = None if since is None else time.monotonic() - since
-        self._metrics.shot(str(outcome.fate), latency if outcome.report else None, outcome.size)
+            latency = None if since is None or outcome.report is None else time.monotonic() - since
+            self._metrics.shot(str(outcome.fate), latency, outcome.size)
+        self._log(outcome)
+
+    def _log(self, outcome: Outcome) -> None:
+        name, reason = printable(outcome.path.name), printable(outcome.reason or "")
+        if outcome.fate is Fate.FOLDED and outcome.sensor_id is not None:
+            sensor = self._live.sensors[outcome.sensor_id]
+            text = "folded %s of %s: %d frames, %d candidates, %d stable"
+            counts = sensor["frames"], sensor["candidate"], sensor["stable"]
+            not_counted = "" if sensor["not_counting"] is None else f"; not counted: {sensor['not_counting']}"
+            log.info(text + "%s", name, sensor_name(sensor), *counts, not_counted)
+        elif outcome.fate is Fate.UNREADABLE:
+            log.warning("%s It is tried again.", reason)
+        elif outcome.fate is Fate.REFUSED and not outcome.again:
+            log.info("refused %s: %s", name, reason)
+        else:
+            log.info("%s: %s", name, reason or "known already")
 
     def _remember(self, file: bytes | None) -> None:
         if file is not None and file not in self._seen:
@@ -268,28 +305,18 @@ class _Service:
         id_, report, seq = outcome.sensor_id, outcome.report, outcome.seq
         if id_ is None or report is None or seq is None:
             return
-        sensor = self._monitor.sensor(id_).sensor
-        described = sensor_name(self._live.sensors[id_])
-        self._alerts.folded(id_, described, sensor.layout, report, seq)
+        kept = self._monitor.sensor(id_)
+        described = sensor_name(answers.describe(kept))
+        self._alerts.folded(id_, described, kept.sensor.layout, report, seq)
         if not outcome.replayed:
-            self._watchman.counted(described, report.counted, report.not_counted_because)
+            self._watchman.counted(id_, described, report.counted, report.not_counted_because)
             if outcome.info is not None and outcome.info.taken_at is not None:
-                self._watchman.clock(described, outcome.info.taken_at, datetime.now(UTC))
-        found = sensor.found
-        log.info(
-            "folded %s of %s: %d frames, %d candidates, %d stable%s",
-            printable(outcome.path.name),
-            described,
-            sensor.frames,
-            found["candidate"],
-            found["stable"],
-            "" if report.counted else f"; not counted: {report.not_counted_because}",
-        )
+                self._watchman.clock(id_, described, outcome.info.taken_at, datetime.now(UTC))
 
     def _tick(self) -> None:
         """Keep everyone informed. Called after every shot, and about once per second without one."""
         self._notifier.beat()
-        if self._orders.reload:
+        if self._orders.reload and self._watching:
             self._orders.reload = False
             self._reload()
         for question in self._feed.questions():
@@ -308,12 +335,15 @@ class _Service:
         states = [source.state() for source in self._sources.values()]
         for state in states:
             self._watchman.source(state.name, state.status, state.detail)
+            if self._statuses.get(state.name) != state.status:
+                self._statuses[state.name] = state.status
+                log.info("%s is %s: %s", printable(state.name), state.status, printable(state.detail))
         if now - self._disk_at >= _DISK_EVERY_S:
             self._disk_at = now
             self._disk_free = shutil.disk_usage(self._state.root).free
             self._watchman.disk(self._disk_free)
         queued = sum(state.waiting for state in states) or self._monitor.in_flight
-        if self._sources:
+        if self._watching:
             self._activity = self._degraded or _activity(states, queued, self._live)
             if self._reload_failed:
                 self._activity += "; the changed configuration is wrong, the old one stays in use"
@@ -391,6 +421,7 @@ class _Service:
         wanted = [source.settings() for source in self._config.sources]
         for settings in [known for known in self._sources if known not in wanted]:
             self._sources.pop(settings).stop()
+            log.info("no longer watching %s", printable(str(settings.directory)))
         for settings in wanted:
             if settings not in self._sources:
                 self._sources[settings] = source = DirectorySource(settings, self._seen, self._wake)
@@ -411,7 +442,7 @@ class _Service:
             self._notifier.ready("the new configuration is wrong; the old one stays in use")
             return
         self._reload_failed = False
-        for key in needs_restart(self._config, new):
+        for key in needs_restart(self._started_with, new):
             log.warning("%s was changed: that takes effect at the next start", key)
         self._config = new
         logging.getLogger().setLevel(new.log_level.upper())
@@ -424,30 +455,30 @@ class _Service:
 
     def _answer(self, question: Question) -> None:
         """Answer who asks over the socket what the reading commands would read themselves."""
-        arguments = question.arguments
         try:
-            if question.name == "around":
-                id_, site, reach = str(arguments["sensor"]), int(arguments["site"]), int(arguments.get("reach", 8))
-                question.answer(self._live.around(id_, site, reach))
-                return
-            if question.name == "verify":
-                # It looks at what is on the disk.
-                self._monitor.checkpoint()
             with self._patience(f"answering {question.name}"):
-                sensors = self._monitor.sensors(list(self._ledger.sensors()))
-                answer = answers.answer(self._state, question.name, arguments, sensors)
-        except StateFull as error:
+                question.answer(self._answer_to(question.name, question.arguments))
+        except StateError as error:
             question.refuse(str(error))
-        except (KeyError, ValueError, TypeError) as error:
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+            # Whatever a client may have sent.
             question.refuse(f"{question.name!r} with these arguments is no question to this daemon: {error}")
-        else:
-            if question.name == "status":
-                answer.update(
-                    daemon=self._facts(),
-                    sources=[asdict(source.state()) for source in self._sources.values()],
-                    metrics=self._metrics.as_dict(),
-                )
-            question.answer(answer)
+
+    def _answer_to(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        if name == "around":
+            return self._live.around(str(arguments["sensor"]), int(arguments["site"]), int(arguments.get("reach", 8)))
+        if name == "verify":
+            # It looks at what is on the disk.
+            self._monitor.checkpoint()
+        sensors = self._monitor.sensors(list(self._ledger.sensors()))
+        answer = answers.answer(self._state, name, arguments, sensors)
+        if name == "status":
+            answer.update(
+                daemon=self._facts(),
+                sources=[asdict(source.state()) for source in self._sources.values()],
+                metrics=self._metrics.as_dict(),
+            )
+        return answer
 
     @contextmanager
     def _patience(self, doing: str) -> Iterator[None]:
@@ -488,10 +519,16 @@ class _Watched(Monitor):
 def _activity(states: list[SourceState], queued: int, live: Live) -> str:
     """Say in a sentence what the daemon does."""
     away = [state for state in states if state.status in ("away", "trouble")]
-    stable = sum(sensor.get("stable", 0) for sensor in live.sensors.values())
-    sentence = f"{_names(away)}: {printable(away[0].detail)}" if away else f"watching {_names(states)}"
-    counts = f"{live.shots['folded']} shots folded, {stable} stable defects"
-    return f"{sentence}; {counts}" + (f", {queued} to go" if queued else "")
+    watched = [state for state in states if state not in away]
+    parts = [f"watching {_names(watched)}"] if watched else []
+    parts += [f"{printable(state.name)}: {printable(state.detail)}" for state in away]
+    counts = f"{live.shots['folded']} shots folded"
+    if all(live.sensors.values()):
+        stable = sum(sensor["stable"] for sensor in live.sensors.values())
+        counts += f", {stable} stable defects"
+    if queued:
+        counts += f", {queued} to go"
+    return "; ".join([*(parts or ["nothing to watch: the configuration names no sources"]), counts])
 
 
 def _names(states: list[SourceState]) -> str:

@@ -76,6 +76,9 @@ _MATE_AFTER = 15.0
 _LONGEST_WAIT_S = 30.0
 """Between two looks at a file that is not finished."""
 
+_STRANGELY_LONG_S = 60.0
+"""A file that has not changed for so long, and still is not complete, is named."""
+
 _SHORTLY_S = 0.05
 """Until what is going on, a card being mounted or a folder being moved, is over and all its hints are heard."""
 
@@ -280,7 +283,7 @@ class DirectorySource:
                     path = self._path(file)
                     self._taken[path] = file
                     companion_of = None if raw is None else self._path(raw)
-                    return FoundShot(path, companion_of, self._settings.kind, self._settings.camera)
+                    return FoundShot(path, companion_of, self._settings.kind, self._settings.camera, self.name)
         return None
 
     def done(self, path: Path) -> bytes | None:
@@ -709,6 +712,10 @@ class DirectorySource:
         problem = next((file.problem for file in waiting if file.problem), None)
         if problem is not None:
             said.append(f"some cannot be opened: {problem}")
+        long_since = time.monotonic() - _STRANGELY_LONG_S
+        stuck = next((file.below for file in waiting if file.stage is _Stage.WAITING and file.since < long_since), None)
+        if stuck is not None:
+            said.append(f"{stuck} does not become complete")
         if snapshot.closed:
             said.append(f"{_counted(snapshot.closed, 'folder')} closed to us")
         if self._hints.refused is not None:

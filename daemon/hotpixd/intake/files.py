@@ -48,6 +48,9 @@ class FoundShot:
     camera: str | None = None
     """The user's name for the body: its serial number, if the file holds none."""
 
+    source: str = ""
+    """Where it comes from. Files of one source are read one after the other."""
+
 
 @dataclass(frozen=True, slots=True)
 class Listing:

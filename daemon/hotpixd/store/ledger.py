@@ -286,7 +286,7 @@ class Ledger:
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
         # What fits in it is not written twice; a frame's observations need 0.2 MB.
-        self._db.execute("PRAGMA cache_size = -16384")
+        self._db.execute("PRAGMA cache_size = -4096")
         if version == 0:
             # One transaction: after a power cut there is all of the schema, or a new ledger is made.
             self._db.executescript(f"BEGIN;{_SCHEMA}{_SCHEMA_2}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")

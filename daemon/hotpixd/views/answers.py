@@ -72,7 +72,7 @@ def status(state: State, sensors: Sensors | None = None) -> Answer:
 def summary(state: State, id_: str, kept: Kept, tally: Tally | None) -> Answer:
     """One sensor of `status`."""
     return {
-        **_sensor(id_, kept, tally),
+        **describe(kept, tally),
         **kept.sensor.found,
         "not_counted": state.ledger.not_counted(id_),
         "last_shot": last_shot(state, id_),
@@ -91,7 +91,7 @@ def defects(state: State, *, candidates: bool = False, sensors: Sensors | None =
     answer = []
     for id_, kept in _given(state, sensors):
         entries = [entry for _, entry in entries_of(state, kept, candidates=candidates)]
-        answer.append({**_sensor(id_, kept, tallies.get(id_)), "defects": entries})
+        answer.append({**describe(kept, tallies.get(id_)), "defects": entries})
     return {"sensors": answer}
 
 
@@ -138,7 +138,7 @@ def least_variance(state: State, k: int, sensors: Sensors | None = None) -> Answ
                 least.append(
                     {"x": x, "y": y, "channel": channel, "colour": colour, "m2": float(m2), "mean": float(mean)}
                 )
-        answer.append({**_sensor(id_, kept, tallies.get(id_)), "least": least})
+        answer.append({**describe(kept, tallies.get(id_)), "least": least})
     return {"sensors": answer}
 
 
@@ -169,7 +169,7 @@ def verify(state: State) -> Answer:
                 f"The generation of {id_} holds {kept.sensor.frames} frames, the ledger says {len(keys)}: they are"
                 " not of the same time. Restore both from one backup."
             )
-        sensors.append({**_sensor(id_, kept, None), "digest": kept.sensor.digest(keys)})
+        sensors.append({**describe(kept), "digest": kept.sensor.digest(keys)})
     waiting = state.ledger.rows_to_replay(covers)
     problems += [
         f"{row.name} was received but its copy in the spool is gone or was changed."
@@ -194,10 +194,11 @@ def _given(state: State, sensors: Sensors | None) -> Iterator[tuple[str, Kept]]:
         yield id_, archive.load(state, id_, identity, DetectionSettings())
 
 
-def _sensor(id_: str, kept: Kept, tally: Tally | None) -> Answer:
+def describe(kept: Kept, tally: Tally | None = None) -> Answer:
+    """Describe a sensor in the words that all answers use."""
     identity: SensorIdentity = kept.sensor.identity
     answer: Answer = {
-        "id": id_,
+        "id": kept.id,
         "make": identity.make,
         "model": identity.model,
         "serial": identity.serial,

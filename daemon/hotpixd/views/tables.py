@@ -13,6 +13,8 @@ from hotpixd.views.text import printable, sensor_name
 
 Answer = Mapping[str, Any]
 
+_ALERTS_SHOWN = 5
+
 
 def print_defects(
     answer: Answer, *, most: int = 1_000_000, not_counted: Mapping[str, Mapping[str, int]] | None = None
@@ -67,6 +69,11 @@ def print_status(answer: Answer) -> None:
     """Print the answer of `answers.status`."""
     console = _console()
     console.print(f"State in {escape(printable(answer['state']))}", soft_wrap=True)
+    if "daemon" in answer:
+        console.print(escape(printable(answer["daemon"]["activity"])), soft_wrap=True)
+    for source in answer["sources"]:
+        told = f"{source['name']} {source['status']}: {source['detail']}"
+        console.print(f"  {escape(printable(told))}", soft_wrap=True)
     shots = answer["shots"]
     console.print(", ".join(f"{n} {word}" for word, n in shots.items() if n) or "No shot yet.")
     for sensor in answer["sensors"]:
@@ -77,6 +84,10 @@ def print_status(answer: Answer) -> None:
         last = sensor["last_shot"]
         if last:
             console.print(f"  last shot {escape(printable(last['name']))}: {escape(_settings(last))}")
+    if answer["alerts"]:
+        console.print("\nLatest alerts:")
+        for alert in answer["alerts"][-_ALERTS_SHOWN:]:
+            console.print(f"  {alert['at'][:16].replace('T', ' ')} {escape(printable(alert['text']))}", soft_wrap=True)
     if answer["refused"]:
         console.print("\nRefused:")
         for shot in answer["refused"]:
@@ -124,7 +135,8 @@ def _frames(sensor: Answer) -> str:
 
 def _settings(shot: Answer) -> str:
     exposure = shot["exposure_s"]
-    words = [shot["taken_at"] or shot["received_at"], shot["kind"] or "not folded"]
+    taken = (shot["taken_at"] or shot["received_at"])[:16].replace("T", " ")
+    words = [taken, shot["kind"] or "not folded"]
     if exposure is not None:
         words.append(f"{exposure:g} s" if exposure >= 0.3 else f"1/{1 / exposure:.0f} s" if exposure > 0 else "0 s")
     if shot["iso"] is not None:

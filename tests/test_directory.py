@@ -400,7 +400,10 @@ def test_the_raw_comes_before_its_jpeg_which_names_it(tmp_path, serve, names):
     """In a backlog, whichever name sorts first."""
     raw, jpeg = put(tmp_path, *names)
     service = serve(tmp_path, settle_s=0.2)
-    assert [one.shot for one in service.deliver(2)] == [FoundShot(raw), FoundShot(jpeg, raw)]
+    assert [one.shot for one in service.deliver(2)] == [
+        FoundShot(raw, source=str(tmp_path)),
+        FoundShot(jpeg, raw, source=str(tmp_path)),
+    ]
 
 
 def test_a_jpeg_waits_for_a_raw_that_is_still_written(tmp_path, serve):

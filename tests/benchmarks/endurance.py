@@ -51,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shots", type=int, default=10_000)
     parser.add_argument("--size", type=int, nargs=2, default=(120, 80), metavar=("WIDTH", "HEIGHT"))
+    parser.add_argument("--keep", type=int, help="files left on the card, the latest ones; all if not given")
     parser.add_argument("--idle", type=float, default=60.0, help="seconds to measure the idle daemon")
     given = parser.parse_args()
     from hotpixd.feed import FeedClient, FeedError, find_sockets
@@ -76,6 +77,9 @@ def main() -> None:
                 while client.ask("status")["shots"]["folded"] < n:
                     time.sleep(0.2)
                 memory[n] = memory_mb(daemon.pid)
+                if given.keep is not None:
+                    for old in sorted(inbox.glob("*/*.PNG"))[: -given.keep]:
+                        old.unlink()
                 print(f"| {n} | {memory[n]:.1f} MB |", flush=True)
         first = memory[min(500, given.shots)]
         print(f"\nGrowth after the first {min(500, given.shots)}: {100 * (max(memory.values()) / first - 1):.1f} %")
@@ -83,7 +87,7 @@ def main() -> None:
         before, since = cpu_s(daemon.pid), time.monotonic()
         time.sleep(given.idle)
         used = (cpu_s(daemon.pid) - before) / (time.monotonic() - since)
-        print(f"Idle with {given.shots} files: {100 * used:.2f} % of a core over {given.idle:g} s")
+        print(f"Idle with {len(list(inbox.glob('*/*.PNG')))} files: {100 * used:.2f} % of a core over {given.idle:g} s")
         daemon.terminate()
         raise SystemExit(daemon.wait())
 

@@ -68,7 +68,7 @@ class Client:
     def close(self):
         self.closed = True
 
-code = run_dashboard(Client, where="/run/the.sock")
+code = run_dashboard(Client, where="/run/the.sock", owned=(folder / "owned").exists())
 if code == 0:
     print("left with 0")
 sys.exit(code)
@@ -228,6 +228,34 @@ def test_the_dashboard_at_200x60_and_resized(tmux: Callable[[int, int], Tmux]):
     window.wait(lambda screen: "excess ADU" in screen and "─ frames not counted, sources ─" in screen)
     window.press("C-c")
     window.wait(lambda screen: "left with 0" in screen)
+
+
+def test_every_line_is_in_its_place_after_a_change_of_size(tmux: Callable[[int, int], Tmux]):
+    """No key is needed. Drawn from where the cursor happened to be, the title was shifted by the columns gained."""
+    window = tmux(80, 24)
+    first = window.wait(lambda screen: "▀▀▀▀▀▀▀▀▀▀▀" in screen)
+    for width, height in ((100, 30), (200, 60), (80, 24)):
+        window.do("resize-window", "-x", str(width), "-y", str(height))
+        title = f" hotpixd  watching 2 sources{'1.2 shots/s  queue 3':>{width - 29}}"
+        screen = window.wait(lambda screen: screen.startswith(f"{title}\n") and "▀▀▀" in screen)  # noqa: B023
+        lines = screen.rstrip("\n").split("\n")
+        assert len(lines) == height
+        assert lines[1].startswith(" Acme One")
+        assert lines[-1].startswith(" j k select")
+    assert screen == first
+
+
+def test_a_daemon_of_its_own_is_stopped_not_left(daemon: Daemon):
+    """Where the daemon ends with the dashboard, nothing on the screen says that it goes on."""
+    (daemon.folder / "owned").touch()
+    with Session(daemon) as session:
+        session.wait("13 stable")
+        os.write(session.ours, b"h")
+        session.wait("stop watching")
+        os.write(session.ours, b"q")
+        assert session.ended() == 0
+        assert b" stop " in session.output
+        assert b"detach" not in session.output
 
 
 # What ends it, and what terminals it knows: on a bare pty, whose attributes and output can be examined.

@@ -13,6 +13,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 from rich.screen import Screen
+from rich.style import Style
 from rich.text import Text
 
 import live_states as made_up
@@ -149,6 +150,109 @@ def test_an_alert_of_the_sensor_shown_does_without_its_name():
     assert "stable Other One: hot G at (3, 4)." in drawn(live)[-2]
 
 
+NOISY = "Acme One, serial 0042, 6000x4000 raw"
+
+
+def alerts(*entries: tuple[str, str, str]) -> list[dict[str, Any]]:
+    """Return alerts of (time, topic, text)."""
+    return [{"id": n, "at": at, "topic": topic, "text": text} for n, (at, topic, text) in enumerate(entries, 1)]
+
+
+def of_sites(count: int, at: str = "2026-03-30T20:01", name: str = NOISY) -> list[tuple[str, str, str]]:
+    """Return what alerts of as many stable defects tell: a fifth is stuck, the others are bright."""
+    kinds = ["bright" if n % 5 else "stuck" for n in range(count)]
+    return [
+        (f"{at}:{n % 60:02}Z", "stable", f"{name}: {kind} R at ({n}, 52), -1.3 sigma is a stable defect.")
+        for n, kind in enumerate(kinds)
+    ]
+
+
+def test_alerts_of_many_defects_do_not_drown_the_others():
+    """Those of a topic, a sensor and a minute are one line; the log says of which camera, the main page if another."""
+    told = ("2026-03-30T20:00:00Z", "source", "tether is not there.")
+    live = made_up.live(alerts=alerts(told, *of_sites(40)))
+    wide = "\n".join(drawn(live, 200, 60))
+    assert re.search(r"\d\d-\d\d \d\d:\d\d stable: 40 defects: 32 bright, 8 stuck ", wide)
+    assert "source tether is not there." in wide
+    log = drawn(live, 80, 40, view=View(page=Page.LOG))
+    assert sum("stable" in line for line in log) == 1
+    assert "stable: 40 defects of Acme One: 32 bright, 8 stuck " in "\n".join(log)
+    assert "source tether is not there." in "\n".join(log)
+    other = made_up.live(alerts=alerts(*of_sites(5, name="Other, no serial number, 8x8 raw")))
+    assert "stable: 5 defects of Other: 4 bright, 1 stuck " in drawn(other)[-2]
+
+
+def test_alerts_that_differ_stay_apart():
+    """By minute, sensor, topic or another between them; one alone, and a text of another form, are shown whole."""
+    strange = ("2026-03-30T20:03:00Z", "stable", "Something is stable.")
+    back = ("2026-03-30T20:03:01Z", "recovered", f"{NOISY}: dead at (1, 52) has recovered.")
+    later = of_sites(2, "2026-03-30T20:03", "Two, serial 1, 8x8 raw")
+    live = made_up.live(alerts=alerts(*of_sites(3), *of_sites(1, "2026-03-30T20:02"), *later, strange, strange, back))
+    log = "\n".join(drawn(live, 120, 40, view=View(page=Page.LOG)))
+    said = [line[3:].split(" ", 2)[2].strip(" │") for line in log.split("Alerts, newest first")[1].split("\n")[1:8]]
+    assert said == [
+        f"recovered {NOISY}: dead at (1, 52) has recovered.",
+        "stable Something is stable.",
+        "stable Something is stable.",
+        "stable: 2 defects of Two: 1 bright, 1 stuck",
+        f"stable {NOISY}: stuck R at (0, 52), -1.3 sigma is a stable defect.",
+        "stable: 3 defects of Acme One: 2 bright, 1 stuck",
+        "",
+    ]
+
+
+def test_a_count_of_alerts_that_may_go_on_says_so():
+    """Only the last alerts are known: of those that begin before them there are at least as many."""
+    live = made_up.live(alerts=alerts(*of_sites(50))[10:])
+    assert "stable: at least 40 defects: 32 bright, 8 stuck " in drawn(live)[-2]
+
+
+def test_the_title_drops_what_is_told_below_before_it_cuts():
+    """The first of the daemon's parts stays as long as it fits; all are there where there is space."""
+    live = made_up.live()
+    live["daemon"]["activity"] = "watching 2 directories; 412 shots folded, 13 stable defects, 230 to go"
+    assert drawn(live)[0].startswith(" hotpixd  watching 2 directories       ")
+    assert "13 stable defects, 230 to go  " in drawn(live, 120, 36)[0]
+    live["daemon"]["activity"] = "watching " + 20 * "far/" + "; 412 shots folded"
+    assert re.match(r" hotpixd  watching (far/)+fa… 1.2 shots/s  queue 3 $", drawn(live)[0])
+
+
+@pytest.mark.parametrize(
+    ("counted", "least", "reason"),
+    [
+        (3, 4, "enough evidence; at least 4 counted frames are needed"),
+        (3, None, "enough evidence; more counted frames are needed"),
+        (9, 4, "enough evidence, but it is slight or may be of the scene"),
+    ],
+)
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_candidate_is_not_certain_before_it_is_stable(look: Look, counted: int, least: int | None, reason: str):
+    """With all the evidence it says what is missing, and neither its number nor its bar is full."""
+    site = made_up.defect(5, state="candidate", certainty=0.999, log_e=30.0)
+    live = made_up.live([site])
+    live[f"sensor:{made_up.ID}"] |= {"frames_counted": counted}
+    if least is not None:
+        live[f"sensor:{made_up.ID}"]["min_frames"] = least
+    screen = "\n".join(drawn(live, 120, 36, look=look))
+    row = next(line for line in screen.split("\n") if "99%" in line)
+    assert "certainty 99%" in screen
+    assert "100%" not in row
+    assert look.bar[0] * 6 in row
+    assert look.bar[0] * 7 not in row
+    inside = [line.rstrip(" │|").rsplit("  ", 1)[-1] for line in screen.split("\n")]
+    assert reason in " ".join(inside)
+    for other in (site | {"log_e": 24.0}, site | {"state": "stable", "certainty": 1.0}):
+        assert "enough evidence" not in "\n".join(drawn(made_up.live([other]), 120, 36, look=look))
+
+
+@pytest.mark.parametrize("kind", ["hot", "warm", "bright", "unstable", "stuck", "dead", "dim"])
+def test_a_dark_current_is_missed_only_where_there_may_be_one(kind: str):
+    """A stuck, dead or dim sample has none to be known."""
+    live = made_up.live([made_up.defect(5, kind=kind, dark_current_adu_per_s=None)])
+    missed = kind in ("hot", "warm", "bright", "unstable")
+    assert ("dark current not known yet" in "\n".join(drawn(live))) == missed
+
+
 HOSTILE = "[bold red]x[/] \x1b[2J\r\n\t\u202e \ud800 [/nothing]"
 
 
@@ -215,8 +319,14 @@ def test_a_long_log_is_scrolled_to_its_end():
 def test_help_names_every_key_on_the_smallest_screen(look: Look):
     """Without scrolling."""
     screen = "\n".join(drawn(made_up.live(), view=View(page=Page.HELP), look=look))
-    for word in ("sort by", "show all", "next, previous sensor", "alerts", "detach", "PgUp", "Home End", "magnifier"):
+    for word in ("sort by", "show all", "next, previous sensor", "alerts", "detach: the daemon goes on", "PgUp",
+                 "Home End, g G", "magnifier", "from too few frames yet", "100% only once it is"):  # fmt: skip
         assert word in screen
+    own = "\n".join(drawn(made_up.live(), view=View(page=Page.HELP), look=look, owned=True))
+    assert re.search(r"q, Ctrl-C +stop watching", own)
+    assert "detach" not in own
+    assert "goes on" not in own
+    assert "q stop" in drawn(made_up.live(), look=look, owned=True)[-1]
 
 
 # What the user chooses.
@@ -254,7 +364,8 @@ def test_the_selection_moves_by_rows_pages_and_to_the_ends():
     live = made_up.live()
     steps = [("down", 1), ("j", 2), ("page down", 9), ("k", 8), ("up", 7), ("end", 46), ("down", 46), ("page up", 39)]
     view = View()
-    for key, index in [*steps, ("home", 0), ("up", 0), ("page up", 0), ("x", 0), ("f1", 0)]:
+    ends = [("home", 0), ("up", 0), ("page up", 0), ("G", 46), ("g", 0), ("end", 46), ("x", 46), ("f1", 46)]
+    for key, index in [*steps, *ends]:
         view = press(view, [key], live)
         assert view.index == index
         assert view.site == arranged(live, view)[index]["site"]
@@ -275,6 +386,26 @@ def test_the_selection_stays_on_its_site():
         view, defects = settled(live, view)
         assert view.site == site
         assert defects[view.index]["site"] == site
+
+
+def test_the_selection_is_the_top_until_the_user_moves():
+    """Also through keys that sort, filter, turn pages or mean nothing; another sensor starts at its top again."""
+    live = made_up.live(made_up.defects(20))
+    view = press(View(), ["s", "f", "f", "f", "f", "h", "down", "G", "h", "x"], live)
+    assert view.index == 0
+    later = made_up.live([*made_up.defects(20), *made_up.defects(200, seed=9)])
+    for order in Order:
+        moved, defects = settled(later, replace(view, order=order))
+        assert (moved.index, moved.site) == (0, defects[0]["site"])
+    for keys, index in ((["down"], 1), (["down", "up"], 0), (["g"], 0)):
+        picked = press(view, keys, live)
+        assert picked.index == index
+        assert press(picked, [], later).site == picked.site
+    two = {**live, "sensors": [made_up.ID, "b"], "sensor:b": made_up.sensor("b")}
+    two["defects:b"] = made_up.defects(9)
+    other = press(press(View(), ["down"], two), ["n"], two)
+    assert other.sensor == "b"
+    assert press(other, [], {**two, "defects:b": made_up.defects(99, seed=5)}).index == 0
 
 
 def test_the_heir_of_a_site_that_leaves_stands_where_it_stood():
@@ -331,8 +462,7 @@ def test_a_bar_is_full_only_at_one(look: Look):
     assert words[5] == words[6] == full * 8
     counts = [word.count(full) for word in words]
     assert counts == sorted(counts)
-    if full != look.bar[1]:
-        assert words[4] != words[5]
+    assert words[4] != words[5]
 
 
 def test_a_sparkline_shows_the_newest_and_does_not_exaggerate():
@@ -390,6 +520,16 @@ def test_a_magnifier_keeps_its_centre_and_its_edges():
             fitted = magnifier(patch, columns, rows, look).split("\n")
             assert len(fitted) <= rows
             assert max(line.cell_len for line in fitted) <= max(columns, 2)
+
+
+@pytest.mark.parametrize("look", [unicode_look(16), console_look(16), ascii_look(16)])
+@pytest.mark.parametrize(("centre", "colour"), [(211.0, "red"), (-211.0, "blue")])
+def test_sixteen_colours_tell_the_sign(look: Look, centre: float, colour: str):
+    """Red is above zero and blue below, as help says, for the strongest too; what is next to nothing is black."""
+    shown = magnifier([[0.1, 0.1, 0.1], [0.1, centre, 0.1], [0.1, 0.1, 0.1]], 12, 6, look)
+    styles = [span.style for span in shown.spans if isinstance(span.style, Style)]
+    colours = {c.name for style in styles for c in (style.color, style.bgcolor) if c is not None}
+    assert colours == {"black", f"bright_{colour}"}
 
 
 def test_a_stronger_neighbour_does_not_hide_the_centre():

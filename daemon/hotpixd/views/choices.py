@@ -55,6 +55,9 @@ class View:
     site: int | None = None
     """The selected site; None if the list is empty."""
 
+    picked: bool = False
+    """Whether the user has moved the selection. Until then it is the top of the list, whatever comes to stand there."""
+
     index: int = 0
     """Where in the list the selected site was last: its heir, if it leaves the list, is who stands there then."""
 
@@ -90,12 +93,14 @@ def settled(live: Live, view: View) -> tuple[View, list[Defect]]:
     """
     sensors: Sequence[str] = live.get("sensors") or ()
     if view.sensor not in sensors:
-        view = replace(view, sensor=sensors[0] if sensors else None, site=None, index=0)
+        view = replace(view, sensor=sensors[0] if sensors else None, site=None, picked=False, index=0)
     defects = arranged(live, view)
     sites = [d["site"] for d in defects]
     if not sites:
         return replace(view, site=None), defects
-    index = sites.index(view.site) if view.site in sites else min(view.index, len(sites) - 1)
+    index = 0
+    if view.picked:
+        index = sites.index(view.site) if view.site in sites else min(view.index, len(sites) - 1)
     return replace(view, index=index, site=sites[index]), defects
 
 
@@ -118,25 +123,30 @@ def pressed(view: View, key: str, live: Live, defects: Sequence[Defect], rows: i
             ids = sorted(live.get("sensors") or ())
             if len(ids) < 2 or view.sensor is None:
                 return view
-            return replace(view, sensor=_next(ids, view.sensor, 1 if key in ("n", "tab") else -1), site=None, index=0)
+            other = _next(ids, view.sensor, 1 if key in ("n", "tab") else -1)
+            return replace(view, sensor=other, site=None, picked=False, index=0)
         case "h" | "?":
             return _turned(view, Page.HELP)
         case "a":
             return _turned(view, Page.LOG)
         case "escape":
             return replace(view, page=Page.MAIN)
-    step = {"up": -1, "k": -1, "down": 1, "j": 1, "page up": -rows, "page down": rows}.get(key)
     if view.page is not Page.MAIN:
-        return replace(view, scroll=_moved(view.scroll, key, step, scroll_limit))
-    if not defects:
+        scroll = _moved(view.scroll, key, rows, scroll_limit)
+        return view if scroll is None else replace(view, scroll=scroll)
+    index = _moved(view.index, key, rows, len(defects) - 1)
+    if not defects or index is None:
         return view
-    index = _moved(view.index, key, step, len(defects) - 1)
-    return replace(view, index=index, site=defects[index]["site"])
+    return replace(view, picked=True, index=index, site=defects[index]["site"])
 
 
-def _moved(at: int, key: str, step: int | None, last: int) -> int:
-    ends = {"home": 0, "end": last}
-    return ends[key] if key in ends else min(max(at + (step or 0), 0), last)
+def _moved(at: int, key: str, rows: int, last: int) -> int | None:
+    """Return where a key leads to from `at`, within 0 to `last`. None if it does not lead anywhere."""
+    to = {
+        "up": at - 1, "k": at - 1, "down": at + 1, "j": at + 1, "page up": at - rows, "page down": at + rows,
+        "home": 0, "g": 0, "end": last, "G": last,
+    }.get(key)  # fmt: skip
+    return None if to is None else max(min(to, last), 0)
 
 
 def _turned(view: View, page: Page) -> View:

@@ -60,7 +60,9 @@ class Client(Protocol):
         """Hang up."""
 
 
-def run_dashboard(connect: Callable[[], Client], *, where: str, console: Console | None = None) -> int:
+def run_dashboard(
+    connect: Callable[[], Client], *, where: str, owned: bool = False, console: Console | None = None
+) -> int:
     """Show the dashboard until the user detaches or the terminal goes; return the exit code.
 
     Call from the main thread.
@@ -69,6 +71,7 @@ def run_dashboard(connect: Callable[[], Client], *, where: str, console: Console
     ----------
     connect : makes a connection, or raises OSError if no daemon answers
     where : where the daemon is looked for, for people
+    owned : whether the caller ends the daemon when the user leaves; the words on the screen are then of stopping
     console : on stdout unless given
     """
     console = console or Console(highlight=False)
@@ -80,7 +83,7 @@ def run_dashboard(connect: Callable[[], Client], *, where: str, console: Console
         Terminal(console, sys.stdin.fileno(), sys.stdout.fileno()) as terminal,
         _Attachment(connect, terminal.wake) as daemon,
     ):
-        return _run(terminal, daemon, where, look)
+        return _run(terminal, daemon, where, look, owned)
 
 
 def save_picture(client: Client, path: Path, *, width: int = 120, height: int = 36) -> None:
@@ -152,7 +155,7 @@ def first_environment() -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _run(terminal: Terminal, daemon: _Attachment, where: str, look: Look) -> int:
+def _run(terminal: Terminal, daemon: _Attachment, where: str, look: Look, owned: bool) -> int:
     view = View()
     rows, limit = 1, 0
     drawn_at = -_FRAME_S
@@ -164,7 +167,7 @@ def _run(terminal: Terminal, daemon: _Attachment, where: str, look: Look) -> int
             view, defects = settled(live, view)
             daemon.look_at(live, view)
             size = terminal.size()
-            screen = compose(Scene(live, view, defects, look, where, trouble, daemon.around), *size)
+            screen = compose(Scene(live, view, defects, look, where, owned, trouble, daemon.around), *size)
             rows, limit = screen.rows, screen.scroll_limit
             try:
                 terminal.draw(screen.picture, size)

@@ -163,7 +163,7 @@ def bar(share: float, width: int, look: Look, style: str) -> list[Piece]:
     halves = round(min(max(share, 0.0), 1.0) * 2 * width)
     # Full only if it is: a bar of 99.9 % says that something is missing.
     if share < 1.0:
-        halves = min(halves, 2 * width - 1)
+        halves = min(halves, 2 * width - (2 if half == full else 1))
     filled = full * (halves // 2) + half * (halves % 2)
     return [(filled, style), (empty * (width - len(filled)), "dim")]
 
@@ -295,14 +295,18 @@ def _pixel(tone: float | None, colours: int) -> Piece:
     return ("  ", Style(bgcolor=_colour(tone, colours))) if colours else (_shade(tone) * 2, "")
 
 
-_WARM_16 = ("black", "red", "bright_red", "bright_yellow", "bright_white")
-_COLD_16 = ("black", "blue", "bright_blue", "bright_cyan")
+# No white: in so few colours it would not tell the sign of the strongest.
+_WARM_16 = ("black", "red", "red", "bright_red", "bright_red")
+_COLD_16 = ("black", "blue", "blue", "bright_blue", "bright_blue")
 _WARM = ((26, 26, 34), (92, 30, 62), (178, 50, 50), (238, 130, 48), (255, 240, 180))
 _COLD = ((26, 26, 34), (28, 60, 120), (60, 130, 210), (170, 225, 255))
 
 
 def _colour(tone: float | None, colours: int) -> Color | None:
-    """Return the colour of a tone: from black over red to white above zero, over blue to white below; None for None."""
+    """Return the colour of a tone; None for None.
+
+    From black over red above zero, over blue below; on to a pale tint of it where there are the colours for that.
+    """
     if tone is None:
         return None
     if colours == 16:

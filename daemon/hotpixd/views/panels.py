@@ -6,10 +6,13 @@ for markup: all of it goes through `Look.text`.
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import groupby
 from typing import Any, Literal
 
 from rich.align import Align
@@ -72,6 +75,9 @@ class Scene:
 
     where: str
     """Where the daemon is looked for."""
+
+    owned: bool = False
+    """Whether the daemon ends with the dashboard."""
 
     trouble: str | None = None
     """Why no daemon is attached, in a sentence. None while one is."""
@@ -142,14 +148,20 @@ def _columns(width: int, look: Look) -> list[_Column]:
         words("", 2, lambda d: look.text(d["colour"])),
         words("kind", 8, lambda d: look.text(d["kind"])),
         *([words("state", 9, lambda d: d["state"])] if state else []),
-        _Column(_BAR, gauge, lambda d: bar(d["certainty"], gauge, look, style(d)), right=False),
-        words("", 4, lambda d: f"{100 * d['certainty']:.0f}%", right=True),
+        _Column(_BAR, gauge, lambda d: bar(_certainty(d), gauge, look, style(d)), right=False),
+        words("", 4, lambda d: f"{100 * _certainty(d):.0f}%", right=True),
         *([number("excess ADU", 10, "excess_adu", "+.0f")] if adu else []),
         words(f"+{look.sigma}", 7, lambda d: _sigmas(d["excess_sigma"]), right=True),
         number("dark ADU/s", 10, "dark_current_adu_per_s", ".0f"),
         _Column("recent", recent, lambda d: [(sparkline(d["recent"], recent, look), style(d))], right=False),
         words("first seen", moment, lambda d: label(d["first_seen"])[:moment]),
     ]
+
+
+def _certainty(defect: Defect) -> float:
+    """Return the certainty as it is shown, 0 to 1: all of it is for what is stable, or was."""
+    certainty = float(defect["certainty"])
+    return min(certainty, 0.99) if defect["state"] == "candidate" else certainty
 
 
 def _sigmas(excess: float | None) -> str:
@@ -223,7 +235,7 @@ def site_panel(scene: Scene, sensor: Sensor, width: int, height: int) -> Panel:
         return panel([], width, look, "nothing selected")
     lines = height - 2
     picture, across = _magnified(scene, defect, min(2 * lines, width - 2 - _FACTS), lines)
-    facts = _facts(defect, sensor, look)
+    facts = _facts(defect, sensor, look, width - 2 - across - 2)
     merged = []
     for n in range(lines):
         line = picture[n] if n < len(picture) else Text()
@@ -252,22 +264,22 @@ _FACTS = 40
 """Cells for what is known of a site, and the gap before it."""
 
 
-def _facts(defect: Defect, sensor: Sensor, look: Look) -> list[Text]:
+def _facts(defect: Defect, sensor: Sensor, look: Look, width: int) -> list[Text]:
     """Return what is known of a site, the most telling first."""
     state, since = defect["state"], defect["stable_since"]
     first = Text.assemble((look.text(f"{defect['colour']} {defect['kind']}"), "bold"), ", ", (state, STYLES[state]))
     if since is not None:
         first.append(f" since {label(since)}")
-    certain = f"certainty {100 * defect['certainty']:.0f}%"
+    certain = f"certainty {100 * _certainty(defect):.0f}%"
     if defect["log_e"] is not None and sensor.get("threshold") is not None:
         certain += f", evidence {defect['log_e']:.1f} of {sensor['threshold']:.1f}"
-    words = [certain]
+    words = [certain, *textwrap.wrap(_not_stable_because(defect, sensor), width)]
     if defect["excess_adu"] is not None and defect["excess_sigma"] is not None:
         words.append(f"excess {defect['excess_adu']:+.0f} ADU, {defect['excess_sigma']:+.1f} {look.sigma}")
     if defect["dark_current_adu_per_s"] is not None:
         iso = "" if defect["dark_current_iso"] is None else f" at ISO {defect['dark_current_iso']:.0f}"
         words.append(f"dark current {defect['dark_current_adu_per_s']:.0f} ADU/s{iso}")
-    else:
+    elif defect["kind"] in _LEAKING:
         words.append("dark current not known yet")
     if defect["first_seen"] is not None:
         words.append(f"first seen {label(defect['first_seen'])}")
@@ -283,30 +295,78 @@ def _facts(defect: Defect, sensor: Sensor, look: Look) -> list[Text]:
     return [first, *(Text(line) for line in words)]
 
 
+_LEAKING = ("hot", "warm", "bright", "unstable")
+"""Kinds that have a dark current, or may turn out to have one."""
+
+
+def _not_stable_because(defect: Defect, sensor: Sensor) -> str:
+    """Return why a candidate is not stable although there is evidence enough; nothing if there is not."""
+    threshold, least = sensor.get("threshold"), sensor.get("min_frames")
+    if defect["state"] != "candidate" or None in (defect["log_e"], threshold) or defect["log_e"] < threshold:
+        return ""
+    if least is None:
+        return "enough evidence; more counted frames are needed"
+    if sensor["frames_counted"] < least:
+        return f"enough evidence; at least {least} counted frames are needed"
+    return "enough evidence, but it is slight or may be of the scene"
+
+
 # Alerts, reasons and sources.
 
 _TOPIC_STYLES = {"stable": "red", "recovered": "green"}
 
 
-def alert_line(alert: Mapping[str, Any], look: Look, sensor: Sensor | None = None) -> Text:
-    """Return an alert in one line, as long as it is; of the sensor that is shown, without its name."""
-    words = alert["text"] if sensor is None else alert["text"].removeprefix(f"{sensor_name(sensor)}: ")
-    topic = Text(look.text(alert["topic"]), _TOPIC_STYLES.get(alert["topic"], "yellow"))
-    return Text.assemble((_local(alert["at"]), "dim"), " ", topic, f" {look.text(words)}")
+_OF_A_SITE = re.compile(r"(.+): (\w+) .*?at \(\d+, \d+\).* (?:is a stable defect|has recovered)\.")
+"""Text of an alert of a transition: the sensor's name, the kind of the defect."""
+
+
+def alert_lines(live: Live, look: Look, sensor: Sensor | None = None) -> list[Text]:
+    """Return the alerts, the newest first, each in one line, as long as it is.
+
+    Those of a transition of many sites of a sensor within a minute are one line, so that others do not drown in them.
+    Where a sensor is given, alerts of that one do without its name.
+    """
+    alerts = live.get("alerts") or ()
+    shown = None if sensor is None else sensor_name(sensor)
+    lines = []
+    left = len(alerts)
+    for (at, topic, name), group in groupby(reversed(alerts), key=_alike):
+        same = list(group)
+        left -= len(same)
+        if name is None or len(same) == 1:
+            texts = [alert["text"] if shown is None else alert["text"].removeprefix(f"{shown}: ") for alert in same]
+            told = [f" {text}" for text in texts]
+        else:
+            # Who is told of the last alerts only, does not know how many of these came before.
+            least = "at least " if not left and same[-1]["id"] > 1 else ""
+            whose = "" if name == shown else f" of {name.rsplit(', ', 2)[0]}"
+            told = [f": {least}{len(same)} defects{whose}: {_kinds(same)}"]
+        style = _TOPIC_STYLES.get(topic, "yellow")
+        lines += [Text.assemble((at, "dim"), " ", (look.text(topic), style), look.text(words)) for words in told]
+    return lines
+
+
+def _alike(alert: Mapping[str, Any]) -> tuple[str, str, str | None]:
+    """Return (minute, topic, sensor's name), by which alerts are one line; no name if it is not of a transition."""
+    of_a_site = _OF_A_SITE.fullmatch(alert["text"])
+    return _local(alert["at"]), alert["topic"], None if of_a_site is None else of_a_site[1]
+
+
+def _kinds(alerts: Iterable[Mapping[str, Any]]) -> str:
+    """Return how many defects of each kind alerts are of, the most first."""
+    found = Counter(match[2] for alert in alerts if (match := _OF_A_SITE.fullmatch(alert["text"])))
+    return ", ".join(f"{count} {kind}" for kind, count in found.most_common())
 
 
 def last_alert(scene: Scene, width: int) -> Text:
     """Return the last alert in one line that fits."""
-    alerts = scene.live.get("alerts") or ()
-    if not alerts:
-        return Text(" no alert yet", "dim")
-    return scene.look.fit(Text(" ").append_text(alert_line(alerts[-1], scene.look, scene.sensor)), width)
+    lines = alert_lines(scene.live, scene.look, scene.sensor)
+    return scene.look.fit(Text(" ").append_text(lines[0]), width) if lines else Text(" no alert yet", "dim")
 
 
 def alerts_panel(scene: Scene, width: int, height: int) -> Panel:
     """Return the last alerts, the newest first."""
-    alerts = scene.live.get("alerts") or ()
-    lines = [alert_line(alert, scene.look, scene.sensor) for alert in reversed(alerts[-(height - 2) :])]
+    lines = alert_lines(scene.live, scene.look, scene.sensor)[: height - 2]
     return panel(lines or [Text("none yet", "dim")], width, scene.look, "alerts", pad=1)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.align import Align
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.layout import Layout
 from rich.text import Text
@@ -20,7 +21,7 @@ from hotpixd.views.drawing import STATES, STYLES, Look, map_size
 from hotpixd.views.panels import (
     Scene,
     Sensor,
-    alert_line,
+    alert_lines,
     alerts_panel,
     ends,
     label,
@@ -141,10 +142,14 @@ def _stacked(scene: Scene, sensor: Sensor, width: int, height: int) -> tuple[Lay
 def _header(scene: Scene, width: int) -> list[Text]:
     live, look, sensor = scene.live, scene.look, scene.sensor
     daemon = live.get("daemon") or {}
-    first = Text.assemble((" hotpixd ", "bold reverse"), " ")
-    first.append(look.text(daemon.get("activity") or "starting"), "bold" if scene.trouble is None else "dim")
     rate, queue = daemon.get("rate") or 0.0, daemon.get("queue") or 0
     pace = Text(f"{rate:.1f} shots/s  queue {queue} ", "bold cyan" if queue else "")
+    first = Text.assemble((" hotpixd ", "bold reverse"), " ")
+    activity = look.text(daemon.get("activity") or "starting")
+    # Its later parts are numbers that stand below as well.
+    while cell_len(activity) > width - first.cell_len - pace.cell_len - 1 and ";" in activity:
+        activity = activity.rpartition(";")[0]
+    first.append(activity, "bold" if scene.trouble is None else "dim")
     lines = [ends(first, pace, width, look), *(Text(" ").append_text(notice) for notice in _notices(scene))]
     if sensor is not None:
         ids = sorted(live["sensors"])
@@ -211,14 +216,14 @@ def _no_sensor(scene: Scene, width: int, height: int) -> RenderableType:
     live, look = scene.live, scene.look
     words = "This sensor is being read." if scene.view.sensor else "No sensor is known yet: waiting for the first shot."
     lines = [Text(words, "bold"), Text(), *source_lines(live, look), Text()]
-    lines += [alert_line(alert, look) for alert in reversed(live.get("alerts") or ())]
+    lines += alert_lines(live, look)
     return panel(lines[: height - 2], width, look, "", pad=1)
 
 
 def _long_page(scene: Scene, width: int, rows: int) -> tuple[RenderableType, int]:
     """Return the page that the user turned to, and the lines by which it is longer than `rows`."""
     if scene.view.page is Page.HELP:
-        title, lines = "help", _help(scene.look)
+        title, lines = "help", _help(scene.look, scene.owned)
     else:
         title, lines = "alerts, sources, frames not counted", _log(scene, width - 4)
     limit = max(len(lines) - rows, 0)
@@ -236,7 +241,7 @@ def _log(scene: Scene, width: int) -> list[Text]:
         ("Trouble", _notices(scene)),
         ("Why frames are not counted", reasons),
         ("Sources", source_lines(live, look)),
-        ("Alerts, newest first", [alert_line(alert, look) for alert in reversed(live.get("alerts") or ())]),
+        ("Alerts, newest first", alert_lines(live, look)),
     ]
     lines = []
     for title, entries in parts:
@@ -260,24 +265,26 @@ def _wrapped(line: Text, width: int) -> list[Text]:
 
 _HELP_KEYS = (
     ("up down, j k", "select a site"),
-    ("PgUp PgDn, Home End", "by a screenful; first and last"),
+    ("PgUp PgDn", "by a screenful"),
+    ("Home End, g G", "first and last"),
     ("s", "sort by certainty, excess, position, first seen (newest first)"),
     ("f", "show all, stable, candidates, recovered"),
     ("n N, Tab", "next, previous sensor"),
     ("a", "all alerts, sources, and why frames are not counted"),
     ("h ?", "this page; Esc goes back"),
-    ("q, Ctrl-C", "detach: the daemon goes on"),
 )
 
 
-def _help(look: Look) -> list[Text]:
+def _help(look: Look, owned: bool) -> list[Text]:
     about = {
-        "stable": "a defect: the evidence is complete",
-        "candidate": "there is evidence, but not enough yet",
+        "stable": "a defect: enough evidence, from enough frames",
+        "candidate": "evidence, but not enough, or from too few frames yet",
         "recovered": "was stable, and has been ordinary for long",
     }
     tones = "red is above zero, blue below" if look.colours else "-~=%&$ is below zero"
-    lines = [Text.assemble((f"{keys:<21}", "bold cyan"), meaning) for keys, meaning in _HELP_KEYS]
+    leave = "stop watching: this daemon ends with its dashboard" if owned else "detach: the daemon goes on"
+    keys_told = (*_HELP_KEYS, ("q, Ctrl-C", leave))
+    lines = [Text.assemble((f"{keys:<21}", "bold cyan"), meaning) for keys, meaning in keys_told]
     lines.append(Text())
     lines += [
         Text.assemble((f"{look.marks[state]} {state:<19}", STYLES[state]), about[state]) for state in reversed(STATES)
@@ -285,7 +292,7 @@ def _help(look: Look) -> list[Text]:
     lines.append(Text(f"{look.here} {'selected':<19}where the selected site is on the map"))
     lines.append(Text())
     lines += [
-        Text("certain   the evidence over what it takes to be stable"),
+        Text("certain   the evidence over what it takes to be stable; 100% only once it is"),
         Text(f"+{look.sigma:<9}mean excess over the neighbours, in units of one frame's noise"),
         Text("dark      what the site adds per second of exposure, in ADU"),
         Text("recent    excess in the last frames, the newest to the right"),
@@ -300,6 +307,6 @@ def _keys(scene: Scene, width: int) -> Text:
     else:
         keys = [("j k", "scroll"), ("Esc", "back")]
     line = Text(" ")
-    for key, meaning in [*keys, ("q", "detach")]:
+    for key, meaning in [*keys, ("q", "stop" if scene.owned else "detach")]:
         line.append(key, "bold cyan").append(f" {meaning}   ")
     return scene.look.fit(line, width)

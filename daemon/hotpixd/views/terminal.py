@@ -12,6 +12,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from rich.console import Console, RenderableType
+from rich.control import Control
 from rich.screen import Screen
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH)
@@ -95,6 +96,7 @@ class Terminal:
         self._parser = KeyParser()
         self._undo = ExitStack()
         self._bell: tuple[int, int] = (-1, -1)
+        self._drawn: tuple[int, int] | None = None
 
     def __enter__(self) -> Self:
         with ExitStack() as undo:
@@ -153,7 +155,12 @@ class Terminal:
     def draw(self, picture: RenderableType, size: tuple[int, int]) -> None:
         """Fill the screen."""
         self._console.size = size
-        self._console.print(Screen(picture), end="")
+        before = [Control.home()]
+        if size != self._drawn:
+            # What the terminal made of the last screen at its new size is of no use; else there is no need to flicker.
+            before.insert(0, Control.clear())
+        self._console.print(*before, Screen(picture), end="")
+        self._drawn = size
 
     def _show_normal(self) -> None:
         # Where there is no alternate screen, nothing of ours stays behind.

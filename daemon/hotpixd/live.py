@@ -140,7 +140,7 @@ class Live:
         known = self._sensors.setdefault(id_, {})
         if not known:
             known.update(answers.summary(self._state, id_, kept, None))
-            known["not_counting"] = None
+            known.update(not_counting=None, min_frames=sensor.settings.min_frames)
         known.update(frames=sensor.frames, frames_counted=sensor.frames_counted, threshold=sensor.threshold)
         known.update(sensor.found, kinds=sensor.kinds)
         entries = answers.entries_of(self._state, kept, candidates=True)

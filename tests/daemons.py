@@ -13,9 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hotpixd.feed import FeedClient, FeedError, find_sockets
-
 from conftest import HOTPIXD, environment, run
+from hotpixd.feed import FeedClient, FeedError, find_sockets
 
 START_WITHIN_S = 60.0
 

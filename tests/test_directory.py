@@ -15,13 +15,12 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from conftest import environment
+from conftest import environment, nobody
 from hotpixd.core.frame import ShotKind
 from hotpixd.intake import directory, volumes, walk
 from hotpixd.intake.directory import DirectorySettings, DirectorySource
@@ -675,19 +674,6 @@ def test_nothing_is_left_behind(tmp_path):
         service.source.stop()
         assert time.monotonic() - started < 3
     assert (threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))) == (threads, descriptors)
-
-
-@contextmanager
-def nobody() -> Iterator[None]:
-    """Give up root's right to open everything."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 def test_what_is_closed_to_us_is_told_and_holds_up_nothing_else(serve):

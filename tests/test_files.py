@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from conftest import nobody
 from hotpixd.intake.files import FoundShot, find_shots
 
 
@@ -27,19 +27,6 @@ def found(*wanted: object) -> list[Path]:
     assert not listing.missing
     assert not listing.unreadable
     return [shot.path for shot in listing.shots]
-
-
-@contextmanager
-def nobody() -> Iterator[None]:
-    """Give up root's right to open everything."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @pytest.fixture

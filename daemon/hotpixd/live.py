@@ -14,7 +14,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from hotpixd.core.sensor import FoldReport
+from hotpixd.core.sensor import FoldReport, Sensor
 from hotpixd.monitor import Fate, Monitor, Outcome
 from hotpixd.store.state import State
 from hotpixd.views import answers
@@ -141,8 +141,7 @@ class Live:
         if not known:
             known.update(answers.summary(self._state, id_, kept, None))
             known.update(not_counting=None, min_frames=sensor.settings.min_frames)
-        known.update(frames=sensor.frames, frames_counted=sensor.frames_counted, threshold=sensor.threshold)
-        known.update(sensor.found, kinds=sensor.kinds)
+        known.update(_counters(sensor))
         entries = answers.entries_of(self._state, kept, candidates=True)
         entries.sort(key=lambda entry: -(entry[1]["certainty"] or 0.0))
         entries = entries[:MOST_LISTED]
@@ -155,10 +154,18 @@ class Live:
         self._described_at[id_] = self._clock()
 
     def _count(self, known: dict[str, Any], id_: str, report: FoldReport) -> None:
-        sensor = self._monitor.sensor(id_).sensor
-        known.update(frames=sensor.frames, frames_counted=sensor.frames_counted, threshold=sensor.threshold)
-        known.update(sensor.found, kinds=sensor.kinds, not_counting=report.not_counted_because)
+        known.update(_counters(self._monitor.sensor(id_).sensor), not_counting=report.not_counted_because)
         if report.not_counted_because is not None:
             reason = report.not_counted_because.split(":")[0]
             known["not_counted"] = {**known["not_counted"], reason: known["not_counted"].get(reason, 0) + 1}
         known["last_shot"] = answers.last_shot(self._state, id_)
+
+
+def _counters(sensor: Sensor) -> dict[str, Any]:
+    return {
+        "frames": sensor.frames,
+        "frames_counted": sensor.frames_counted,
+        "threshold": sensor.threshold,
+        **sensor.found,
+        "kinds": sensor.kinds,
+    }

@@ -275,7 +275,10 @@ class Monitor:
 
     def sensor(self, id_: str) -> Kept:
         """Return a sensor of the ledger, loaded if it is not in memory."""
-        return self._resident(id_, archive.identity_from(self._ledger.sensors()[id_]))
+        kept = self._kept.get(id_)
+        # Asked for at every shot: the ledger only if it is not in memory.
+        identity = kept.sensor.identity if kept else archive.identity_from(self._ledger.sensors()[id_])
+        return self._resident(id_, identity)
 
     def checkpoint(self) -> int:
         """Write a generation of every sensor that has new frames, and clear the spool of what is safe by then.

@@ -492,7 +492,7 @@ def _serve(load: Callable[[], Config], *, reloadable: bool) -> int:
     from hotpixd.service import serve
 
     try:
-        code = serve(load, reloadable=reloadable)
+        code = serve(config, load, reloadable=reloadable)
     except (FeedError, MetricsError) as error:
         # Not wrong use: whoever has the address may give it up, and the service manager tries again.
         _fail(str(error), STATE_UNUSABLE)

@@ -114,18 +114,17 @@ class Orders:
         self._wake()
 
 
-def serve(load: Callable[[], Config], *, reloadable: bool) -> int:
+def serve(config: Config, load: Callable[[], Config], *, reloadable: bool) -> int:
     """Run the daemon until it is told to stop; return its exit code.
 
     Parameters
     ----------
-    load : reads the configuration
-    reloadable : whether SIGHUP reads it again
+    config : to start with
+    load : reads the configuration again. A wrong one is reported and the old one kept
+    reloadable : whether SIGHUP does that
 
     Raises
     ------
-    ConfigError
-        If the configuration is wrong at the start. Later, a wrong one is reported and the old one kept.
     StateError
         If the state is locked or damaged.
     FeedError, MetricsError
@@ -136,13 +135,13 @@ def serve(load: Callable[[], Config], *, reloadable: bool) -> int:
     wake = Wake()
     orders = Orders(wake)
     with orders.obeyed(reloadable=reloadable):
-        return _Service(load, wake, orders).run()
+        return _Service(config, load, wake, orders).run()
 
 
 class _Service:
-    def __init__(self, load: Callable[[], Config], wake: Wake, orders: Orders) -> None:
+    def __init__(self, config: Config, load: Callable[[], Config], wake: Wake, orders: Orders) -> None:
         self._load = load
-        self._config = self._started_with = load()
+        self._config = self._started_with = config
         self._wake = wake
         self._orders = orders
         self._notifier = Notifier()

@@ -117,7 +117,8 @@ class Service:
         except OSError:
             self.source.retry(shot.path)
             return False
-        signature = self.source.done(shot.path)
+        seen = self.source.done(shot.path)
+        signature = None if seen is None else seen.file
         if signature is not None:
             self.seen.add(signature)
         self.deliveries.append(Delivery(shot, digest(data), signature))

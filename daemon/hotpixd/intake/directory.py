@@ -32,7 +32,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from blake3 import blake3
 
@@ -40,10 +40,9 @@ from hotpixd.core.frame import ShotKind
 from hotpixd.intake.complete import Look, look_at
 from hotpixd.intake.files import RAW, RENDERED, FoundShot, natural, stem_of
 from hotpixd.intake.hints import Hint, Hints
+from hotpixd.intake.source import Seen, SourceState, Status
 from hotpixd.intake.volumes import MOUNT_TABLE, Volume
 from hotpixd.intake.walk import MovingError, Picture, Place, Snapshot, place_of, snapshot_of
-
-Status = Literal["starting", "watching", "away", "trouble"]
 
 _LOCAL_EVERY_S, _NETWORK_EVERY_S = 1.0, 10.0
 _NETWORK_SETTLE_S = 5.0
@@ -113,28 +112,6 @@ class DirectorySettings:
 
     use_events: bool = True
     """Whether to ask the kernel for hints. False: listings only."""
-
-
-@dataclass(frozen=True, slots=True)
-class SourceState:
-    """What the dashboard shows of a source."""
-
-    name: str
-    """The directory."""
-
-    status: Status
-
-    detail: str
-    """A sentence for humans."""
-
-    files: int
-    """Pictures in the directory at the last listing."""
-
-    waiting: int
-    """Those of them not in the ledger yet."""
-
-    since: float
-    """When the status became this one, Unix time in s."""
 
 
 class _Stage(Enum):
@@ -207,8 +184,8 @@ class DirectorySource:
 
     Parameters
     ----------
-    seen : signatures of files that are in the ledger already. Asked in the source's thread; if those that `done`
-        returns are added to it, a card put in again is not read again.
+    seen : signatures of files that are in the ledger already. Asked in the source's thread; if what `done`
+        returns is added to it, a card put in again is not read again.
     wake : called from the source's thread when `take` has something or `state` has changed
     """
 
@@ -286,12 +263,12 @@ class DirectorySource:
                     return FoundShot(path, companion_of, self._settings.kind, self._settings.camera, self.name)
         return None
 
-    def done(self, path: Path) -> bytes | None:
+    def done(self, path: Path) -> Seen | None:
         """Note that the shot taken from `path` is in the ledger, whatever became of it.
 
         Returns
         -------
-        The signature to remember, or None if this file cannot be recognised later: its volume has no name, or it is
+        What to remember, or None if this file cannot be recognised later: its volume has no name, or it is
         no longer what was taken, so that nobody knows which of the two was read.
         """
         with self._lock:
@@ -304,7 +281,8 @@ class DirectorySource:
             now = path.stat(follow_symlinks=False)
         except OSError:
             return None
-        return file.signature if Picture.of(now, file.picture.volume).is_same_as(file.picture) else None
+        same = Picture.of(now, file.picture.volume).is_same_as(file.picture)
+        return Seen(file.signature) if same and file.signature is not None else None
 
     def retry(self, path: Path) -> None:
         """Note that the shot taken from `path` could not be read; it is offered again later."""
@@ -330,6 +308,14 @@ class DirectorySource:
     def state(self) -> SourceState:
         """Say how the source is."""
         return self._state
+
+    def states(self) -> list[SourceState]:
+        """Say how the source is: a directory is one."""
+        return [self._state]
+
+    def notes(self) -> list[Seen]:
+        """Return what is to be remembered besides: nothing."""
+        return []
 
     def hint(self) -> None:
         """List the directory now."""

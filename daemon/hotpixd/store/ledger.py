@@ -31,7 +31,7 @@ from hotpixd.store.durable import StateError, StateFull, failpoint, fsync_folder
 Verdict = Literal["received", "folded", "refused", "companion"]
 Change = Literal["appeared", "stable", "recovered", "dropped"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # Observations lie in the order in which they come, (sensor, seq, site): a frame's rows are then appended to
 # a few pages. In the order (sensor, site, seq) each row of a frame would dirty a page of its own. A site's
@@ -110,7 +110,10 @@ CREATE TABLE delivery(
 ) WITHOUT ROWID;
 """
 
-_MIGRATIONS = {1: "ALTER TABLE shot ADD COLUMN camera_given TEXT;" + _SCHEMA_2}
+# Since format 3. Of a camera's file it is known which shot it held: its JPEG may come in another run.
+_SCHEMA_3 = "ALTER TABLE seen ADD COLUMN shot BLOB;"
+
+_MIGRATIONS = {1: "ALTER TABLE shot ADD COLUMN camera_given TEXT;" + _SCHEMA_2, 2: _SCHEMA_3}
 """From a format to the next one."""
 
 
@@ -289,7 +292,9 @@ class Ledger:
         self._db.execute("PRAGMA cache_size = -4096")
         if version == 0:
             # One transaction: after a power cut there is all of the schema, or a new ledger is made.
-            self._db.executescript(f"BEGIN;{_SCHEMA}{_SCHEMA_2}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
+            self._db.executescript(
+                f"BEGIN;{_SCHEMA}{_SCHEMA_2}{_SCHEMA_3}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;"
+            )
             # SQLite fsyncs the folder for its log, not for the database itself.
             fsync_folder(self.path.parent)
             return
@@ -525,13 +530,23 @@ class Ledger:
 
     # --- files seen
 
-    def seen_files(self) -> set[bytes]:
-        """Return the digests of all files that need not be read again."""
-        return {file for (file,) in self.rows("SELECT file FROM seen")}
+    def seen_files(self) -> dict[bytes, bytes | None]:
+        """Return the digests of all files that need not be read again, with the key of the shot in it if known."""
+        return dict(self.rows("SELECT file, shot FROM seen"))
 
-    def add_seen(self, file: bytes) -> None:
-        """Remember that a file's shot is in the ledger."""
-        self.later("INSERT OR IGNORE INTO seen VALUES (?)", [(file,)])
+    def add_seen(self, file: bytes, shot: bytes | None = None) -> None:
+        """Remember that a file's shot is in the ledger, or is not wanted there.
+
+        Parameters
+        ----------
+        file : digest that tells the file from others
+        shot : the key of its shot as 32 bytes, where somebody will ask for it
+        """
+        self.later("INSERT OR REPLACE INTO seen(file, shot) VALUES (?, ?)", [(file, shot)])
+
+    def forget_seen(self, file: bytes) -> None:
+        """Forget a file that was deleted: another one may come under its name."""
+        self.later("DELETE FROM seen WHERE file = ?", [(file,)])
 
     def commit(self) -> None:
         """Put the derived rows that wait on the disk."""

@@ -6,6 +6,7 @@
     ledger.sqlite               one durable row per shot
     spool/<key>                 shots not yet covered by the older of the two generations kept
     sensors/<id>/gen-<n>.hpx    the statistic of a sensor
+    incoming/<port>/            files of cameras, until they are in the ledger
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class State:
                 self._lock = _locked(self.root / "lock")
                 try:
                     make_folder(self.root / "sensors")
+                    make_folder(self.root / "incoming")
                     for unfinished in self.root.glob("sensors/*/*.tmp"):
                         unfinished.unlink()
                     self.spool = Spool(self.root / "spool")

@@ -159,7 +159,8 @@ def _install(root: Path) -> list[str]:
         shutil.copy(unit, root / "etc/systemd/user")
     (root / "etc/sysusers.d").mkdir(exist_ok=True)
     shutil.copy(UNITS / "hotpixd.sysusers", root / "etc/sysusers.d/hotpixd.conf")
-    shutil.copy(UNITS / "90-hotpixd.rules", root / "etc/udev/rules.d")
+    for rules in UNITS.glob("*.rules"):
+        shutil.copy(rules, root / "etc/udev/rules.d")
     return binds
 
 

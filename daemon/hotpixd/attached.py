@@ -1,4 +1,4 @@
-"""A terminal on a running daemon: the dashboard attached to its feed, and `watch`, which starts one for itself."""
+"""A terminal on a running daemon: the dashboard attached to its feed, and daemons started for a command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hotpixd.feed import FeedClient, FeedError, default_socket
@@ -37,44 +37,107 @@ def save_attached(socket: Path, picture: Path, width: int, height: int) -> None:
         save_picture(client, picture, width=width, height=height)
 
 
-def watch_with_dashboard(arguments: Sequence[str], state: Path) -> int:
-    """Start a daemon of our own with these arguments, show its dashboard, and stop it when the user quits.
+class OwnDaemon:
+    """A daemon that a command starts for itself, and that ends with it.
 
-    Its log goes to STATE/watch.log, since the screen is taken.
+    Its log goes to STATE/watch.log, since the command has the terminal.
+
+    Parameters
+    ----------
+    arguments : of the command that the daemon runs as, without the program
+    environ : of the daemon, for sockets too
     """
-    state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    log = state / "watch.log"
-    with log.open("ab") as out:
-        # Appended to: another daemon may have the state, and this be its log. If so, ours will say that and end.
-        begin = out.tell()
-        daemon = subprocess.Popen(
-            [sys.executable, "-m", "hotpixd", *arguments, "--plain"],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            # Ctrl-C is for the dashboard; the daemon is told to stop when that has gone, however it went.
-            start_new_session=True,
-            preexec_fn=_end_with_parent,
-        )
-    before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
-    try:
-        socket = default_socket(state, os.environ)
-        if _answers(socket, daemon):
-            over = threading.Event()
-            threading.Thread(target=_end_with_daemon, args=(daemon, over), daemon=True).start()
-            run_dashboard(lambda: FeedClient(socket), where=str(socket), owned=True)
-            over.set()
-    finally:
-        killed = (daemon.poll() or 0) < 0
-        code = _stopped(daemon)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if killed:
+
+    def __init__(self, arguments: Sequence[str], state: Path, environ: Mapping[str, str] = os.environ) -> None:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._log = state / "watch.log"
+        self.socket = default_socket(state, environ)
+        with self._log.open("ab") as out:
+            # Appended to: another daemon may have the state, and this be its log. If so, ours will say that and end.
+            self._begin = out.tell()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "hotpixd", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=dict(environ),
+                # Ctrl-C is for the command; the daemon is told to stop when that has gone, however it went.
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+
+    def answers(self) -> bool:
+        """Wait until it answers; False if it has ended instead."""
+        until = time.monotonic() + _START_WITHIN_S
+        while self.running and time.monotonic() < until:
+            with contextlib.suppress(FeedError), contextlib.closing(FeedClient(self.socket)) as client:
+                if client.hello["pid"] == self._process.pid:
+                    return True
+            time.sleep(0.1)
+        return False
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    @property
+    def said(self) -> str:
+        """What it has logged."""
+        return self._log.read_bytes()[self._begin :].decode("utf-8", "replace")
+
+    def wait(self) -> None:
+        """Wait for its end."""
+        self._process.wait()
+
+    def stop(self) -> int:
+        """Have it write a checkpoint and end; return its exit code, below 0 if it was killed before."""
+        if self.running:
+            self._process.terminate()
+        try:
+            return self._process.wait(_STOP_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+
+def watch_with_dashboard(arguments: Sequence[str], state: Path) -> int:
+    """Start a daemon of our own with these arguments, show its dashboard, and stop it when the user quits."""
+    with leaving_by_signals():
+        daemon = OwnDaemon([*arguments, "--plain"], state)
+        try:
+            if daemon.answers():
+                show_dashboard_of(daemon)
+        finally:
+            killed = not daemon.running
+            if not killed:
+                print("Stopping: writing a checkpoint.")
+            code = daemon.stop()
+    if killed and code < 0:
         print("The daemon was killed. What it had received is safe: start it again.", file=sys.stderr)
         return 1
     if code:
-        sys.stderr.write(log.read_bytes()[begin:].decode("utf-8", "replace"))
+        sys.stderr.write(daemon.said)
     return code
+
+
+def show_dashboard_of(daemon: OwnDaemon) -> None:
+    """Show a daemon's dashboard until the user quits, or the daemon has ended."""
+    over = threading.Event()
+    threading.Thread(target=_end_with_daemon, args=(daemon, over), daemon=True).start()
+    run_dashboard(lambda: FeedClient(daemon.socket), where=str(daemon.socket), owned=True)
+    over.set()
+
+
+@contextlib.contextmanager
+def leaving_by_signals() -> Iterator[None]:
+    """Turn signals into SystemExit, so that what was started is stopped."""
+    before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end_with_parent() -> None:
@@ -82,7 +145,7 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _end_with_daemon(daemon: subprocess.Popen[bytes], over: threading.Event) -> None:
+def _end_with_daemon(daemon: OwnDaemon, over: threading.Event) -> None:
     """End the dashboard when the daemon has ended, if it is not over."""
     daemon.wait()
     if not over.is_set():
@@ -91,24 +154,3 @@ def _end_with_daemon(daemon: subprocess.Popen[bytes], over: threading.Event) -> 
 
 def _leave(number: int, _frame: object) -> None:
     raise SystemExit(128 + number)
-
-
-def _answers(socket: Path, daemon: subprocess.Popen[bytes]) -> bool:
-    until = time.monotonic() + _START_WITHIN_S
-    while daemon.poll() is None and time.monotonic() < until:
-        with contextlib.suppress(FeedError), contextlib.closing(FeedClient(socket)) as client:
-            if client.hello["pid"] == daemon.pid:
-                return True
-        time.sleep(0.1)
-    return False
-
-
-def _stopped(daemon: subprocess.Popen[bytes]) -> int:
-    if daemon.poll() is None:
-        print("Stopping: writing a checkpoint.")
-        daemon.terminate()
-    try:
-        return daemon.wait(_STOP_WITHIN_S)
-    except subprocess.TimeoutExpired:
-        daemon.kill()
-        return daemon.wait()

@@ -23,6 +23,7 @@ from hotpixd import __version__
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
+    from hotpixd.attached import OwnDaemon
     from hotpixd.config import Config
     from hotpixd.store.state import State
 
@@ -75,6 +76,14 @@ class KindOption(StrEnum):
     AUTO = "auto"
     LIGHT = "light"
     DARK = "dark"
+
+
+class ExistingOption(StrEnum):
+    """What is done with what was on the card before."""
+
+    FETCH = "fetch"
+    LEAVE = "leave"
+    LATER = "later"
 
 
 class FormatOption(StrEnum):
@@ -240,13 +249,115 @@ def watch(
 ) -> None:
     """Watch directories; shows the dashboard if stdout is a terminal."""
     sources = [{"directory": str(d.expanduser().absolute()), "kind": kind.value} for d in directories]
-    load = _config_loader(config, {"state": state, "log_level": log_level, "sources": sources})
-    if plain or not (sys.stdout.isatty() and sys.stdin.isatty()) or os.environ.get("TERM", "dumb") == "dumb":
-        raise typer.Exit(_serve(load, reloadable=False))
-    _loaded(load)
-    from hotpixd.attached import watch_with_dashboard
+    given = {"state": state, "log_level": log_level, "sources": sources, "cameras": []}
+    raise typer.Exit(_shown(_config_loader(config, given), state, plain=plain))
 
-    raise typer.Exit(watch_with_dashboard(sys.argv[1:], _state_dir(state)))
+
+@app.command()
+def tether(
+    camera: Annotated[
+        str, typer.Option("--camera", metavar="auto|PORT", help="All on USB, or one: usb:001,005, ptpip:192.168.1.1.")
+    ] = "auto",
+    save_to: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the photos.")] = None,
+    save_as: Annotated[
+        str | None, typer.Option(metavar="TEMPLATE", help="Path below it, such as {date:%Y-%m-%d}/{name}.")
+    ] = None,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete photos from the card once they are saved and safe.")
+    ] = False,
+    existing: Annotated[
+        ExistingOption,
+        typer.Option(
+            help="What is on the card when a camera comes for the first time: fetch, leave, or leave for later."
+        ),
+    ] = ExistingOption.FETCH,
+    kind: Annotated[
+        KindOption, typer.Option(help="What the shots are; auto: the file's header or samples say.")
+    ] = KindOption.AUTO,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say whether cameras are usable, and if not, why.")
+    ] = False,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    state: StateOption = None,
+    log_level: LogLevelOption = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Print lines, even to a terminal.")] = False,
+) -> None:
+    """Pull every shot from cameras while people shoot; shows the dashboard if stdout is a terminal."""
+    section: dict[str, Any] = {
+        "port": camera,
+        "kind": kind.value,
+        "save_to": None if save_to is None else str(save_to.expanduser().absolute()),
+        "save_as": save_as,
+        "delete": delete,
+        "existing": existing.value,
+    }
+    given = {"state": state, "log_level": log_level, "sources": [], "cameras": [section]}
+    load = _config_loader(config, given)
+    if check:
+        from hotpixd.checkup import run_checkup
+
+        raise typer.Exit(run_checkup(_loaded(load).cameras[0].settings(), as_json=as_json))
+    raise typer.Exit(_shown(load, state, plain=plain))
+
+
+@app.command()
+def darks(
+    frames: Annotated[int, typer.Option(min=1, max=10_000, help="Number of darks.")] = 30,
+    exposure: Annotated[
+        float | None, typer.Option(min=0.0001, max=7200, help="Exposure time, s. [default: as the camera is set]")
+    ] = None,
+    iso: Annotated[int | None, typer.Option(min=1, help="[default: as the camera is set]")] = None,
+    cooldown: Annotated[float, typer.Option(min=0, max=3600, help="Pause between two darks, s.")] = 0.0,
+    bulb: Annotated[bool, typer.Option("--bulb", help="Hold the shutter open from here.")] = False,
+    until_stable: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="End early when N darks in a row change nothing on the map.")
+    ] = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Go on where the camera does not follow, or a frame does not look dark.")
+    ] = False,
+    anew: Annotated[bool, typer.Option("--anew", help="Do not go on with an interrupted series.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="End the series that a daemon shoots, and exit.")] = False,
+    camera: Annotated[str | None, typer.Option(metavar="PORT|SERIAL", help="Which, if there are several.")] = None,
+    as_json: JsonOption = False,
+    state: StateOption = None,
+) -> None:
+    """Shoot a series of dark frames and fold them: cap on, then this.
+
+    A running daemon that tethers the camera shoots it; without one, this command tethers for itself. Interrupted, the
+    same command goes on where it was.
+    """
+    from hotpixd.darkroom import end_darks, run_darks
+
+    socket = _daemon_of(state)
+    if stop:
+        if socket is None:
+            _fail("no daemon is running that could shoot darks", WRONG_USE)
+        raise typer.Exit(end_darks(socket))
+    # A port is one of libgphoto2's; all else is a serial number, which a daemon knows a camera by.
+    is_port = camera is not None and (camera == "auto" or camera.startswith(("usb:", "ptpip:")))
+    order = {
+        "frames": frames,
+        "exposure_s": exposure,
+        "iso": iso,
+        "cooldown_s": cooldown,
+        "bulb": bulb,
+        "until_stable": until_stable,
+        "anyway": anyway,
+        "anew": anew,
+        "camera": None if is_port else camera,
+    }
+
+    def own() -> OwnDaemon:
+        from hotpixd.attached import OwnDaemon
+
+        where = ["--state", str(_state_dir(state).absolute())]
+        port = camera if is_port and camera is not None else "auto"
+        # What was on the card before is no part of it, and would have to be fetched first.
+        return OwnDaemon(["tether", "--plain", "--existing", "later", "--camera", port, *where], _state_dir(state))
+
+    with _interruptible() as stopped:
+        raise typer.Exit(run_darks(order, socket, own, stopped, as_json=as_json))
 
 
 @app.command()
@@ -429,8 +540,14 @@ def _asked(state: Path | None, question: str, **arguments: Any) -> dict[str, Any
 
 
 def _socket(state: Path | None) -> Path:
-    """Return where the daemon of a state listens; without one, where a daemon listens."""
+    """Return where the daemon of a state listens; without one, where it would."""
     from hotpixd.feed import default_socket
+
+    return _daemon_of(state) or default_socket(_state_dir(state), os.environ)
+
+
+def _daemon_of(state: Path | None) -> Path | None:
+    """Return where the daemon of a state listens, or the only daemon if no state is named; None if there is none."""
     from hotpixd.store.state import State, StateError, StateLocked
 
     try:
@@ -441,7 +558,7 @@ def _socket(state: Path | None) -> Path:
             return locked.feed
     except StateError:
         pass
-    return _others_socket(state) or default_socket(_state_dir(state), os.environ)
+    return _others_socket(state)
 
 
 def _others_socket(state: Path | None) -> Path | None:
@@ -482,10 +599,23 @@ def _loaded(load: Callable[[], Config]) -> Config:
         _fail(str(error), WRONG_USE)
 
 
+def _shown(load: Callable[[], Config], state: Path | None, *, plain: bool) -> int:
+    """Be the daemon of this command: with its dashboard if there is a terminal for it, else printing lines."""
+    if plain or not (sys.stdout.isatty() and sys.stdin.isatty()) or os.environ.get("TERM", "dumb") == "dumb":
+        return _serve(load, reloadable=False)
+    _loaded(load)
+    from hotpixd.attached import watch_with_dashboard
+
+    return watch_with_dashboard(sys.argv[1:], _state_dir(state))
+
+
 def _serve(load: Callable[[], Config], *, reloadable: bool) -> int:
     config = _loaded(load)
-    if not config.sources:
-        _fail("nothing to watch: name directories under `sources` in the configuration", WRONG_USE)
+    if not config.sources and not config.cameras:
+        _fail(
+            "nothing to watch: name directories under `sources` or cameras under `cameras` in the configuration",
+            WRONG_USE,
+        )
     _log_to(config.log_level)
     from hotpixd.feed import FeedError
     from hotpixd.metrics import MetricsError

@@ -36,6 +36,7 @@ from pydantic_core import PydanticCustomError
 if TYPE_CHECKING:
     from hotpixd.alerts import AlertSettings
     from hotpixd.core.sensor import DetectionSettings
+    from hotpixd.intake.camera import CameraSettings
     from hotpixd.intake.directory import DirectorySettings
 
 __all__ = ["Config", "ConfigError", "find_config", "load", "needs_restart", "warnings"]
@@ -53,7 +54,7 @@ _FOREIGN_VARIABLES = frozenset(
 )
 """Variables with our prefix that are no keys."""
 
-_PATH_KEYS = frozenset(("directory", "notify_file", "socket", "state"))
+_PATH_KEYS = frozenset(("directory", "notify_file", "save_to", "socket", "state"))
 """Keys whose values are paths, in whatever section."""
 
 _SECRET = (("alerts", "notify"), ("alerts", "command"))
@@ -109,6 +110,23 @@ def _times(value: object) -> tuple[time, time]:
     return start, end
 
 
+def _port(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(
+        r"auto|usb:\d{3},\d{3}|ptpip:([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5}(:\d{1,5})?)?", value, re.ASCII
+    ):
+        raise ValueError
+    return value
+
+
+def _template(value: object) -> str:
+    from hotpixd.intake.naming import check_template
+
+    if not isinstance(value, str):
+        raise ValueError
+    check_template(value)
+    return value
+
+
 def _address(value: object) -> str:
     match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[0-9.]+):(\d{1,5})", value, re.ASCII) if isinstance(value, str) else None
     if match is None or not 0 < int(match[2]) < 65536:
@@ -127,6 +145,17 @@ _QuietHours: TypeAlias = Annotated[
 ]
 _Listen: TypeAlias = Annotated[
     str, PlainValidator(_address), _Meant('a numeric address with a port, such as "127.0.0.1:9469" or "[::1]:9469"')
+]
+_Port: TypeAlias = Annotated[
+    str, PlainValidator(_port), _Meant('auto, or a port such as "usb:001,005" or "ptpip:192.168.1.1"')
+]
+_Template: TypeAlias = Annotated[
+    str,
+    PlainValidator(_template),
+    _Meant(
+        'a path below save_to such as "{date:%Y-%m-%d}/{name}", made of {name}, {stem}, {ext}, {date}, {make}, {model},'
+        " {serial}, with {name} or {stem} in it"
+    ),
 ]
 _Topic: TypeAlias = Literal["stable", "recovered", "source", "refused", "scene", "disk", "clock", "damage"]
 _Kind: TypeAlias = Literal["hot", "warm", "bright", "stuck", "dead", "dim", "unstable"]
@@ -178,6 +207,51 @@ class SourceSection(_Section):
             settle_s=self.settle_s,
             scan_every_s=self.scan_every_s,
             use_events=self.events,
+        )
+
+
+class CameraSection(_Section):
+    """Cameras to tether."""
+
+    port: _Port = "auto"
+    """auto: every camera on USB, as they come and go; else one port of libgphoto2."""
+
+    kind: Literal["auto", "light", "dark"] = "auto"
+    """What its shots are; auto: the file's header or samples say."""
+
+    save_to: _FilePath | None = None
+    """Folder for the photos. None: they stay on the card, and in the state as long as it needs them."""
+
+    save_as: _Template = "{name}"
+    """Path below that folder. No file is ever overwritten."""
+
+    delete: bool = False
+    """Whether files are deleted from the card once they are safe, saved and listed anew."""
+
+    existing: Literal["fetch", "leave", "later"] = "fetch"
+    """What is done with files that are on the card when the camera comes for the first time: ever, or for later, since
+    the daemon was started."""
+
+    verify_after_s: Annotated[float, Field(ge=0.5, le=86400)] = 60.0
+    """Quiet time after shots, until the card is listed anew for those of which the camera did not tell."""
+
+    hang_s: Annotated[float, Field(ge=2, le=3600)] = 30.0
+    """Time without any success after which the connection is made anew."""
+
+    def settings(self) -> CameraSettings:
+        """Return what tethers these cameras."""
+        from hotpixd.core.frame import ShotKind
+        from hotpixd.intake.album import Album
+        from hotpixd.intake.camera import CameraSettings
+
+        return CameraSettings(
+            port=self.port,
+            kind=None if self.kind == "auto" else ShotKind(self.kind),
+            album=None if self.save_to is None else Album(self.save_to, self.save_as),
+            delete=self.delete,
+            existing=self.existing,
+            verify_after_s=self.verify_after_s,
+            hang_s=self.hang_s,
         )
 
 
@@ -301,6 +375,9 @@ class Config(_Section):
     sources: Annotated[tuple[SourceSection, ...], Field(strict=False)] = ()
     """What is watched."""
 
+    cameras: Annotated[tuple[CameraSection, ...], Field(strict=False)] = ()
+    """What is tethered."""
+
     detection: DetectionSection = DetectionSection()
     checkpoint: CheckpointSection = CheckpointSection()
     feed: FeedSection = FeedSection()
@@ -319,6 +396,28 @@ class Config(_Section):
                     )
                     raise PydanticCustomError("overlap", "{words}", {"words": words, "index": index})
         return sources
+
+    @field_validator("cameras")
+    @classmethod
+    def _one_each(cls, cameras: tuple[CameraSection, ...]) -> tuple[CameraSection, ...]:
+        for index, camera in enumerate(cameras):
+            if camera.delete and camera.save_to is None:
+                words = (
+                    f"cameras[{index}].delete needs save_to: without a folder that they are saved in, the photos"
+                    " would be nowhere any more."
+                )
+                raise PydanticCustomError("overlap", "{words}", {"words": words, "index": index})
+            for earlier, other in enumerate(cameras[:index]):
+                one, two = camera.port, other.port
+                # All on USB are those of auto.
+                on_usb = {port.partition(":")[0] for port in (one, two)}
+                if one == two or on_usb == {"usb", "auto"}:
+                    words = (
+                        f"cameras[{index}].port must be another than that of cameras[{earlier}], {_shown(two)}"
+                        f"{', which takes all on USB' if two == 'auto' else ''}, got {_shown(one)}."
+                    )
+                    raise PydanticCustomError("overlap", "{words}", {"words": words, "index": index})
+        return cameras
 
 
 def find_config(environ: Mapping[str, str]) -> Path | None:
@@ -359,7 +458,12 @@ def warnings(config: Config, path: Path | None) -> list[str]:
     ----------
     path : the file it was loaded from, if there was one
     """
-    return [*_source_warnings(config), *_alert_warnings(config, path), *_access_warnings(config)]
+    return [
+        *_source_warnings(config),
+        *_camera_warnings(config),
+        *_alert_warnings(config, path),
+        *_access_warnings(config),
+    ]
 
 
 def needs_restart(old: Config, new: Config) -> tuple[str, ...]:
@@ -374,6 +478,13 @@ def _source_warnings(config: Config) -> Iterator[str]:
         if not os.path.isdir(source.directory):  # noqa: PTH112 - Path's raises where it may not look
             what = "is not a directory" if os.path.lexists(source.directory) else "is not there"
             yield f"the source {_shown(str(source.directory))} {what} now; it will be waited for."
+
+
+def _camera_warnings(config: Config) -> Iterator[str]:
+    for camera in config.cameras:
+        if camera.save_to is not None and not os.path.isdir(camera.save_to):  # noqa: PTH112
+            folder = _shown(str(camera.save_to))
+            yield f"the folder {folder} of save_to is not there now; it is not made, but waited for."
 
 
 def _alert_warnings(config: Config, path: Path | None) -> Iterator[str]:

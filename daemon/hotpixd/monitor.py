@@ -93,6 +93,14 @@ class Outcome:
     again: bool = False
     """It was refused before: this is no news."""
 
+    origin: str | None = None
+    """Where it was before it came to `path`, for people."""
+
+    @property
+    def shown(self) -> Path:
+        """What people know it by."""
+        return self.path if self.origin is None else Path(self.origin)
+
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
@@ -101,6 +109,7 @@ class _Waiting:
     row: ShotRow
     frame: Future[Frame]
     replayed: bool
+    found: FoundShot
 
 
 class Monitor:
@@ -135,7 +144,7 @@ class Monitor:
         self.checkpoint_every_shots = checkpoint_every_shots
         self._clock = clock
         self._slabs = cores
-        self._acked: deque[ShotRow] = deque()
+        self._acked: deque[tuple[ShotRow, FoundShot]] = deque()
         self._waiting: deque[_Waiting] = deque()
         self._early: dict[str, Future[Frame]] = {}
         keep_large_buffers()
@@ -177,7 +186,7 @@ class Monitor:
         for row in rows:
             if stop():
                 break
-            self._waiting.append(self._decode(row, replayed=True))
+            self._waiting.append(self._decode(row, FoundShot(Path(row.path)), replayed=True))
             if len(self._waiting) > _DECODE_AHEAD:
                 yield from self._next_concluded()
         while self._waiting:
@@ -314,11 +323,11 @@ class Monitor:
                     continue
                 self._state.spool.take(shot.path, key, partial(self._decode_early, shot, key))
             except SpoolError as error:
-                yield Outcome(shot.path, Fate.UNREADABLE, str(error))
+                yield Outcome(shot.path, Fate.UNREADABLE, str(error), origin=shot.origin)
                 continue
             if shot.raw is not None:
                 try:
-                    folded = self._is_folded(shot.raw)
+                    folded = self._is_folded(shot.raw, shot.raw_key)
                 except SpoolError as error:
                     yield Outcome(shot.path, Fate.UNREADABLE, f"the raw file of {shot.path.name} comes first: {error}")
                     continue
@@ -326,7 +335,7 @@ class Monitor:
                     # With its verdict in the same commit: without it, a replay would fold the companion.
                     received = self._received_now(shot, key)
                     self._ledger.receive([replace(received, companion_of=shot.raw.name)])
-                    yield Outcome(shot.path, Fate.COMPANION, f"companion of {shot.raw.name}")
+                    yield Outcome(shot.path, Fate.COMPANION, f"companion of {shot.raw.name}", origin=shot.origin)
                     continue
             taken[key] = shot
         yield from self._acknowledged(taken)
@@ -335,15 +344,15 @@ class Monitor:
         if not taken:
             return
         self._ledger.receive([self._received_now(shot, key) for key, shot in taken.items()])
-        for key in taken:
+        for key, shot in taken.items():
             row = self._ledger.find(key)
             if row is not None:
-                self._acked.append(row)
+                self._acked.append((row, shot))
         yield from self._begun()
 
     def _begun(self) -> Iterator[Outcome]:
         while self._acked:
-            self._waiting.append(self._decode(self._acked.popleft(), replayed=False))
+            self._waiting.append(self._decode(*self._acked.popleft(), replayed=False))
             while len(self._waiting) > _DECODE_AHEAD:
                 yield from self._next_concluded()
         self._early.clear()
@@ -358,10 +367,15 @@ class Monitor:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         # Of the spool's file: the card may have been pulled by now.
         size = self._state.spool.path(key).stat().st_size
-        return Received(key, shot.path.name, str(shot.path.absolute()), size, now, given, shot.camera)
+        path = shot.origin or str(shot.path.absolute())
+        return Received(key, Path(path).name, path, size, now, given, shot.camera)
 
-    def _is_folded(self, raw: Path) -> bool:
+    def _is_folded(self, raw: Path, key: str | None) -> bool:
         """Whether a raw file is folded, or about to be.
+
+        Parameters
+        ----------
+        key : of its content, if it is known. The file is not looked at then
 
         Raises
         ------
@@ -369,10 +383,10 @@ class Monitor:
             If it is there, but cannot be read.
         """
         for shot in self._waiting:
-            if Path(shot.row.path) == raw.absolute():
+            if shot.row.key == key or Path(shot.row.path) == raw.absolute():
                 return shot.frame.exception() is None
         try:
-            row = self._ledger.find(Spool.hash_file(raw))
+            row = self._ledger.find(key or Spool.hash_file(raw))
         except SpoolError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 return False
@@ -381,16 +395,16 @@ class Monitor:
 
     def _known(self, shot: FoundShot, row: ShotRow | None) -> Outcome:
         if row is not None and row.verdict == "refused":
-            return Outcome(shot.path, Fate.REFUSED, row.reason, again=True)
-        return Outcome(shot.path, Fate.KNOWN, sensor_id=None if row is None else row.sensor_id)
+            return Outcome(shot.path, Fate.REFUSED, row.reason, again=True, origin=shot.origin)
+        return Outcome(shot.path, Fate.KNOWN, sensor_id=None if row is None else row.sensor_id, origin=shot.origin)
 
-    def _decode(self, row: ShotRow, *, replayed: bool) -> _Waiting:
+    def _decode(self, row: ShotRow, found: FoundShot, *, replayed: bool) -> _Waiting:
         kind = None if row.kind_given is None else ShotKind(row.kind_given)
         if replayed:
-            return _Waiting(row, self._decoders.submit(self._decode_again, row, kind), True)
+            return _Waiting(row, self._decoders.submit(self._decode_again, row, kind), True, found)
         early = self._early.pop(row.key, None)
         frame = early or self._decoders.submit(decode, self._state.spool.path(row.key), kind)
-        return _Waiting(row, frame, False)
+        return _Waiting(row, frame, False, found)
 
     def _decode_again(self, row: ShotRow, kind: ShotKind | None) -> Frame:
         spool = self._state.spool
@@ -416,13 +430,14 @@ class Monitor:
 
     def _conclude(self, shot: _Waiting) -> Outcome:
         """Fold a decoded shot and write down what that changed."""
-        row = shot.row
-        path = Path(row.path)
+        row, found = shot.row, shot.found
         try:
             frame = shot.frame.result()
         except DecodeError as error:
             self._ledger.conclude(row.seq, verdict="refused", reason=str(error))
-            return Outcome(path, Fate.REFUSED, str(error), replayed=shot.replayed, size=row.size)
+            return Outcome(
+                found.path, Fate.REFUSED, str(error), replayed=shot.replayed, size=row.size, origin=found.origin
+            )
         if row.camera_given and frame.sensor.serial is None:
             frame = replace(frame, sensor=replace(frame.sensor, serial=row.camera_given))
         kept = self._sensor_of(frame)
@@ -436,7 +451,17 @@ class Monitor:
         self._write_down(row, frame, kept.id, report, digest)
         self._since_checkpoint += 1
         return Outcome(
-            path, Fate.FOLDED, None, kept.id, frame.kind, report, shot.replayed, row.seq, frame.info, row.size
+            found.path,
+            Fate.FOLDED,
+            None,
+            kept.id,
+            frame.kind,
+            report,
+            shot.replayed,
+            row.seq,
+            frame.info,
+            row.size,
+            origin=found.origin,
         )
 
     def _write_down(self, row: ShotRow, frame: Frame, id_: str, report: FoldReport, digest: str) -> None:

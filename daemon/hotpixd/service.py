@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import re
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -27,9 +28,12 @@ from hotpixd.alerts import Alerts, Watchman
 from hotpixd.config import Config, ConfigError, needs_restart
 from hotpixd.core.sensor import warm_up
 from hotpixd.feed import FeedServer, Question, default_socket
+from hotpixd.intake.camera import CameraError, CameraSettings, CameraSource
+from hotpixd.intake.darks import DarkSeries, SeriesOrder, left_open
 from hotpixd.intake.decode import keep_large_buffers
-from hotpixd.intake.directory import DirectorySettings, DirectorySource, SourceState
+from hotpixd.intake.directory import DirectorySettings, DirectorySource
 from hotpixd.intake.files import FoundShot
+from hotpixd.intake.source import Seen, SourceState
 from hotpixd.live import Live
 from hotpixd.metrics import Metrics
 from hotpixd.monitor import Fate, Monitor, Outcome
@@ -55,8 +59,20 @@ _COMMIT_AFTER_S = 0.5
 _FULL_RETRY_S = (5.0, 60.0)
 """First and longest pause before a full disk is tried again."""
 
+_SET_WITHIN_S = 60.0
+"""How long a camera may take for a setting that somebody asked for."""
+
+_SERIES_ENDS_S = 45.0
+"""How long the exposure that a dark series is at may take when the daemon is stopped."""
+
 _PATIENCE_S = 180.0
 """Longest single step of the loop (compiling, a checkpoint on a slow card) that does not count as a hang."""
+
+
+_ORDER_KEYS = frozenset(field.name for field in fields(SeriesOrder))
+
+_Settings = DirectorySettings | CameraSettings
+_Source = DirectorySource | CameraSource
 
 
 class Wake:
@@ -146,8 +162,8 @@ class _Service:
         self._orders = orders
         self._notifier = Notifier()
         self._metrics = Metrics()
-        self._sources: dict[DirectorySettings, DirectorySource] = {}
-        self._taken: dict[Path, tuple[DirectorySource, float]] = {}
+        self._sources: dict[_Settings, _Source] = {}
+        self._taken: dict[Path, tuple[_Source, float]] = {}
         self._unreadable: set[Path] = set()
         self._statuses: dict[str, str] = {}
         self._started_at = answers.now()
@@ -159,6 +175,7 @@ class _Service:
         self._disk_at = -_DISK_EVERY_S
         self._disk_free = 0
         self._activity = "starting"
+        self._series: DarkSeries | None = None
 
     def run(self) -> int:
         config = self._config
@@ -273,15 +290,20 @@ class _Service:
             self._remember(source.done(outcome.path))
         # First of all, so that they are in the same commit as the transitions that they tell of.
         self._tell_folded(outcome)
+        if self._series is not None and outcome.origin is not None:
+            moved = outcome.report is not None and any(
+                t.change in ("stable", "recovered") for t in outcome.report.transitions
+            )
+            self._series.folded(outcome.origin, outcome.kind, changed=moved)
         self._live.include(outcome)
         if not outcome.replayed and not outcome.again:
-            self._watchman.outcome(outcome.path, str(outcome.fate), outcome.reason)
+            self._watchman.outcome(outcome.shown, str(outcome.fate), outcome.reason)
             latency = None if since is None or outcome.report is None else time.monotonic() - since
             self._metrics.shot(str(outcome.fate), latency, outcome.size)
         self._log(outcome)
 
     def _log(self, outcome: Outcome) -> None:
-        name, reason = printable(outcome.path.name), printable(outcome.reason or "")
+        name, reason = printable(outcome.shown.name), printable(outcome.reason or "")
         if outcome.fate is Fate.FOLDED and outcome.sensor_id is not None:
             sensor = self._live.sensors[outcome.sensor_id]
             text = "folded %s of %s: %d frames, %d candidates, %d stable"
@@ -295,10 +317,15 @@ class _Service:
         else:
             log.info("%s: %s", name, reason or "known already")
 
-    def _remember(self, file: bytes | None) -> None:
-        if file is not None and file not in self._seen:
-            self._seen.add(file)
-            self._ledger.add_seen(file)
+    def _remember(self, seen: Seen | None) -> None:
+        if seen is None:
+            return
+        if seen.gone:
+            self._seen.pop(seen.file, None)
+            self._ledger.forget_seen(seen.file)
+        elif seen.file not in self._seen:
+            self._seen[seen.file] = seen.shot
+            self._ledger.add_seen(seen.file, seen.shot)
 
     def _tell_folded(self, outcome: Outcome) -> None:
         id_, report, seq = outcome.sensor_id, outcome.report, outcome.seq
@@ -315,6 +342,9 @@ class _Service:
     def _tick(self) -> None:
         """Keep everyone informed. Called after every shot, and about once per second without one."""
         self._notifier.beat()
+        for source in self._sources.values():
+            for seen in source.notes():
+                self._remember(seen)
         if self._orders.reload and self._watching:
             self._orders.reload = False
             self._reload()
@@ -331,12 +361,13 @@ class _Service:
         self._look_around(now)
 
     def _look_around(self, now: float) -> None:
-        states = [source.state() for source in self._sources.values()]
+        states = [state for source in self._sources.values() for state in source.states()]
         for state in states:
             self._watchman.source(state.name, state.status, state.detail)
-            if self._statuses.get(state.name) != state.status:
-                self._statuses[state.name] = state.status
-                log.info("%s is %s: %s", printable(state.name), state.status, printable(state.detail))
+            condition = state.condition or state.status
+            if self._statuses.get(state.name) != condition:
+                self._statuses[state.name] = condition
+                log.info("%s is %s: %s", printable(state.name), condition, printable(state.detail))
         if now - self._disk_at >= _DISK_EVERY_S:
             self._disk_at = now
             self._disk_free = shutil.disk_usage(self._state.root).free
@@ -346,6 +377,10 @@ class _Service:
             self._activity = self._degraded or _activity(states, queued, self._live)
             if self._reload_failed:
                 self._activity += "; the changed configuration is wrong, the old one stays in use"
+        series = None if self._series is None else self._series.state()
+        if series is not None and self._series is not None and not self._series.ended:
+            self._activity = f"darks: {series['detail']}; {self._activity}"
+        self._feed.publish({"series": series})
         described = [asdict(state) for state in states]
         self._live.daemon(self._facts(), described, queued)
         self._feed.publish({"alerts": self._alerts.recent()})
@@ -417,16 +452,32 @@ class _Service:
         )
 
     def _start_sources(self) -> None:
-        wanted = [source.settings() for source in self._config.sources]
+        wanted: list[_Settings] = [source.settings() for source in self._config.sources]
+        wanted += [camera.settings() for camera in self._config.cameras]
         for settings in [known for known in self._sources if known not in wanted]:
-            self._sources.pop(settings).stop()
-            log.info("no longer watching %s", printable(str(settings.directory)))
+            source = self._sources.pop(settings)
+            source.stop()
+            log.info("no longer watching %s", printable(source.name))
         for settings in wanted:
             if settings not in self._sources:
-                self._sources[settings] = source = DirectorySource(settings, self._seen, self._wake)
+                self._sources[settings] = source = self._source(settings)
                 source.start()
 
+    def _source(self, settings: _Settings) -> _Source:
+        if isinstance(settings, DirectorySettings):
+            return DirectorySource(settings, self._seen, self._wake)
+        # One for each port: what is left there by a crash is for the camera that comes to it.
+        folder = self._state.root / "incoming" / re.sub(r"[^A-Za-z0-9.]+", "-", settings.port)
+        return CameraSource(settings, folder, self._seen, self._wake, release=left_open(self._series_path))
+
+    @property
+    def _series_path(self) -> Path:
+        return self._state.root / "series.json"
+
     def _stop_sources(self) -> None:
+        if self._series is not None and not self._series.ended:
+            self._series.stop()
+            self._series.join(_SERIES_ENDS_S)
         while self._sources:
             _, source = self._sources.popitem()
             source.stop()
@@ -454,16 +505,24 @@ class _Service:
 
     def _answer(self, question: Question) -> None:
         """Answer who asks over the socket what the reading commands would read themselves."""
+        if question.name in ("set", "list-cards"):
+            # A camera may take its time; the loop has none.
+            threading.Thread(target=self._ask_camera, args=(question,), name="ask a camera", daemon=True).start()
+            return
         try:
             with self._patience(f"answering {question.name}"):
                 question.answer(self._answer_to(question.name, question.arguments))
-        except StateError as error:
+        except (CameraError, StateError) as error:
             question.refuse(str(error))
         except (ArithmeticError, KeyError, TypeError, ValueError) as error:
             # Whatever a client may have sent.
             question.refuse(f"{question.name!r} with these arguments is no question to this daemon: {error}")
 
     def _answer_to(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        if name == "cameras":
+            return {"cameras": [camera for source in self._tethers() for camera in source.cameras()]}
+        if name in ("darks", "series", "end-series"):
+            return self._series_answer(name, arguments)
         if name == "around":
             return self._live.around(str(arguments["sensor"]), int(arguments["site"]), int(arguments.get("reach", 8)))
         if name == "verify":
@@ -474,10 +533,52 @@ class _Service:
         if name == "status":
             answer.update(
                 daemon=self._facts(),
-                sources=[asdict(source.state()) for source in self._sources.values()],
+                sources=[asdict(state) for source in self._sources.values() for state in source.states()],
                 metrics=self._metrics.as_dict(),
+                series=None if self._series is None else self._series.state(),
             )
         return answer
+
+    def _tethers(self) -> list[CameraSource]:
+        return [source for source in self._sources.values() if isinstance(source, CameraSource)]
+
+    def _ask_camera(self, question: Question) -> None:
+        """Change a setting of a camera, and answer what it then says it is; or list all cards anew."""
+        given = question.arguments
+        try:
+            camera = None if given.get("camera") is None else str(given["camera"])
+            tethers = self._tethers()
+            if not tethers:
+                raise CameraError("This daemon tethers no camera.")
+            if question.name == "list-cards":
+                for tether in tethers:
+                    tether.list_anew()
+                question.answer({})
+                return
+            name, value = str(given["name"]), given["value"]
+            question.answer(tethers[0].call("set", _SET_WITHIN_S, camera, name=name, value=value))
+        except CameraError as error:
+            question.refuse(str(error))
+        except (KeyError, TypeError, ValueError) as error:
+            question.refuse(f"'set' takes the name and the value of a setting of the camera: {error}")
+
+    def _series_answer(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Begin, end or describe a series of darks."""
+        if name == "darks":
+            if self._series is not None and not self._series.ended:
+                raise CameraError("A series of darks is being shot already; hotpixd darks --stop ends it.")
+            order = SeriesOrder(**{key: value for key, value in arguments.items() if key in _ORDER_KEYS})
+            if order.frames < 1:
+                raise ValueError(f"a series has at least one frame, got {order.frames}")
+            tethers = self._tethers()
+            if not tethers:
+                raise CameraError("This daemon tethers no camera: name one under `cameras` in its configuration.")
+            named = [t for t in tethers if any(camera["camera"] == order.camera for camera in t.cameras())]
+            self._series = DarkSeries(order, (named or tethers)[0], self._series_path, self._wake)
+            self._series.start()
+        elif name == "end-series" and self._series is not None:
+            self._series.stop()
+        return {"series": None if self._series is None else self._series.state()}
 
     @contextmanager
     def _patience(self, doing: str) -> Iterator[None]:
@@ -518,16 +619,22 @@ class _Watched(Monitor):
 def _activity(states: list[SourceState], queued: int, live: Live) -> str:
     """Say in a sentence what the daemon does."""
     away = [state for state in states if state.status in ("away", "trouble")]
-    watched = [state for state in states if state not in away]
+    watched = [state for state in states if state not in away and not state.condition]
     parts = [f"watching {_names(watched)}"] if watched else []
-    parts += [f"{printable(state.name)}: {printable(state.detail)}" for state in away]
+    parts += [
+        f"{printable(state.name)} {state.condition or state.status}: {printable(state.detail)}"
+        if state.condition
+        else f"{printable(state.name)}: {printable(state.detail)}"
+        for state in states
+        if state not in watched
+    ]
     counts = f"{live.shots['folded']} shots folded"
     if all(live.sensors.values()):
         stable = sum(sensor["stable"] for sensor in live.sensors.values())
         counts += f", {stable} stable defects"
     if queued:
         counts += f", {queued} to go"
-    return "; ".join([*(parts or ["nothing to watch: the configuration names no sources"]), counts])
+    return "; ".join([*(parts or ["nothing to watch: the configuration names no sources or cameras"]), counts])
 
 
 def _names(states: list[SourceState]) -> str:

@@ -71,6 +71,18 @@ RENDERED_OUTLIER_ADU = 16.0
 RENDERED_MAX_OUTLIERS = 0.005
 """Share of rendered samples that may stand out: each defect takes nine or more of them."""
 
+LIT_LEVEL = 0.1
+"""Share of full scale above the black level that dark current does not reach in a dark anyone would use."""
+
+LIT_RENDERED_ADU = 90.0
+"""The same after the tone curve, in 8 bits."""
+
+LIT_UNKNOWN_BLACK = 0.2
+"""Share of full scale, black level included, where that is not known: offsets of 12-bit cameras reach 2048 of 16383."""
+
+LIT_UNEVEN, LIT_UNEVEN_ADU = 2.0, 1.0
+"""Noises of one sample, and parts in 255 of full scale, by which more than a quarter of the blocks must differ."""
+
 DEFECT_REACH = 5
 """Sites that one defect may reach from end to end after demosaicing and JPEG compression."""
 
@@ -110,6 +122,39 @@ def looks_dark(
     if rendered:
         return _only_single_sites(samples, level_adu, noise_adu, RENDERED_OUTLIER_ADU, RENDERED_MAX_OUTLIERS)
     return _only_single_sites(samples, level_adu, noise_adu, OUTLIER_MIN_ADU, MAX_OUTLIERS)
+
+
+def looks_lit(
+    samples: Samples, layout: SensorLayout, black_level_adu: float | None, white_level_adu: float | None
+) -> bool:
+    """Return whether light has plainly fallen on the sensor while a dark was taken. In doubt it has not.
+
+    Dark current and glow may lift a long exposure, and a glowing corner is no scene; but most of a dark is even.
+
+    Parameters
+    ----------
+    samples, layout, black_level_adu, white_level_adu
+        As for `looks_dark`.
+    """
+    rendered = layout.channels > 1 or (layout.period == 1 and samples.dtype == np.uint8)
+    full_adu = 255.0 if rendered else white_level_adu or _full_scale(samples, exact=True)
+    black_adu = 0.0 if rendered else black_level_adu or 0.0
+    highest_adu = LIT_RENDERED_ADU if rendered else LIT_LEVEL * (full_adu - black_adu)
+    for index in range(0, layout.plane_count, max(1, layout.plane_count // 6)):
+        blocks = _blocks(layout.plane(samples, index), FINE_GRID)
+        # Medians: what stands out in a dark are single sites.
+        levels = np.median(blocks, axis=1)
+        level = float(np.median(levels))
+        if black_level_adu or rendered:
+            if level - black_adu > highest_adu:
+                return True
+        elif level > LIT_UNKNOWN_BLACK * full_adu:
+            return True
+        noise = 1.4826 * float(np.median(np.median(np.abs(blocks - levels[:, None]), axis=1)))
+        uneven = float(np.quantile(np.abs(levels - level), 0.75))
+        if uneven > max(LIT_UNEVEN * noise, LIT_UNEVEN_ADU * full_adu / 255.0):
+            return True
+    return False
 
 
 def _floor(samples: Samples, layout: SensorLayout, grid: int, rendered: bool) -> tuple[float, float] | None:

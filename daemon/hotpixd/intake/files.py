@@ -40,7 +40,7 @@ class FoundShot:
     """Where it is."""
 
     raw: Path | None = None
-    """The raw file of the same shot, if there is one beside it: then this one is its companion."""
+    """The raw file of the same shot, if there is one: then this one is its companion."""
 
     kind: ShotKind | None = None
     """Light or dark, if the user says so."""
@@ -50,6 +50,12 @@ class FoundShot:
 
     source: str = ""
     """Where it comes from. Files of one source are read one after the other."""
+
+    origin: str | None = None
+    """Where it was before it came to `path`, for people: a camera's name and the path on its card."""
+
+    raw_key: str | None = None
+    """The key of the raw file's content, if it is known: the file itself may be gone."""
 
 
 @dataclass(frozen=True, slots=True)

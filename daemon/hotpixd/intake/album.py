@@ -1,0 +1,133 @@
+"""The user's folder of photos: each file under a name made by a template, and never over another one.
+
+``{date:%Y-%m-%d}/{name}`` puts a shot into a folder of its day. Where a file of
+that name exists with the same content, it is the same shot; with another
+content, the new one is called IMG_0001-1.CR2.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from hotpixd.intake import metadata
+from hotpixd.intake.arrivals import CameraFile, content_digest
+from hotpixd.intake.naming import UNKNOWN, filled
+from hotpixd.store.durable import failpoint, fsync_folder, write_all
+
+_BLOCK = 1 << 20
+_NO_LINKS = (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EACCES)
+
+
+@dataclass(frozen=True, slots=True)
+class Album:
+    """Where photos are saved, and under which names."""
+
+    folder: Path
+    """Absolute. It is not made: a disk that is not mounted must not be filled below its mount point."""
+
+    template: str = "{name}"
+    """Path below the folder; see `naming`."""
+
+    def save(self, arrived: Path, file: CameraFile) -> Path:
+        """Put a file that has arrived into the folder, durably; return where it is there.
+
+        Raises
+        ------
+        OSError
+            If the folder is not there, is full or closed to us.
+        """
+        if not self.folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the folder is missing", str(self.folder))
+        wanted = self.folder / self._name(arrived, file)
+        _make_folders(self.folder, wanted.parent)
+        for number in itertools.count():
+            path = wanted if not number else wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
+            if os.path.lexists(path):
+                if _is_same(arrived, path):
+                    # Whoever put it there may have died before its own sync.
+                    fsync_folder(path.parent)
+                    return path
+                continue
+            with suppress(FileExistsError):
+                _place(arrived, path)
+                fsync_folder(path.parent)
+                failpoint("after_album")
+                return path
+        raise AssertionError("numbers do not end")
+
+    def _name(self, arrived: Path, file: CameraFile) -> Path:
+        with arrived.open("rb") as content:
+            about = metadata.from_file(content)
+        taken = about.taken_at or datetime.fromtimestamp(file.mtime, UTC)
+        stem, dot, ending = file.name.rpartition(".")
+        known: Mapping[str, object] = {
+            "name": file.name,
+            "stem": stem if dot else file.name,
+            "ext": ending.lower(),
+            "date": taken,
+            "make": about.make or UNKNOWN,
+            "model": about.model or UNKNOWN,
+            "serial": about.serial or file.camera,
+        }
+        return filled(self.template, known)
+
+
+def _make_folders(top: Path, folder: Path) -> None:
+    missing = []
+    while folder != top and not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)
+        fsync_folder(each.parent)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    if other.is_symlink() or not other.is_file() or one.stat().st_size != other.stat().st_size:
+        return False
+    return one.samefile(other) or content_digest(one) == content_digest(other)
+
+
+def _place(arrived: Path, path: Path) -> None:
+    """Give a file its name, durably but for the folder's entry; FileExistsError if the name is taken."""
+    try:
+        os.link(arrived, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    else:
+        # The file is the user's now, who may look at it as another user than the service's.
+        path.chmod(0o644)
+        return
+    # Hidden, so that nobody takes it for a photo before it is whole.
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            with arrived.open("rb") as content:
+                while block := content.read(_BLOCK):
+                    write_all(fd, block)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        _rename_to_new(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _rename_to_new(part: Path, path: Path) -> None:
+    try:
+        os.link(part, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # No links here, as on FAT: an empty file of ours takes the name, so that the rename replaces nothing else.
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+        part.rename(path)

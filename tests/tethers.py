@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
-
-from blake3 import blake3
 
 import hotpixd
 from hotpixd.intake.camera import CameraSettings, CameraSource
@@ -40,7 +40,7 @@ class Tether:
         self.seen: dict[bytes, bytes | None] = {}
         self.shots: list[FoundShot] = []
         self.arrived: Counter[str] = Counter()
-        """How often each content came, by its digest."""
+        """How often each content came, by its SHA-256."""
         self.bytes_of: dict[str, str] = {}
         """Digest of each shot's content, by its path on the card."""
         self._woken = threading.Event()
@@ -70,7 +70,7 @@ class Tether:
                 self._woken.clear()
                 continue
             data = shot.path.read_bytes()
-            key = blake3(data).hexdigest()
+            key = sha256(data).hexdigest()
             self.shots.append(shot)
             self.arrived[key] += 1
             self.bytes_of[shot.origin or ""] = key
@@ -94,6 +94,18 @@ class Tether:
         self.source = self._started()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
+
+    def pause(self) -> None:
+        """Take nothing any more."""
+        self._over.set()
+        self._thread.join()
+
+    def crash(self) -> None:
+        """End the workers and forget all that was not written down."""
+        self.pause()
+        for pid in self.workers():
+            os.kill(pid, signal.SIGKILL)
+        self.source.stop()
 
     def wait(self, true: Callable[[], Any], what: str = "", timeout_s: float = SOON_S) -> Any:
         """Wait for something that happens by itself."""

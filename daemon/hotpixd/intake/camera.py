@@ -43,7 +43,7 @@ from hotpixd.core.frame import ShotKind
 from hotpixd.intake import usb
 from hotpixd.intake.album import Album
 from hotpixd.intake.arrivals import Arrivals, CameraFile, content_digest
-from hotpixd.intake.doctor import classify, error_finding, usb_findings
+from hotpixd.intake.doctor import Finding, classify, error_finding, usb_findings
 from hotpixd.intake.files import PICTURES, FoundShot
 from hotpixd.intake.link import Link
 from hotpixd.intake.source import Seen, SourceState, Status
@@ -83,10 +83,16 @@ _MOST_ARRIVED = 32
 
 _RAWS_REMEMBERED = 4096
 
+_TRIES_OF_A_WORKER = 20
+"""How often one worker tries to open a camera."""
+
 _AGAIN_S = 10.0
 """Until a file that could not be saved or fetched is tried again."""
 
 _DESCRIBE_EVERY_S = 0.2
+
+_RAW_QUALITY = re.compile(r"raw|nef|dng|pef", re.IGNORECASE)
+"""What the name of an image quality contains if a raw file is part of it."""
 
 _VIRTUAL_PORT = "usb:001,001"
 """Where libgphoto2's virtual camera is; it is the only one then."""
@@ -176,6 +182,9 @@ class _Body:
 
     facts: dict[str, Any] = field(default_factory=dict)
     retry_at: float = 0.0
+    tries: int = 0
+    """How often it could not be opened."""
+
     fetch_at: float = 0.0
     failures: int = 0
     gone: bool = False
@@ -199,6 +208,9 @@ class _Body:
     files: int = 0
     known_raws: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Keys and names of raw files on the card that are in the ledger, by stem."""
+
+    lone: set[str] = field(default_factory=set)
+    """Stems of pictures of the last listing that have no raw file beside them."""
 
     unverified: bool = False
     event_at: float = -math.inf
@@ -503,7 +515,7 @@ class CameraSource:
                     body.link.order("get", lambda _ok, _error: None, names=[])
         if now >= self._usb_at:
             self._look_for_cameras()
-        while self._calls:
+        for _ in range(len(self._calls)):
             self._pass_on(*self._calls.popleft())
         for body in list(self._bodies):
             self._tend(body)
@@ -573,6 +585,7 @@ class CameraSource:
                 self._not_opened(body, error)
             return
         body.release = False
+        body.tries = 0
         body.opened = True
         body.facts = facts
         serial = facts["serial"]
@@ -593,7 +606,7 @@ class CameraSource:
     def _not_opened(self, body: _Body, error: dict[str, Any]) -> None:
         sort = classify(error["code"])
         by_network = body.port.startswith("ptpip:")
-        found = error_finding(error["code"], error["text"], "open", body.port, [] if by_network else usb.cameras())
+        found = self._finding(body, error["code"], error["text"], "open")
         words = found.text if found.cure is None else f"{found.text} Cure: {found.cure}"
         if sort == "claimed" or found.what in ("claimed", "permission"):
             condition: Condition = "claimed"
@@ -606,6 +619,17 @@ class CameraSource:
             log.warning("%s: %s", body.name, words)
         self._say(body, condition, words)
         body.retry_at = time.monotonic() + pause_s
+        body.tries += 1
+        if condition == "backing off" or body.tries % _TRIES_OF_A_WORKER == 0:
+            # Another may fare better. Where nobody is there, one is asked again and again, as starting it takes longer.
+            assert body.link is not None
+            body.leaving = True
+            body.link.kill()
+
+    def _finding(self, body: _Body, code: int, text: str, doing: str) -> Finding:
+        if self._virtual:
+            return error_finding(code, text, doing, "libgphoto2's virtual port", [])
+        return error_finding(code, text, doing, body.port, usb.cameras() if body.port.startswith("usb:") else [])
 
     def _pause_s(self, body: _Body) -> float:
         body.failures += 1
@@ -626,15 +650,12 @@ class CameraSource:
         body.opened = body.listed = False
         if body.leaving:
             body.leaving = False
-            body.retry_at = 0.0
             return
         failure = link.failure
         if failure is not None and "trace" in failure:
             log.error("%s: a fault in hotpixd, please report it:\n%s", body.name, failure["trace"])
         if failure is not None:
-            devices = usb.cameras() if body.port.startswith("usb:") and not self._virtual else []
-            found = error_finding(failure["code"], failure["text"], failure["doing"], body.port, devices)
-            words = found.text
+            words = self._finding(body, failure["code"], failure["text"], failure["doing"]).text
         else:
             words = f"the process that talks to it was ended{f' (signal {-code})' if code < 0 else ''}"
         body.retry_at = time.monotonic() + self._pause_s(body)
@@ -699,6 +720,9 @@ class CameraSource:
         announced = body.pending
         body.pending = OrderedDict()
         body.known_raws = {}
+        with_raw = {file.stem for file in files if file.is_raw}
+        # The raw file of the last one may be on its way.
+        body.lone = {file.stem for file in files[:-1] if file.is_rendered} - with_raw
         for file in files:
             digest = file.digest
             if file.is_raw:
@@ -724,7 +748,8 @@ class CameraSource:
                 del body.missing[digest]
 
     def _verify_due(self, body: _Body) -> float:
-        if self.exposing:
+        if self.exposing or body.facts.get("target") == "ram":
+            # What a camera has in its memory is not listed, and may be gone when it is opened anew.
             return math.inf
         quiet_at = body.event_at + _QUIET_S
         if body.unverified:
@@ -735,6 +760,7 @@ class CameraSource:
         """Have the worker let go of the camera; the next one lists the card as it is."""
         assert body.link is not None
         body.leaving = True
+        body.retry_at = 0.0
         body.link.ask_to_leave()
 
     # --- events
@@ -749,7 +775,7 @@ class CameraSource:
             return
         self._look_for_gaps(body, file)
         digest = file.digest
-        if not file.size:
+        if not file.size and not file.volatile:
             # Still being written; only a new worker will see its size.
             body.hurry = True
         elif digest in body.pending or (body.fetching is not None and body.fetching.digest == digest):
@@ -865,11 +891,15 @@ class CameraSource:
         body.link.order("delete", deleted, folder=file.folder, name=file.name, size=file.size)
 
     def _pass_on(self, camera: str | None, do: str, arguments: dict[str, Any], future: Future[dict[str, Any]]) -> None:
-        wanted = [body for body in self._bodies if body.opened and camera in (None, body.camera)]
-        if not wanted:
-            future.set_exception(CameraError("no camera is ready", gone=True))
-        else:
+        meant = [body for body in self._bodies if body.camera is not None and camera in (None, body.camera)]
+        wanted = [body for body in meant if body.listed and not body.leaving]
+        if wanted:
             wanted[0].calls.append((do, arguments, future))
+        elif any(body.condition in ("ready", "catching up") and not body.gone for body in meant):
+            # Its worker is just being replaced by another one.
+            self._calls.append((camera, do, arguments, future))
+        else:
+            future.set_exception(CameraError("no camera is ready", gone=True))
 
     # --- what has arrived
 
@@ -887,12 +917,19 @@ class CameraSource:
         if file.is_raw:
             self._raw_cameras.add(file.camera)
             self._remember_raw(file.stem, arrived.key, file.name)
-        if file.is_rendered and not arrived.hold_until and file.camera in self._raw_cameras:
+        if file.is_rendered and not arrived.hold_until and self._expects_raws(arrived):
             arrived.hold_until = time.monotonic() + _MATE_WITHIN_S
         with self._lock:
             self._arrived[arrived.path] = arrived
             self._by_stem.setdefault(file.stem, []).append(arrived)
         self._changed = True
+
+    def _expects_raws(self, arrived: _Arrived) -> bool:
+        """Tell whether a picture may have a raw file beside it: such were seen, or the camera is set to it."""
+        if arrived.body is not None and arrived.file.stem in arrived.body.lone:
+            return False
+        quality = "" if arrived.body is None else str(arrived.body.facts.get("image_quality"))
+        return arrived.file.camera in self._raw_cameras or _RAW_QUALITY.search(quality) is not None
 
     def _remember_raw(self, stem: str, key: str, name: str) -> None:
         self._raws[stem] = key, name
@@ -936,7 +973,10 @@ class CameraSource:
             del self._by_stem[file.stem]
         arrived.path.unlink(missing_ok=True)
         self._changed = True
+        # Until the service has put it into `seen`, which it does before it asks for notes again.
+        self._noted.add(file.digest)
         if file.volatile:
+            self._noted.discard(file.digest)
             if arrived.body is not None:
                 arrived.body.doomed.append(file)
             return None

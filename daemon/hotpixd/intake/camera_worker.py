@@ -40,7 +40,7 @@ _Result = TypeVar("_Result")
 FAILED = 70
 """Exit code after a failure that was reported."""
 
-_BUSY, _UNSUPPORTED = -110, -6
+_BUSY, _BAD_PARAMETERS, _UNSPECIFIED, _FULL = -110, -2, -1, -115
 _LINK_IS_BROKEN = frozenset((-7, -10, -34, -35, -52, -60, -53, -105, -5))
 """libgphoto2's results after which no call can be believed. Others may be meant, if the camera still answers."""
 
@@ -55,8 +55,11 @@ _BUSY_S = 30.0
 """How long a busy camera is asked again."""
 
 _BLOCK = 1 << 20
+
+_MEMORY = "/"
+"""Where libgphoto2 shows what is in the camera's memory only. It does not know the size of it."""
+
 _PR_SET_PDEATHSIG = 1
-_RELEASES = (("eosremoterelease", "Press Full", "Release Full"), ("eosremoterelease", "Immediate", "Release Full"))
 _EXPOSURE_MODE = ("expprogram", "autoexposuremode")
 _NOISE_REDUCTION = ("longexpnr", "longexposurenr", "longexposurenoisereduction")
 _AUTOFOCUS = ("autofocus", "focusmode")
@@ -254,7 +257,7 @@ class _Worker:
         return {"files": files, "free_kb": free}
 
     def do_fetch(self, folder: str, name: str, size: int, part: str) -> dict[str, Any]:
-        """Write a file's bytes to `part`, durably; say their number and BLAKE3."""
+        """Write a file's bytes to `part`, durably; say their number and BLAKE3. A size of 0 is not known."""
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             # libgphoto2 writes into it, and closes what it is given. Nothing is held in memory, and nothing can be
@@ -272,7 +275,7 @@ class _Worker:
             while block := os.pread(fd, _BLOCK, at):
                 digest.update(block)
                 at += len(block)
-            if at != size:
+            if at != size and (size or not at):
                 raise ValueError(f"{at} bytes came of the {size} it is said to have")
             os.fsync(fd)
             return {"size": at, "key": digest.hexdigest()}
@@ -284,43 +287,44 @@ class _Worker:
 
     def do_delete(self, folder: str, name: str, size: int) -> dict[str, Any]:
         """Delete a file from the card or from the camera's memory, if it still has this size."""
-        info = self._patiently(self._camera.file_get_info, folder, name)
-        # Of its own name: what it is part of must live as long.
-        file = info.file
-        if file.size != size:
-            raise ValueError(f"it has {file.size} bytes now, not {size}")
+        if folder != _MEMORY and (now := self._size_and_time(folder, name)[0]) != size:
+            raise ValueError(f"it has {now} bytes now, not {size}")
         self._patiently(self._camera.file_delete, folder, name)
         return {}
 
-    def do_get(self, names: list[str]) -> dict[str, Any]:
-        """Read settings; those that the camera does not have are None."""
-        return {name: self._setting(name) for name in names}
+    def do_get(self, names: list[str], busy_s: float = _BUSY_S) -> dict[str, Any]:
+        """Read settings; those that the camera does not have are None. A busy one is asked again for so long."""
+        return {name: self._setting(name, busy_s) for name in names}
 
-    def do_set(self, name: str, value: Any) -> dict[str, Any]:
+    def do_set(self, name: str, value: Any, busy_s: float = _BUSY_S) -> dict[str, Any]:
         """Change a setting, and say what the camera then says it is: it may have taken nothing of it."""
         gp = self._gp
-        widget = self._patiently(self._camera.get_single_config, name)
+        widget = self._widget(name, busy_s)
         if widget.get_type() == gp.GP_WIDGET_RANGE:
             value = float(value)
         elif widget.get_type() in (gp.GP_WIDGET_TOGGLE, gp.GP_WIDGET_DATE):
             value = int(value)
         widget.set_value(value)
-        self._patiently(self._camera.set_single_config, name, widget)
-        return self._setting(name) or {}
+        self._patiently(self._camera.set_single_config, name, widget, busy_s=busy_s)
+        return self._setting(name, busy_s) or {}
 
-    def do_trigger(self, exposure_s: float) -> dict[str, Any]:
-        """Release the shutter, for a picture that is exposed for so long."""
+    def do_trigger(self, exposure_s: float, busy_s: float = _BUSY_S) -> dict[str, Any]:
+        """Release the shutter, for a picture that is exposed for so long; a busy camera is asked again for so long."""
         # Some drivers throw away the events that wait when they are told to release.
         self._drain()
         # Nikon's returns when the picture is taken, and perhaps a second one to reduce its noise.
         self._alive(2.0 * exposure_s + _BUSY_S)
-        self._patiently(self._camera.trigger_capture)
+        with self._full_card_told():
+            self._patiently(self._camera.trigger_capture, busy_s=busy_s)
         return {}
 
-    def do_bulb(self, exposure_s: float) -> dict[str, Any]:
+    def do_bulb(self, exposure_s: float, busy_s: float = _BUSY_S) -> dict[str, Any]:
         """Hold the shutter open for so long, or until there is another order."""
         self._drain()
-        self._open_shutter()
+        if self._orders:
+            return {"held_s": 0.0}
+        with self._full_card_told():
+            self._open_shutter(busy_s)
         began = time.monotonic()
         try:
             while (left := began + exposure_s - time.monotonic()) > 0 and not (self._orders or self._ended):
@@ -330,6 +334,11 @@ class _Worker:
             held_s = time.monotonic() - began
             self._close_shutter()
         return {"held_s": held_s}
+
+    def do_release(self) -> dict[str, Any]:
+        """Close a shutter that a worker before this one may have left open."""
+        self._release_whatever_is_open()
+        return {}
 
     def do_close(self) -> dict[str, Any]:
         """Let go of the camera and end."""
@@ -365,7 +374,10 @@ class _Worker:
             "mode_dial": self._first(_EXPOSURE_MODE, names),
             "long_exposure_nr": _is_on(self._first(_NOISE_REDUCTION, names)),
             "image_quality": self._first(("imagequality", "imageformat"), names),
-            "can_trigger": bool(abilities.operations & gp.GP_OPERATION_TRIGGER_CAPTURE),
+            # Of drivers for whole classes of cameras, PTP/IP among them, it lists the one and means both.
+            "can_trigger": bool(
+                abilities.operations & (gp.GP_OPERATION_TRIGGER_CAPTURE | gp.GP_OPERATION_CAPTURE_IMAGE)
+            ),
             "can_bulb": self._bulb_by(names) is not None,
             "autopoweroff": self._first(("autopoweroff",), names),
             "settings": sorted(names),
@@ -390,16 +402,32 @@ class _Worker:
         listed = self._patiently(self._camera.list_config)
         return {listed.get_name(index) for index in range(listed.count())}
 
-    def _setting(self, name: str) -> dict[str, Any] | None:
+    def _setting(self, name: str, busy_s: float = _BUSY_S) -> dict[str, Any] | None:
         gp = self._gp
         try:
-            widget = self._patiently(self._camera.get_single_config, name)
+            widget = self._widget(name, busy_s)
         except gp.GPhoto2Error as error:
+            if error.code == _BUSY:
+                raise
             self._judge(error, f"reading {name}")
             return None
         chosen = widget.get_type() in (gp.GP_WIDGET_RADIO, gp.GP_WIDGET_MENU)
         choices = [widget.get_choice(index) for index in range(widget.count_choices())] if chosen else None
         return {"value": widget.get_value(), "choices": choices, "readonly": bool(widget.get_readonly())}
+
+    def _widget(self, name: str, busy_s: float = _BUSY_S) -> Any:
+        """Return a setting; a busy camera is asked again."""
+
+        def ask() -> Any:
+            try:
+                return self._camera.get_single_config(name)
+            except self._gp.GPhoto2Error as error:
+                if error.code == _BAD_PARAMETERS:
+                    # What a busy camera is said not to have. This says that it is busy.
+                    self._camera.get_storageinfo()
+                raise
+
+        return self._patiently(ask, busy_s=busy_s)
 
     def _value(self, name: str) -> Any:
         setting = self._setting(name)
@@ -473,8 +501,10 @@ class _Worker:
             size, mtime = self._size_and_time(folder, name)
         except gp.GPhoto2Error as error:
             self._judge(error, f"asking for {name}")
-            self.say({"event": "changed"})
-            return
+            if folder != _MEMORY:
+                self.say({"event": "changed"})
+                return
+            size, mtime = 0, 0
         self.say({"event": "added", "file": [folder, name, size, mtime]})
         # What is to be done with it comes in a moment.
         self._read_orders(0.05)
@@ -508,19 +538,19 @@ class _Worker:
     def _bulb_by(self, names: set[str]) -> str | None:
         return next((name for name in ("bulb", "eosremoterelease") if name in names), None)
 
-    def _open_shutter(self) -> None:
+    def _open_shutter(self, busy_s: float) -> None:
         names = self._names()
         by = self._bulb_by(names)
         if by is None:
             raise ValueError("this camera's shutter cannot be held open from here")
         if by == "bulb":
             self._release = lambda: self._set_blindly("bulb", 0)
-            self._set_blindly("bulb", 1)
+            self._set_blindly("bulb", 1, busy_s)
             return
         choices = (self._setting(by) or {}).get("choices") or ()
         press = next(words for words in ("Press Full", "Immediate", "Press Full MF") if words in choices)
         self._release = lambda: self._set_blindly(by, "Release Full")
-        self._set_blindly(by, press)
+        self._set_blindly(by, press, busy_s)
 
     def _close_shutter(self) -> None:
         if self._release is not None:
@@ -535,16 +565,26 @@ class _Worker:
             with contextlib.suppress(self._gp.GPhoto2Error):
                 self._set_blindly(by, 0 if by == "bulb" else "Release Full")
 
-    def _set_blindly(self, name: str, value: Any) -> None:
-        widget = self._patiently(self._camera.get_single_config, name)
+    def _set_blindly(self, name: str, value: Any, busy_s: float = _BUSY_S) -> None:
+        widget = self._widget(name, busy_s)
         widget.set_value(value)
-        self._patiently(self._camera.set_single_config, name, widget)
+        self._patiently(self._camera.set_single_config, name, widget, busy_s=busy_s)
+
+    @contextlib.contextmanager
+    def _full_card_told(self) -> Iterator[None]:
+        """Raise that the card is full where libgphoto2 says that something has failed."""
+        try:
+            yield
+        except self._gp.GPhoto2Error as error:
+            if error.code == _UNSPECIFIED and not self._free():
+                raise self._gp.GPhoto2Error(_FULL) from error
+            raise
 
     # --- staying alive
 
-    def _patiently(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
-        """Call libgphoto2; a camera that is busy is asked again."""
-        pause_s, until = 0.1, time.monotonic() + _BUSY_S
+    def _patiently(self, function: Callable[..., _Result], *arguments: Any, busy_s: float = _BUSY_S) -> _Result:
+        """Call libgphoto2; a camera that is busy is asked again for so long."""
+        pause_s, until = 0.1, time.monotonic() + busy_s
         while True:
             try:
                 result = function(*arguments)

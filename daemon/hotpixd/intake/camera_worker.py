@@ -362,6 +362,7 @@ class _Worker:
         target = self._choose_card(names)
         abilities = camera.get_abilities()
         battery = "".join(c for c in str(self._value("batterylevel") or "") if c.isdigit())
+        quality = self._first(("imagequality", "imageformat"), names)
         maker, model = self._value("manufacturer"), self._value("cameramodel")
         return {
             "port": port,
@@ -373,7 +374,7 @@ class _Worker:
             "battery_percent": int(battery) if battery else None,
             "mode_dial": self._first(_EXPOSURE_MODE, names),
             "long_exposure_nr": _is_on(self._first(_NOISE_REDUCTION, names)),
-            "image_quality": self._first(("imagequality", "imageformat"), names),
+            "image_quality": None if str(quality).startswith("Unknown value") else quality,
             # Of drivers for whole classes of cameras, PTP/IP among them, it lists the one and means both.
             "can_trigger": bool(
                 abilities.operations & (gp.GP_OPERATION_TRIGGER_CAPTURE | gp.GP_OPERATION_CAPTURE_IMAGE)

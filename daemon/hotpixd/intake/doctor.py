@@ -11,7 +11,7 @@ import grp
 import os
 import pwd
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -376,7 +376,10 @@ def _without_device(kind: Kind, code: int, text: str, doing: str, port: str | No
         return _fault("usb", f"The camera on {port} is gone.", cure)
     if kind == "absent":
         return _fault("link", f"There is no camera at {port}.", "Switch the camera on, and its network")
-    return _trouble(kind, code, text, doing, f"the camera on {port}")
+    found = _trouble(kind, code, text, doing, f"the camera on {port}")
+    if kind == "link" and port.startswith("ptpip:"):
+        return replace(found, cure="Switch it and its network on, and check that its address is still this one")
+    return found
 
 
 def _trouble(kind: Kind, code: int, text: str, doing: str, camera: str) -> Finding:

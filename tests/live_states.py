@@ -120,6 +120,39 @@ def live(found: list[dict[str, Any]] | None = None, **known: Any) -> dict[str, A
     } | known
 
 
+def cameras() -> list[dict[str, Any]]:
+    """Return tethered cameras as sources: each has a word of its own for how it is."""
+    return [
+        {"name": name, "status": status, "detail": detail, "files": files, "waiting": waiting, "condition": condition}
+        for name, status, condition, detail, files, waiting in (
+            ("Acme One 0042", "watching", "ready", "1204 files on its card", 1204, 0),
+            ("Acme Two 7", "watching", "catching up", "", 500, 31),
+            ("camera at usb:001,005", "trouble", "claimed", "gvfs has it open.", 0, 0),
+            ("Acme Old 1", "away", "absent", "it is switched off or unplugged", 0, 0),
+            ("Acme New 2", "starting", "opening", "asking it what it is", 0, 0),
+        )
+    ]
+
+
+def series(**known: Any) -> dict[str, Any]:
+    """Return a series of darks that is being shot."""
+    return {
+        "stage": "shooting",
+        "detail": "dark 13 of 30",
+        "camera": "Acme One 0042",
+        "frames": 30,
+        "taken": 12,
+        "folded": 11,
+        "resumed_at": 0,
+        "exposure_s": 30.0,
+        "iso": 1600.0,
+        "temps_c": [19.0, 21.5, 21.5],
+        "left_s": 572.4,
+        "unchanged": 0,
+        "warnings": [],
+    } | known
+
+
 def patch(reach: int = 12, centre: float = 65.7, seed: int = 1) -> list[list[float | None]]:
     """Return what is around a site: one strong sample in the centre, noise, a weaker one, an edge of the sensor."""
     rng = random.Random(seed)

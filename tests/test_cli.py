@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import fcntl
 import json
 import os
@@ -19,6 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -226,15 +228,87 @@ def test_simulate_writes_shots_and_the_truth(tmp_path):
     assert all(sensor[key] == truth[key] for key in ("make", "model", "serial", "width", "height"))
 
 
-def test_the_demo_compares_what_it_found_with_what_it_planted(tmp_path):
-    """All the way on a virtual camera; its exit code says whether all was found and nothing else."""
-    done = run("demo", "--frames", 8, "--keep", tmp_path / "kept")
+def test_the_demo_finds_what_it_planted_and_nothing_else(tmp_path):
+    """All the way: a camera is tethered, its shots are fetched, darks are ordered; and what it leaves is of use."""
+    kept = tmp_path / "kept"
+    done = run("demo", "--keep", kept)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Planted 42, found 42, missed 0, false 0." in done.stdout
+    assert "30 shots folded" in done.stdout
+    assert done.stdout.count("45 shots folded") == 1
+    assert "is a stable defect." in done.stdout
+    (sensor,) = json.loads((kept / "defects.json").read_text())["sensors"]
+    assert (sensor["width"], sensor["height"], sensor["frames"], sensor["samples"]) == (750, 500, 45, "rendered")
+    stable = [defect for defect in sensor["defects"] if defect["state"] == "stable"]
+    assert len(stable) >= 42
+    with Image.open(kept / "map.png") as picture:
+        assert picture.size == (750, 500)
+        ground = picture.getpixel((375, 250))
+        assert all(picture.getpixel((defect["x"], defect["y"])) != ground for defect in stable)
+    screen = ElementTree.parse(kept / "dashboard.svg").getroot()
+    words = "".join(screen.itertext()).replace("\xa0", " ")
+    assert "Hotpixd Virtual Camera, serial V0001" in words
+    assert "45 frames" in words
+    assert run("verify", "--state", kept / "state").returncode == 0
+    (known,) = json.loads(run("status", "--json", "--state", kept / "state").stdout)["sensors"]
+    assert known["last_shot"]["kind"] == "dark"
+    again = run("demo", "--keep", kept)
+    assert again.returncode == 2
+    assert str(kept) in again.stderr
+
+
+def test_a_short_demo_tells_what_it_missed(tmp_path, runtime):
+    """Its exit code says whether all was found and nothing else; it leaves nothing but its results."""
+    done = run("demo", "--frames", 5, env=environment(TMPDIR=str(runtime)))
     counts = re.search(r"Planted 42, found (\d+), missed (\d+), false (\d+)\.", done.stdout)
-    assert counts, done.stdout
+    assert counts, done.stdout + done.stderr
     found, missed, false = map(int, counts.groups())
     assert found + missed == 42
-    assert found > 30
+    assert found > 20
+    assert (done.stdout.count("  missed "), done.stdout.count("  false at ")) == (missed, false)
     assert done.returncode == (1 if missed or false else 0)
+    (results,) = runtime.iterdir()
+    assert f"are in {results}" in done.stdout
+    assert {entry.name for entry in results.iterdir()} == {"defects.json", "map.png", "dashboard.svg"}
+
+
+def processes_with(text: str) -> list[int]:
+    """Return processes that have a text in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if text.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("frames", "amid"), [(30, "5 shots folded"), (6, "The cap goes on")], ids=["amid the scenes", "amid the darks"]
+)
+def test_a_demo_that_is_interrupted_ends_all_of_it(tmp_path, runtime, frames, amid):
+    """Ctrl-C: daemon, worker and temporary files are gone when it has ended, and it has not succeeded."""
+    env = environment(TMPDIR=str(runtime))
+    command = [*HOTPIXD, "demo", "--frames", str(frames), "--keep", str(tmp_path / "kept")]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            assert process.stdout is not None
+            said = ""
+            while amid not in said:
+                line = process.stdout.readline()
+                assert line, said
+                said += line
+            # The daemon, and mostly a worker.
+            assert processes_with(str(tmp_path / "kept" / "card"))
+            process.send_signal(signal.SIGINT)
+            said += process.stdout.read()
+            assert process.wait(60) == 1
+        finally:
+            process.kill()
+    assert "The demo did not come to its end: it was stopped" in said
+    assert "Traceback" not in said
+    assert processes_with(str(tmp_path / "kept")) == []
+    assert processes_with(str(runtime)) == []
+    assert list(runtime.iterdir()) == []
     assert run("verify", "--state", tmp_path / "kept" / "state").returncode == 0
 
 

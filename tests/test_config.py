@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 import hotpixd
-from hotpixd.config import Config, ConfigError, SourceSection, find_config, load, needs_restart, warnings
+from hotpixd.config import CameraSection, Config, ConfigError, SourceSection, find_config, load, needs_restart, warnings
+from hotpixd.intake.album import Album
 
 EXAMPLE = Path(__file__).parents[1] / "config.example.yaml"
 
@@ -69,16 +70,36 @@ def test_the_example_names_every_key_and_no_other():
     assert set(named) == set(keys(Config()))
 
 
+def block(text: str, key: str) -> str:
+    """Return the list that stands in the example behind comment signs, to its end or to the prose behind it."""
+    return re.split(r"\n#?\n(?!#   -)", text[text.index(f"# {key}:") :], maxsplit=1)[0]
+
+
 def test_the_source_of_the_example_is_right_once_the_comment_signs_are_gone(path: Path):
     """It names every key of a source with its default, save the directory."""
     text = EXAMPLE.read_text(encoding="utf-8")
-    block = text[text.index("# sources:") : text.index("\n\n\n# What it takes")]
-    bare = re.sub(r"^# ?", "", block, flags=re.MULTILINE)
+    bare = re.sub(r"^# ?", "", block(text, "sources"), flags=re.MULTILINE)
     config = loaded(path, bare)
     first, second = config.sources
     assert first == SourceSection(directory=Path("/media/card"))
     assert set(yaml.safe_load(bare)["sources"][0]) == set(SourceSection.model_fields)
     assert (second.directory, second.kind) == (Path("~/Pictures/darks").expanduser(), "dark")
+
+
+def test_the_cameras_of_the_example_are_right_once_the_comment_signs_are_gone(path: Path):
+    """The first names every key with its default, and the bounds of its numbers; and no line of it is too long."""
+    text = EXAMPLE.read_text(encoding="utf-8")
+    bare = re.sub(r"^# ?", "", block(text, "cameras"), flags=re.MULTILINE)
+    first, second = loaded(path, bare).cameras
+    assert first == CameraSection()
+    assert set(yaml.safe_load(bare)["cameras"][0]) == set(CameraSection.model_fields)
+    assert second.port == "ptpip:192.168.1.1"
+    assert second.save_to == Path("~/Pictures/tethered").expanduser()
+    for name, low, high in (("verify_after_s", "0.5", "86400"), ("hang_s", "2", "3600")):
+        assert f"{low} to {high}" in bare.partition(f"{name}:")[2][:200]
+    for word in ("fetch", "leave", "later", "overwritten", "ReadWritePaths=", "systemctl edit hotpixd"):
+        assert word in text
+    assert max(map(len, text.splitlines())) <= 120
 
 
 @pytest.mark.parametrize("key", keys(Config()))
@@ -129,6 +150,24 @@ def test_a_source_becomes_what_the_watcher_takes(path: Path):
     first, second = (source.settings() for source in config.sources)
     assert (first.directory, first.kind, first.camera, first.use_events) == (Path("/a"), None, None, True)
     assert (second.kind, second.camera, second.use_events) == ("dark", "X", False)
+
+
+def test_a_camera_becomes_what_tethers_it(path: Path, tmp_path: Path):
+    """Defaults and all; a folder for photos is taken from the file's folder, as all its paths are."""
+    from hotpixd.intake.camera import CameraSettings
+
+    assert CameraSection().settings() == CameraSettings()
+    text = """
+cameras:
+  - {port: "usb:001,005", kind: dark, save_to: photos, save_as: "{stem}-{serial}.{ext}", delete: yes, existing: leave,
+     verify_after_s: 5, hang_s: 1e1}
+  - {port: "ptpip:192.168.1.1:15740:15740", save_to: ~/x/../y}
+"""
+    first, second = (camera.settings() for camera in loaded(path, text).cameras)
+    assert (first.port, first.kind, first.delete, first.existing) == ("usb:001,005", "dark", True, "leave")
+    assert (first.verify_after_s, first.hang_s) == (5.0, 10.0)
+    assert first.album == Album(tmp_path / "photos", "{stem}-{serial}.{ext}")
+    assert (second.kind, second.album) == (None, Album(Path("~/y").expanduser(), "{name}"))
 
 
 # Values
@@ -238,7 +277,7 @@ def test_a_variable_without_a_key_is_an_error(path: Path):
     """A slip must not go unnoticed. Variables that are not ours are left alone."""
     environ = {"HOTPIXD_DETECTION_ALPHA": "0.1", "HOTPIXD_ALERTS": "{}", "PATH": "/bin", "hotpixd_x": "1"}
     assert faults(path, "", environ) == [
-        "HOTPIXD_ALERTS: there is no key for this variable; did you mean HOTPIXD_ALERTS__KINDS?",
+        "HOTPIXD_ALERTS: there is no key for this variable; did you mean HOTPIXD_ALERTS__NOTIFY?",
         "HOTPIXD_DETECTION_ALPHA: there is no key for this variable; did you mean HOTPIXD_DETECTION__ALPHA?",
     ]
 
@@ -373,6 +412,97 @@ def test_sources_lie_apart(path: Path, directories: tuple[str, ...], said: str):
     loaded(path, "sources: [{directory: /a}, {directory: /ab}]")
 
 
+TEMPLATES = (
+    'a path below save_to such as "{date:%Y-%m-%d}/{name}", made of {name}, {stem}, {ext}, {date}, {make}, {model}, '
+    "{serial}, with {name} or {stem} in it"
+)
+PORTS = 'auto, or a port such as "usb:001,005" or "ptpip:192.168.1.1" (a numeric IPv4 address)'
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed", "got"),
+    [
+        ("port", "5", PORTS, "5"),
+        ("port", "usb", PORTS, "'usb'"),
+        ("port", "usb:1,5", PORTS, "'usb:1,5'"),
+        ("port", "serial:/dev/ttyS0", PORTS, "'serial:/dev/ttyS0'"),
+        ("port", "'ptpip:'", PORTS, "'ptpip:'"),
+        ("port", "ptpip:camera.local", PORTS, "'ptpip:camera.local'"),
+        ("port", '"ptpip:[::1]"', PORTS, "'ptpip:[::1]'"),
+        ("port", "ptpip:192.168.1.256", PORTS, "'ptpip:192.168.1.256'"),
+        ("port", "ptpip:192.168.1.1:65536", PORTS, "'ptpip:192.168.1.1:65536'"),
+        ("port", "'usb:001,005\n'", PORTS, "'usb:001,005 '"),
+        ("kind", "drak", "one of auto, light, dark", "'drak'"),
+        ("save_to", "yes", "a path", "true"),
+        ("save_to", "~nobody-of-this-name/x", "a path", "'~nobody-of-this-name/x'"),
+        ("save_to", "''", "a path", "''"),
+        ("save_as", "3", TEMPLATES, "3"),
+        ("save_as", "'{nme}'", TEMPLATES, "'{nme}'"),
+        ("save_as", "'{date}.jpg'", TEMPLATES, "'{date}.jpg'"),
+        ("save_as", "'../{name}'", TEMPLATES, "'../{name}'"),
+        ("save_as", "'x/../{name}'", TEMPLATES, "'x/../{name}'"),
+        ("save_as", "/x/{name}", TEMPLATES, "'/x/{name}'"),
+        ("save_as", "'{name}/'", TEMPLATES, "'{name}/'"),
+        ("save_as", "'{name'", TEMPLATES, "'{name'"),
+        ("save_as", "'{name.x}'", TEMPLATES, "'{name.x}'"),
+        ("save_as", "'{name:d}'", TEMPLATES, "'{name:d}'"),
+        ("save_as", "'{name:{size}}'", TEMPLATES, "'{name:{size}}'"),
+        ("save_as", "''", TEMPLATES, "''"),
+        ("delete", "please", "true or false", "'please'"),
+        ("existing", "skip", "one of fetch, leave, later", "'skip'"),
+        ("verify_after_s", "0.4", "a number from 0.5 to 86400", "0.4"),
+        ("verify_after_s", "never", "a number from 0.5 to 86400", "'never'"),
+        ("hang_s", "1", "a number from 2 to 3600", "1"),
+    ],
+)
+def test_a_fault_of_a_camera_names_key_value_and_what_is_allowed(
+    path: Path, key: str, value: str, allowed: str, got: str
+):
+    """At its line, whatever of it is wrong."""
+    sentence = f"cameras[1].{key} must be {allowed}, got {got}."
+    assert faults(path, f"cameras:\n- kind: auto\n- {key}: {value}\n") == [f"line 3, column 3: {sentence}"]
+
+
+def test_a_slip_in_a_key_of_a_camera_is_told(path: Path):
+    """With the key that was meant."""
+    assert faults(path, "cameras: [{saveto: /x}]\ncamera: []") == [
+        "line 1, column 12: cameras[0].saveto is no key; did you mean save_to?",
+        "line 2, column 1: camera is no key; did you mean cameras?",
+    ]
+
+
+def test_deleting_from_a_card_takes_a_folder_to_save_in(path: Path):
+    """Else the photos would be nowhere any more, once the state needs them no longer."""
+    assert faults(path, "cameras:\n- delete: false\n  port: usb:001,005\n- port: usb:001,006\n  delete: true\n") == [
+        "line 4, column 3: cameras[1].delete needs save_to: without a folder that they are saved in, the photos would "
+        "be nowhere any more."
+    ]
+    assert loaded(path, "cameras: [{delete: true, save_to: /photos}]").cameras[0].delete
+
+
+@pytest.mark.parametrize(
+    ("ports", "said"),
+    [
+        (("auto", "auto"), "'auto', got 'auto'."),
+        (("auto", "usb:001,005"), "'auto', got 'usb:001,005'; auto takes all on USB."),
+        (("usb:001,005", "auto"), "'usb:001,005', got 'auto'; auto takes all on USB."),
+        (("usb:001,005", "usb:001,005"), "'usb:001,005', got 'usb:001,005'."),
+        (("ptpip:10.0.0.1", "ptpip:10.0.0.1"), "'ptpip:10.0.0.1', got 'ptpip:10.0.0.1'."),
+    ],
+)
+def test_no_two_cameras_are_at_one_port(path: Path, ports: tuple[str, str], said: str):
+    """Two workers would take the camera from each other. The network is no part of auto."""
+    text = "".join(f'- port: "{port}"\n' for port in ports)
+    assert faults(path, f"cameras:\n{text}") == [
+        f"line 3, column 3: cameras[1].port must be another than that of cameras[0], {said}"
+    ]
+    others = (
+        "cameras: [{port: 'usb:001,005'}, {port: 'usb:001,006'}, {port: 'ptpip:10.0.0.1'}, {port: 'ptpip:10.0.0.2'}]"
+    )
+    assert len(loaded(path, others).cameras) == 4
+    assert len(loaded(path, "cameras: [{port: auto}, {port: 'ptpip:10.0.0.1'}]").cameras) == 2
+
+
 def test_files_that_cannot_be_read_are_said_to_be(tmp_path: Path):
     """Missing, a folder, not UTF-8, endless; and the rest is judged all the same."""
     picture = tmp_path / "picture.jpg"
@@ -486,6 +616,7 @@ def test_what_may_not_be_wanted_is_said(path: Path, tmp_path: Path):
         path,
         """
         sources: [{directory: here}, {directory: gone}, {directory: file}]
+        cameras: [{save_to: here}, {port: ptpip:10.0.0.1, save_to: none}]
         feed: {group: no-such-group}
         alerts: {command: [/no/such/program]}
         metrics: {listen: "0.0.0.0:9469"}
@@ -494,6 +625,7 @@ def test_what_may_not_be_wanted_is_said(path: Path, tmp_path: Path):
     assert warnings(config, path) == [
         f"the source '{tmp_path}/gone' is not there now; it will be waited for.",
         f"the source '{tmp_path}/file' is not a directory now; it will be waited for.",
+        f"the folder '{tmp_path}/none' of save_to is not there now; it is not made, but waited for.",
         "the program of alerts.command is not found here.",
         "the group 'no-such-group' of feed.group is not known here.",
         "everybody in the network can read the numbers that metrics.listen serves at 0.0.0.0.",
@@ -544,7 +676,7 @@ def test_the_first_configuration_there_is_counts(tmp_path: Path):
 
 
 def test_what_a_reload_cannot_change_is_named(path: Path):
-    """Sources, alerts, checkpoints and the log's level are applied at once."""
+    """Sources, cameras, alerts, checkpoints and the log's level are applied at once."""
     before = loaded(path, "")
     after = loaded(
         path,
@@ -553,6 +685,7 @@ def test_what_a_reload_cannot_change_is_named(path: Path):
         cores: 1
         log_level: debug
         sources: [{directory: /a}]
+        cameras: [{port: auto, save_to: /b}]
         detection: {alpha: 0.1, min_frames: 5}
         checkpoint: {every_s: 5}
         feed: {socket: /s}
@@ -561,7 +694,7 @@ def test_what_a_reload_cannot_change_is_named(path: Path):
         """,
     )
     assert needs_restart(before, before) == ()
-    assert needs_restart(before, loaded(path, "alerts: {gather_s: 1}\nlog_level: error")) == ()
+    assert needs_restart(before, loaded(path, "alerts: {gather_s: 1}\nlog_level: error\ncameras: [{}]")) == ()
     assert needs_restart(before, after) == (
         "state",
         "cores",

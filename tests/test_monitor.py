@@ -7,6 +7,7 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -494,3 +495,108 @@ def test_a_jpeg_whose_raw_was_deleted_is_folded(pairs, tmp_path):
     with State(tmp_path / "state") as state, Monitor(state) as monitor:
         (outcome,) = monitor.process([FoundShot(pairs.folder / "frame_0001.jpg", raw=tmp_path / "gone.dng")])
     assert outcome.fate is Fate.FOLDED
+
+
+# Shots of a camera: their files are gone as soon as they are in the ledger
+
+CARD = "Acme One 0042/store_00010001/DCIM/100ACME"
+
+
+def from_camera(shot: Path, inbox: Path, name: str, **more: Any) -> FoundShot:
+    """Let a shot arrive, under a name that only the daemon understands."""
+    inbox.mkdir(exist_ok=True)
+    path = inbox / f"0042|{name}|1|2|"
+    shutil.copyfile(shot, path)
+    return FoundShot(path, camera="0042", source="Acme One 0042", origin=f"{CARD}/{name}", **more)
+
+
+def test_a_shot_of_a_camera_is_known_by_its_place_on_the_card(pairs, tmp_path):
+    """To people and in the ledger; the source hears of the file that it gave. A replay calls it the same."""
+    root, inbox = tmp_path / "state", tmp_path / "incoming"
+    shots = [from_camera(pairs.folder / f"frame_000{n}.dng", inbox, f"IMG_000{n}.DNG") for n in (1, 2)]
+    with State(root) as state, Monitor(state) as monitor:
+        outcomes = list(monitor.process(shots))
+    for outcome, shot, name in zip(outcomes, shots, ("IMG_0001.DNG", "IMG_0002.DNG"), strict=True):
+        assert outcome.fate is Fate.FOLDED
+        assert outcome.path == shot.path
+        assert str(outcome.shown) == outcome.origin == f"{CARD}/{name}"
+    with State(root) as state:
+        known = [(row.name, row.path) for row in state.ledger._shots("ORDER BY seq")]
+    assert known == [(outcome.shown.name, outcome.origin) for outcome in outcomes]
+    shutil.rmtree(inbox)
+    again = feed(root)
+    assert [(o.fate, o.replayed, str(o.shown)) for o in again] == [(Fate.FOLDED, True, o.origin) for o in outcomes]
+
+
+def test_a_shot_of_a_directory_is_known_by_its_path(camera, tmp_path):
+    """As ever."""
+    (outcome,) = feed(tmp_path / "state", camera.shots[0])
+    assert (outcome.path, outcome.shown, outcome.origin) == (camera.shots[0], camera.shots[0], None)
+
+
+def test_every_outcome_says_where_the_shot_was(pairs, tmp_path):
+    """Folded, known, refused, refused again, a companion, unreadable: what is told of each is its place on the card."""
+    inbox, raw, jpeg = tmp_path / "incoming", pairs.folder / "frame_0001.dng", pairs.folder / "frame_0001.jpg"
+    broken = tmp_path / "broken.dng"
+    broken.write_bytes(raw.read_bytes()[:7000])
+    key = Spool.hash_file(raw)
+    gone = from_camera(jpeg, inbox, "GONE.JPG")
+    gone.path.unlink()
+    shots = {
+        Fate.FOLDED: from_camera(raw, inbox, "IMG_0001.DNG"),
+        Fate.KNOWN: from_camera(raw, inbox, "COPY_0001.DNG"),
+        Fate.REFUSED: from_camera(broken, inbox, "IMG_0002.DNG"),
+        Fate.COMPANION: from_camera(jpeg, inbox, "IMG_0001.JPG", raw=Path("IMG_0001.DNG"), raw_key=key),
+        Fate.UNREADABLE: gone,
+    }
+    with State(tmp_path / "state") as state, Monitor(state) as monitor:
+        for fate, shot in [*shots.items(), (Fate.REFUSED, from_camera(broken, inbox, "IMG_0003.DNG"))]:
+            (outcome,) = monitor.process([shot])
+            assert (outcome.fate, outcome.path, outcome.origin) == (fate, shot.path, shot.origin)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_jpeg_is_the_companion_of_a_raw_that_is_known_by_its_key(pairs, tmp_path, together):
+    """The raw file is gone from the disk by then: in one batch, and a day later in another run."""
+    root, inbox = tmp_path / "state", tmp_path / "incoming"
+    raw = from_camera(pairs.folder / "frame_0001.dng", inbox, "IMG_0001.DNG")
+    key = Spool.hash_file(raw.path)
+    jpeg = from_camera(pairs.folder / "frame_0001.jpg", inbox, "IMG_0001.JPG", raw=Path("IMG_0001.DNG"), raw_key=key)
+    outcomes = []
+    for shots in ([raw, jpeg],) if together else ([raw], [jpeg]):
+        with State(root) as state, Monitor(state) as monitor:
+            for outcome in monitor.process(shots):
+                outcomes.append(outcome)
+                outcome.path.unlink()
+            monitor.checkpoint()
+    assert sorted(fates(outcomes)) == [(raw.path.name, "folded"), (jpeg.path.name, "companion")]
+    assert rows(root) == [("IMG_0001.DNG", "folded", None), ("IMG_0001.JPG", "companion", "companion of IMG_0001.DNG")]
+
+
+def test_the_key_counts_and_not_a_file_of_that_name(pairs, tmp_path, monkeypatch):
+    """A raw file that happens to lie where the daemon was started is another one, and is not even read."""
+    inbox, started_in = tmp_path / "incoming", tmp_path / "cwd"
+    started_in.mkdir()
+    (started_in / "IMG_0001.DNG").mkdir()
+    monkeypatch.chdir(started_in)
+    raw = from_camera(pairs.folder / "frame_0001.dng", inbox, "IMG_0001.DNG")
+    known = {"raw": Path("IMG_0001.DNG"), "raw_key": Spool.hash_file(raw.path)}
+    with State(tmp_path / "state") as state, Monitor(state) as monitor:
+        list(monitor.process([raw]))
+        (outcome,) = monitor.process([from_camera(pairs.folder / "frame_0001.jpg", inbox, "IMG_0001.JPG", **known)])
+    assert outcome.fate is Fate.COMPANION
+
+
+def test_a_jpeg_is_folded_if_the_raw_of_that_key_is_not(pairs, tmp_path):
+    """Refused, or never received: better a JPEG than nothing."""
+    inbox = tmp_path / "incoming"
+    broken = tmp_path / "broken.dng"
+    broken.write_bytes((pairs.folder / "frame_0001.dng").read_bytes()[:7000])
+    raw = from_camera(broken, inbox, "IMG_0001.DNG")
+    keys = [Spool.hash_file(raw.path), "0" * 64]
+    jpegs = [
+        from_camera(pairs.folder / f"frame_000{n}.jpg", inbox, f"IMG_000{n}.JPG", raw=Path("IMG.DNG"), raw_key=key)
+        for n, key in enumerate(keys, 1)
+    ]
+    with State(tmp_path / "state") as state, Monitor(state) as monitor:
+        assert [o.fate for o in monitor.process([raw, *jpegs])] == [Fate.REFUSED, Fate.FOLDED, Fate.FOLDED]

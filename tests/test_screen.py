@@ -29,7 +29,7 @@ from hotpixd.views.drawing import (
     sparkline,
     unicode_look,
 )
-from hotpixd.views.panels import Scene, Surroundings
+from hotpixd.views.panels import Scene, Surroundings, source_lines
 from hotpixd.views.screen import compose
 
 LOOKS = [unicode_look(256), unicode_look(16), unicode_look(0), console_look(16), ascii_look(16), ascii_look(0)]
@@ -148,6 +148,81 @@ def test_an_alert_of_the_sensor_shown_does_without_its_name():
     assert "stable Acme One, serial 0042" in "\n".join(drawn(live, view=View(page=Page.LOG)))
     live["alerts"] = [alert | {"text": "Other One: hot G at (3, 4)."}]
     assert "stable Other One: hot G at (3, 4)." in drawn(live)[-2]
+
+
+@pytest.mark.parametrize("look", LOOKS, ids=["unicode", "16", "mono", "console", "ascii", "ascii-mono"])
+def test_a_source_says_in_its_own_word_how_it_is(look: Look):
+    """A camera is ready or catching up where a directory is watched; where the word is missing, the status stands."""
+    live = made_up.live(sources=[*made_up.live()["sources"], *made_up.cameras()])
+    live["sources"][0]["condition"] = ""
+    for lines in (drawn(live, 160, 80, look=look), drawn(live, 80, 40, look=look, view=View(page=Page.LOG))):
+        screen = "\n".join(lines)
+        for told in (
+            "card watching: 1204 files, 3 waiting",
+            "tether away: /mnt/tether is not mounted",
+            "Acme One 0042 ready: 1204 files on its card",
+            "Acme Two 7 catching up: 500 files, 31 waiting",
+            "camera at usb:001,005 claimed: gvfs has it open.",
+            "Acme Old 1 absent: it is switched off or unplugged",
+            "Acme New 2 opening: asking it what it is",
+        ):
+            assert told in screen
+    # As its status says, not its word.
+    assert "camera at usb:001,005: gvfs has it open." in drawn(live, look=look)[1]
+
+
+def test_the_word_has_the_colour_of_the_status():
+    """Green, red, yellow and dim mean the same for a camera as for a directory."""
+    live = made_up.live(sources=made_up.cameras())
+    words = [line.plain[line.spans[-1].start : line.spans[-1].end] for line in source_lines(live, LOOKS[0])]
+    styles = [str(line.spans[-1].style) for line in source_lines(live, LOOKS[0])]
+    assert words == ["ready", "catching up", "claimed", "absent", "opening"]
+    assert styles == ["green", "green", "red", "dim", "yellow"]
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize("look", LOOKS, ids=["unicode", "16", "mono", "console", "ascii", "ascii-mono"])
+def test_a_series_of_darks_is_shown_at_every_size(width: int, height: int, look: Look):
+    """Below the activity, with all that one waits for; the list gives way by a line."""
+    lines = drawn(made_up.live(series=made_up.series()), width, height, look=look)
+    assert len(lines) == height
+    assert lines[1].rstrip() == f" darks: 12 of 30 taken, 30 s, ISO 1600, 21.5 {look.celsius}, 9:32 left"
+    assert "412 frames" in lines[3]
+
+
+@pytest.mark.parametrize(
+    ("known", "told"),
+    [
+        (
+            {"stage": "preparing", "taken": 0, "temps_c": [], "detail": "setting the camera"},
+            "0 of 30 taken, setting the camera",
+        ),
+        ({"exposure_s": None, "iso": None, "temps_c": [], "left_s": None}, "12 of 30 taken"),
+        ({"exposure_s": 0.5, "left_s": 0.0}, "12 of 30 taken, 0.5 s, ISO 1600, 21.5 °C, 0:00 left"),
+        ({"exposure_s": 1800.0, "left_s": 32_400.4}, "12 of 30 taken, 1800 s, ISO 1600, 21.5 °C, 9:00:00 left"),
+        ({"left_s": 3599.7}, "12 of 30 taken, 30 s, ISO 1600, 21.5 °C, 1:00:00 left"),
+        ({"temps_c": [-10.0, -9.5, -9.5]}, "12 of 30 taken, 30 s, ISO 1600, -9.5 °C, 9:32 left"),
+        (
+            {"stage": "waiting", "detail": "waiting\x1b[2J [red]"},
+            r"12 of 30 taken, waiting\x1b[2J [red]",
+        ),
+    ],
+)
+def test_a_series_is_told_as_far_as_it_is_known(known: dict[str, Any], told: str):
+    """Before the camera has answered, in hours, and what it waits for; nothing of it is a command to the terminal."""
+    live = made_up.live(series=made_up.series(**known))
+    assert drawn(live, 120, 36)[1].rstrip() == f" darks: {told}"
+    log = "\n".join(drawn(live, 120, 36, view=View(page=Page.LOG)))
+    assert f"darks: {told}" in log
+    assert f"darks: {told}" in "\n".join(drawn(live | {"sensors": []}, 120, 36))
+
+
+@pytest.mark.parametrize("stage", ["done", "stopped", "failed"])
+def test_a_series_that_is_over_is_not_shown(stage: str):
+    """It is no news any more; neither is none at all."""
+    without = drawn(made_up.live(), 120, 36)
+    assert drawn(made_up.live(series=made_up.series(stage=stage, left_s=None)), 120, 36) == without
+    assert drawn(made_up.live(series=None), 120, 36) == without
 
 
 NOISY = "Acme One, serial 0042, 6000x4000 raw"

@@ -21,6 +21,9 @@ import yaml
 from conftest import HOTPIXD, Camera, environment, feed, run, told
 from daemons import eventually
 from hotpixd.feed import find_sockets
+from hotpixd.store.ledger import Ledger
+from hotpixd.store.spool import Spool
+from ptpip_camera import LoopbackCamera
 
 
 def put(shot: Path, folder: Path) -> None:
@@ -150,6 +153,51 @@ def test_reload_takes_what_is_safe_and_says_what_is_not(camera: Camera, other_ca
     daemon.wait_folded(18)
     assert [source["name"] for source in daemon.ask("status")["sources"]] == [str(other_camera.folder)]
     assert daemon.stop() == 0
+
+
+def test_a_camera_is_a_source_like_others(pairs: Camera, tmp_path, start):
+    """Its shots are folded and saved, its JPEGs are companions; and a reload lets go of it.
+
+    What was fetched is remembered with its shot, until it is deleted from the card.
+    """
+    pytest.importorskip("gphoto2")
+    contents = [[(path.suffix[1:], path.read_bytes()) for path in pairs.shots[n : n + 2]] for n in (0, 2)]
+    keys = {bytes.fromhex(Spool.hash_file(path)) for path in pairs.shots[:4]}
+    (tmp_path / "photos").mkdir()
+    with LoopbackCamera("generic") as body:
+        tethered = {"port": body.port, "save_to": "photos", "save_as": "{serial}/{stem}.{ext}", "verify_after_s": 1}
+        config = configured(tmp_path, cameras=[tethered])
+        body.shoot(contents[0])
+        daemon = start("run", "--config", config)
+        daemon.wait_folded(1)
+        eventually(lambda: "companion of" in daemon.log, "the JPEG beside it is seen")
+        (source,) = daemon.ask("status")["sources"]
+        assert source["name"].startswith("Loop EOS Loopback")
+        eventually(lambda: daemon.ask("status")["sources"][0]["condition"] == "ready", "the card is fetched")
+        assert f"  {source['name']} ready: " in run("status", "--state", daemon.state, env=daemon.env).stdout
+        assert daemon.stop() == 0
+        with contextlib.closing(Ledger(daemon.state / "ledger.sqlite")) as ledger:
+            seen = keys & set(ledger.seen_files().values())
+            places = {row.path for key in seen if (row := ledger.find(key.hex())) is not None}
+        assert places == {f"{source['name']}{file.path}" for file in body.files()}
+        again = start("run", "--config", configured(tmp_path, cameras=[{**tethered, "delete": True}]))
+        body.shoot(contents[1])
+        again.wait_folded(2)
+        eventually(lambda: again.log.count("companion of") == 1, "the JPEG beside it is seen")
+        assert "known already" not in again.log
+        assert {path.read_bytes() for path in (tmp_path / "photos").rglob("*.*")} == {
+            content for shown in contents for _, content in shown
+        }
+        eventually(lambda: not body.files(), "what is safe is deleted")
+        configured(tmp_path, sources=[{"directory": "photos"}])
+        again.process.send_signal(signal.SIGHUP)
+        eventually(lambda: f"no longer watching camera at {body.port}" in again.log, "the camera is let go of")
+        # What lies there now was folded when it came.
+        eventually(lambda: again.log.count("known already") == 4, "the photos are known")
+        assert [known["name"] for known in again.ask("status")["sources"]] == [str(tmp_path / "photos")]
+        assert again.stop() == 0
+        with contextlib.closing(Ledger(daemon.state / "ledger.sqlite")) as ledger:
+            assert not keys & set(ledger.seen_files().values())
 
 
 def test_a_second_process_is_told_who_has_the_state(camera: Camera, tmp_path, start):
@@ -289,10 +337,31 @@ def test_wrong_use_is_a_sentence(tmp_path):
     checked = run("check-config", configured(tmp_path, detection={"alhpa": 0.1}))
     assert checked.returncode == 2
     assert "alpha" in checked.stderr
-    assert run("check-config", configured(tmp_path, sources=[{"directory": "x"}])).returncode == 0
     alone = run("dashboard", "--picture", tmp_path / "p.svg", "--state", tmp_path / "none")
     assert alone.returncode == 3
     assert "No daemon" in alone.stderr
+
+
+@pytest.mark.parametrize(
+    ("sources", "cameras", "said"),
+    [
+        (0, 0, "but it names no sources or cameras: there is nothing to watch."),
+        (1, 0, "1 source."),
+        (0, 1, "1 camera."),
+        (1, 2, "1 source and 2 cameras."),
+        (2, 1, "2 sources and 1 camera."),
+    ],
+)
+def test_a_right_configuration_is_said_to_be(tmp_path, sources, cameras, said):
+    """With how much it names, so that a section that is not read where one thinks shows."""
+    path = configured(
+        tmp_path,
+        sources=[{"directory": str(tmp_path), "camera": "X"}, {"directory": "/nowhere"}][:sources],
+        cameras=[{"port": "auto"}, {"port": "ptpip:192.0.2.1", "save_to": str(tmp_path)}][:cameras],
+    )
+    done = run("check-config", path)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == f"{path} is right, {said}"
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")

@@ -448,41 +448,87 @@ TestAgainstADict = AgainstADict.TestCase
 TestAgainstADict.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 
 
-def test_a_ledger_of_an_older_version_is_brought_up_to_date(tmp_path: Path) -> None:
-    """Format 1 had no names for cameras, no files seen and no alerts; its shots stay."""
-    path = tmp_path / "ledger.sqlite"
+def as_written_by(path: Path, version: int) -> None:
+    """Turn a ledger of today into what an older hotpixd would have written."""
+    with closing(sqlite3.connect(path)) as db:
+        if version < 3:
+            db.execute("ALTER TABLE seen DROP COLUMN shot")
+        if version < 2:
+            db.execute("ALTER TABLE shot DROP COLUMN camera_given")
+            for table in ("seen", "alert", "delivery"):
+                db.execute(f"DROP TABLE {table}")
+        db.execute(f"PRAGMA user_version = {version}")
+
+
+def schema(path: Path) -> tuple[int, dict[str, list[tuple[object, ...]]]]:
+    """Return format, and tables with their columns; these stand in another order where they were added later."""
+    with closing(sqlite3.connect(path)) as db:
+        tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+        columns = {table: sorted(row[1:] for row in db.execute(f"PRAGMA table_info({table})")) for table in tables}
+        return db.execute("PRAGMA user_version").fetchone()[0], columns
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_ledger_of_an_older_version_is_brought_up_to_date(tmp_path: Path, version: int) -> None:
+    """Format 1 had no names for cameras, no files seen and no alerts; its shots stay. It becomes what a new one is."""
+    path, new = tmp_path / "ledger.sqlite", tmp_path / "new.sqlite"
     with closing(Ledger(path)) as ledger:
         folded(ledger, 1, 2)
-    with closing(sqlite3.connect(path)) as db:
-        for statement in (
-            "ALTER TABLE shot DROP COLUMN camera_given",
-            "DROP TABLE seen",
-            "DROP TABLE alert",
-            "DROP TABLE delivery",
-            "PRAGMA user_version = 1",
-        ):
-            db.execute(statement)
+    as_written_by(path, version)
     with closing(Ledger(path)) as ledger:
         ledger.add_seen(b"x" * 16)
         ledger.receive([replace(shot(3), camera_given="left")])
         found = [ledger.find(shot(number).key) for number in (1, 2, 3)]
         assert [row.camera_given for row in found if row is not None] == [None, None, "left"]
         assert [row.verdict for row in found if row is not None] == ["folded", "folded", "received"]
-        assert ledger.seen_files() == {b"x" * 16}
+        assert ledger.seen_files() == {b"x" * 16: None}
         assert ledger.alerts(5) == []
+    Ledger(new).close()
+    assert schema(path) == schema(new)
+
+
+def test_files_seen_in_format_2_are_known_without_their_shots(tmp_path: Path) -> None:
+    """It did not say which shot a file held; nothing of what was seen is read again because of that."""
+    path = tmp_path / "ledger.sqlite"
+    Ledger(path).close()
+    as_written_by(path, 2)
+    old, new, key = b"o" * 16, b"n" * 16, bytes(range(32))
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("INSERT INTO seen VALUES (?)", (old,))
+        db.commit()
+    with closing(Ledger(path)) as ledger:
+        assert ledger.seen_files() == {old: None}
+        ledger.add_seen(new, key)
+    with closing(Ledger(path)) as ledger:
+        assert ledger.seen_files() == {old: None, new: key}
+
+
+def test_a_file_that_was_deleted_is_forgotten(ledger: Ledger) -> None:
+    """Seen again, it may hold another shot; like all derived rows, that waits for a commit."""
+    file, other, key = b"f" * 16, b"g" * 16, bytes(32)
+    ledger.add_seen(file, key)
+    ledger.add_seen(other)
+    ledger.commit()
+    ledger.forget_seen(file)
+    assert ledger.seen_files() == {other: None}
+    before = killed(ledger)
+    assert before.seen_files() == {file: key, other: None}
+    before.close()
+    ledger.add_seen(file, bytes(range(32)))
+    ledger.commit()
+    after = killed(ledger)
+    assert after.seen_files() == {file: bytes(range(32)), other: None}
+    after.close()
 
 
 def test_a_migration_that_dies_is_done_again(tmp_path: Path) -> None:
-    """It is one transaction: a power cut leaves the old format whole."""
+    """Each step is one transaction: a power cut leaves a format whole."""
     path = tmp_path / "ledger.sqlite"
-    with closing(Ledger(path)):
-        pass
+    Ledger(path).close()
+    as_written_by(path, 1)
     with closing(sqlite3.connect(path)) as db:
-        db.execute("ALTER TABLE shot DROP COLUMN camera_given")
-        # The last table of the migration is in its way.
-        for table in ("seen", "alert"):
-            db.execute(f"DROP TABLE {table}")
-        db.execute("PRAGMA user_version = 1")
+        # In the way of the last statement of the first step.
+        db.execute("CREATE TABLE delivery(x)")
     with pytest.raises(StateError):
         Ledger(path)
     with closing(sqlite3.connect(path)) as db:
@@ -490,4 +536,23 @@ def test_a_migration_that_dies_is_done_again(tmp_path: Path) -> None:
         assert "camera_given" not in [row[1] for row in db.execute("PRAGMA table_info(shot)")]
         db.execute("DROP TABLE delivery")
     with closing(Ledger(path)) as ledger:
-        assert ledger.seen_files() == set()
+        assert ledger.seen_files() == {}
+
+
+def test_a_migration_that_died_between_two_formats_goes_on_from_there(tmp_path: Path) -> None:
+    """The first step is done and on the disk, the second is not."""
+    path = tmp_path / "ledger.sqlite"
+    with closing(Ledger(path)) as ledger:
+        folded(ledger, 1)
+    as_written_by(path, 2)
+    with closing(sqlite3.connect(path)) as db:
+        # In the way of the second step.
+        db.execute("ALTER TABLE seen RENAME TO gone")
+    with pytest.raises(StateError):
+        Ledger(path)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (2,)
+        db.execute("ALTER TABLE gone RENAME TO seen")
+    with closing(Ledger(path)) as ledger:
+        assert ledger.seen_files() == {}
+        assert ledger.find(shot(1).key) is not None

@@ -151,6 +151,39 @@ def test_a_shot_is_folded_and_a_member_is_told(service: Service, camera: Camera)
     eventually(lambda: "3 shots" in service.show("StatusText"), "the status counts them")
 
 
+def test_a_tethered_camera(service: Service, pairs: Camera):
+    """Within the sandbox: its worker opens libgphoto2's virtual camera, whose shots are folded and saved."""
+    machine = service.machine
+    card = machine.path("/srv/card/DCIM/100VIRTL")
+    card.mkdir(parents=True)
+    for shot in pairs.shots:
+        shutil.copyfile(shot, card / shot.name)
+    machine.run("install", "-d", "-o", "hotpixd", "/srv/photos")
+    drop_in = "/etc/systemd/system/hotpixd.service.d/camera.conf"
+    put(machine, drop_in, "[Service]\nEnvironment=VCAMERADIR=/srv/card\nReadWritePaths=/srv/photos\n")
+    machine.run("systemctl", "daemon-reload")
+    try:
+        service.configure(cameras=[{"save_to": "/srv/photos"}])
+        service.ctl("start")
+        service.wait_folded(len(pairs.shots) // 2)
+        eventually(lambda: "ready" in service.show("StatusText"), f"the status tells: {service.said()}")
+        saved = {path.name: path.read_bytes() for path in machine.path("/srv/photos").iterdir()}
+        assert saved == {shot.name: shot.read_bytes() for shot in pairs.shots}
+        assert service.status()["shots"]["companion"] == len(pairs.shots) // 2
+        workers = machine.run("pgrep", "-f", "camera_worker", check=False).stdout.split()
+        assert len(workers) == 1
+        service.ctl("kill", "--kill-who=main", "--signal=KILL")
+        eventually(
+            lambda: workers[0] not in machine.run("pgrep", "-f", "camera_worker", check=False).stdout.split(), "gone"
+        )
+        eventually(lambda: service.show("ActiveState") == "active", "it is started again", 60)
+        eventually(lambda: "ready" in service.show("StatusText"), "it has the camera again")
+        assert service.status()["shots"]["folded"] == len(pairs.shots) // 2
+    finally:
+        machine.path(drop_in).unlink()
+        machine.run("systemctl", "daemon-reload")
+
+
 def test_strangers_are_kept_out(service: Service):
     """The socket is for the group: its mode, its directory's, and what happens to one who tries."""
     service.ctl("start")
@@ -322,6 +355,7 @@ def test_a_plugged_camera_starts_it(machine: Machine):
     for action, device, wanted in tried:
         done = machine.run("udevadm", "test", f"--action={action}", f"/sys/devices/virtual/mem/{device}")
         said = done.stdout + done.stderr
+        assert "59-hotpixd.rules" in said
         assert "90-hotpixd.rules" in said
         assert "Invalid" not in said
         assert ("SYSTEMD_WANTS=hotpixd.service" in said) == wanted, (action, device)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import live_states as made_up
 from hotpixd.views import tables
 from hotpixd.views.text import printable
 
@@ -82,6 +83,32 @@ def test_no_sensor_and_no_defect_are_said_in_words(capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "No sensor is known yet." in said
     assert "no stable defect" in said
+
+
+def test_the_status_says_in_the_word_of_each_source_how_it_is(capsys, monkeypatch):
+    """A directory has none; where there is nothing more to say, there is no colon either."""
+    monkeypatch.setenv("COLUMNS", "80")
+    directory = {"name": "/media/card", "status": "watching", "detail": "12 files", "files": 12, "waiting": 0}
+    answer: dict[str, Any] = {
+        "state": "/var/lib/hotpixd",
+        "sources": [directory, {**directory, "name": "/mnt", "condition": ""}, *made_up.cameras()],
+        "shots": {},
+        "sensors": [],
+        "alerts": [],
+        "refused": [],
+    }
+    tables.print_status(answer)
+    assert capsys.readouterr().out.splitlines() == [
+        "State in /var/lib/hotpixd",
+        "  /media/card watching: 12 files",
+        "  /mnt watching: 12 files",
+        "  Acme One 0042 ready: 1204 files on its card",
+        "  Acme Two 7 catching up",
+        "  camera at usb:001,005 claimed: gvfs has it open.",
+        "  Acme Old 1 absent: it is switched off or unplugged",
+        "  Acme New 2 opening: asking it what it is",
+        "No shot yet.",
+    ]
 
 
 @pytest.mark.parametrize(

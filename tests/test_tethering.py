@@ -102,6 +102,8 @@ def test_a_daemon_that_is_killed_again_and_again_loses_no_shot_and_counts_none_t
                 kill_at = time.monotonic() + rng.uniform(1.5, 4.0)
         camera.plug()
         eventually(lambda: taken_in(daemon) >= 2 * PAIRS, "all files are in the ledger", 90.0)
+        # What was folded before the last kill is folded again.
+        daemon.wait_ready()
         wanted = {file.sha256 for file in camera.files()}
         saved = [sha256(path.read_bytes()).hexdigest() for path in photos.iterdir()]
         shots = asked(daemon, "status")["shots"]

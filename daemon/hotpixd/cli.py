@@ -398,10 +398,12 @@ def check_config(
         _fail(str(error), WRONG_USE)
     for sentence in configuration.warnings(loaded, path):
         print(sentence)
-    count = len(loaded.sources)
-    said = (
-        f"{count} source{'' if count == 1 else 's'}" if count else "but it names no sources: there is nothing to watch"
-    )
+    named = [
+        f"{count} {word}{'' if count == 1 else 's'}"
+        for word, count in (("source", len(loaded.sources)), ("camera", len(loaded.cameras)))
+        if count
+    ]
+    said = " and ".join(named) or "but it names no sources or cameras: there is nothing to watch"
     print(f"{path} is right, {said}.")
 
 
@@ -495,6 +497,8 @@ def demo(
     """Show the whole way on a virtual camera: shots, scan, defects, compared with what was planted."""
     from hotpixd.demo import run_demo
 
+    if keep is not None and (keep / "state").exists():
+        _fail(f"{keep} holds what an earlier demo left; name another folder", WRONG_USE)
     with _interruptible() as stop:
         raise typer.Exit(run_demo(frames, seed, keep, stop))
 

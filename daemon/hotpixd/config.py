@@ -48,8 +48,10 @@ _FOREIGN_VARIABLES = frozenset(
     (
         "HOTPIXD_BENCHMARK_START",  # benchmarks
         "HOTPIXD_FAILPOINT",  # tests
+        "HOTPIXD_LONG",  # tests
         "HOTPIXD_MESSAGE_ID",  # given to the command of alerts, which may start us
         "HOTPIXD_SHARED",  # tests
+        "HOTPIXD_TEST_FAULTS",  # tests
     )
 )
 """Variables with our prefix that are no keys."""
@@ -111,10 +113,15 @@ def _times(value: object) -> tuple[time, time]:
 
 
 def _port(value: object) -> str:
-    if not isinstance(value, str) or not re.fullmatch(
-        r"auto|usb:\d{3},\d{3}|ptpip:([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5}(:\d{1,5})?)?", value, re.ASCII
-    ):
+    if not isinstance(value, str):
         raise ValueError
+    if value == "auto" or re.fullmatch(r"usb:\d{3},\d{3}", value, re.ASCII):
+        return value
+    # libgphoto2 resolves no names, and knows no IPv6.
+    match = re.fullmatch(r"ptpip:([0-9.]+)((:\d{1,5}){0,2})", value, re.ASCII)
+    if match is None or any(not 0 < int(port) < 65536 for port in match[2].split(":")[1:]):
+        raise ValueError
+    ipaddress.IPv4Address(match[1])
     return value
 
 
@@ -147,7 +154,9 @@ _Listen: TypeAlias = Annotated[
     str, PlainValidator(_address), _Meant('a numeric address with a port, such as "127.0.0.1:9469" or "[::1]:9469"')
 ]
 _Port: TypeAlias = Annotated[
-    str, PlainValidator(_port), _Meant('auto, or a port such as "usb:001,005" or "ptpip:192.168.1.1"')
+    str,
+    PlainValidator(_port),
+    _Meant('auto, or a port such as "usb:001,005" or "ptpip:192.168.1.1" (a numeric IPv4 address)'),
 ]
 _Template: TypeAlias = Annotated[
     str,
@@ -412,9 +421,10 @@ class Config(_Section):
                 # All on USB are those of auto.
                 on_usb = {port.partition(":")[0] for port in (one, two)}
                 if one == two or on_usb == {"usb", "auto"}:
+                    why = "" if one == two else "; auto takes all on USB"
                     words = (
-                        f"cameras[{index}].port must be another than that of cameras[{earlier}], {_shown(two)}"
-                        f"{', which takes all on USB' if two == 'auto' else ''}, got {_shown(one)}."
+                        f"cameras[{index}].port must be another than that of cameras[{earlier}], {_shown(two)}, got"
+                        f" {_shown(one)}{why}."
                     )
                     raise PydanticCustomError("overlap", "{words}", {"words": words, "index": index})
         return cameras
@@ -794,7 +804,9 @@ def _sentence(fault: str, key: _Key, value: object, message: str = "") -> str:
 
 
 def _did_you_mean(name: str, known: Iterable[str], key: _Key = ()) -> str:
-    if close := difflib.get_close_matches(name, known, 1):
+    # Of a variable that names a section only, one of its keys.
+    within = [other for other in known if other.startswith(f"{name}__")]
+    if close := within or difflib.get_close_matches(name, known, 1):
         return f"; did you mean {close[0]}?"
     if elsewhere := [other for other in _keys() if key and other[-1] == name]:
         return f" here; did you mean {_dotted(elsewhere[0])}?"

@@ -133,6 +133,7 @@ class _Demo:
         self._quiet = quiet
         self._left = threading.Event()
         self._alerts = 0
+        self._counted = 0
         self.failure: str | None = None
         self.found: dict[str, Any] = {"sensors": []}
 
@@ -233,7 +234,8 @@ class _Demo:
                 self._alerts = alert["id"]
                 print(f"  alert: {printable(alert['text'])}")
         folded = status["shots"]["folded"]
-        if folded % 5 == 0 and status["sensors"]:
+        if folded % 5 == 0 and folded != self._counted and status["sensors"]:
+            self._counted = folded
             sensor = status["sensors"][0]
             self._say(f"{folded} shots folded: {sensor['candidate']} candidates, {sensor['stable']} stable")
 

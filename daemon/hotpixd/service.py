@@ -176,6 +176,9 @@ class _Service:
         self._disk_free = 0
         self._activity = "starting"
         self._series: DarkSeries | None = None
+        self._sources_changed = False
+        self._early: list[Question] = []
+        """Asked before there were any sources."""
 
     def run(self) -> int:
         config = self._config
@@ -206,6 +209,8 @@ class _Service:
                 stack.callback(self._stop_sources)
                 self._start_sources()
                 self._watching = True
+                while self._early:
+                    self._answer(self._early.pop(0))
                 self._tick()
                 self._notifier.ready(self._activity)
                 log.info("hotpixd %s: %s; state in %s", __version__, self._activity, state.root)
@@ -291,16 +296,22 @@ class _Service:
         # First of all, so that they are in the same commit as the transitions that they tell of.
         self._tell_folded(outcome)
         if self._series is not None and outcome.origin is not None:
-            moved = outcome.report is not None and any(
-                t.change in ("stable", "recovered") for t in outcome.report.transitions
-            )
-            self._series.folded(outcome.origin, outcome.kind, changed=moved)
+            self._series.folded(outcome.origin, outcome.kind, changed=self._may_change(outcome))
         self._live.include(outcome)
         if not outcome.replayed and not outcome.again:
             self._watchman.outcome(outcome.shown, str(outcome.fate), outcome.reason)
             latency = None if since is None or outcome.report is None else time.monotonic() - since
             self._metrics.shot(str(outcome.fate), latency, outcome.size)
         self._log(outcome)
+
+    def _may_change(self, outcome: Outcome) -> bool:
+        """Tell whether a shot has changed the map of defects, or there are too few yet for anything to be on it."""
+        id_, report = outcome.sensor_id, outcome.report
+        if id_ is None or report is None:
+            return False
+        sensor = self._monitor.sensor(id_).sensor
+        young = sensor.accumulator.counted < sensor.settings.min_frames
+        return young or any(t.change in ("stable", "recovered") for t in report.transitions)
 
     def _log(self, outcome: Outcome) -> None:
         name, reason = printable(outcome.shown.name), printable(outcome.reason or "")
@@ -362,11 +373,12 @@ class _Service:
 
     def _look_around(self, now: float) -> None:
         states = [state for source in self._sources.values() for state in source.states()]
+        for concern in (state for source in self._sources.values() for state in source.concerns()):
+            self._watchman.source(concern.name, concern.status, concern.detail)
+        before, self._statuses = self._statuses, {state.name: state.condition or state.status for state in states}
         for state in states:
-            self._watchman.source(state.name, state.status, state.detail)
-            condition = state.condition or state.status
-            if self._statuses.get(state.name) != condition:
-                self._statuses[state.name] = condition
+            condition = self._statuses[state.name]
+            if before.get(state.name) != condition:
                 log.info("%s is %s: %s", printable(state.name), condition, printable(state.detail))
         if now - self._disk_at >= _DISK_EVERY_S:
             self._disk_at = now
@@ -378,13 +390,15 @@ class _Service:
             if self._reload_failed:
                 self._activity += "; the changed configuration is wrong, the old one stays in use"
         series = None if self._series is None else self._series.state()
-        if series is not None and self._series is not None and not self._series.ended:
-            self._activity = f"darks: {series['detail']}; {self._activity}"
+        shooting = self._series is not None and not self._series.ended
+        if self._sources_changed and not shooting:
+            self._start_sources()
         self._feed.publish({"series": series})
         described = [asdict(state) for state in states]
         self._live.daemon(self._facts(), described, queued)
         self._feed.publish({"alerts": self._alerts.recent()})
-        self._notifier.status(self._activity)
+        darks = f"darks: {series['detail']}; " if shooting and series is not None else ""
+        self._notifier.status(darks + self._activity)
         self._metrics.update(
             queue=queued,
             sources=described,
@@ -454,12 +468,18 @@ class _Service:
     def _start_sources(self) -> None:
         wanted: list[_Settings] = [source.settings() for source in self._config.sources]
         wanted += [camera.settings() for camera in self._config.cameras]
+        self._sources_changed = False
         for settings in [known for known in self._sources if known not in wanted]:
+            if self._series is not None and not self._series.ended and self._series.is_of(self._sources[settings]):
+                log.warning("%s is changed when its darks are taken", printable(self._sources[settings].name))
+                self._sources_changed = True
+                continue
             source = self._sources.pop(settings)
-            source.stop()
+            with self._patience("letting go of a source"):
+                source.stop()
             log.info("no longer watching %s", printable(source.name))
         for settings in wanted:
-            if settings not in self._sources:
+            if settings not in self._sources and not self._sources_changed:
                 self._sources[settings] = source = self._source(settings)
                 source.start()
 
@@ -475,12 +495,17 @@ class _Service:
         return self._state.root / "series.json"
 
     def _stop_sources(self) -> None:
-        if self._series is not None and not self._series.ended:
-            self._series.stop()
-            self._series.join(_SERIES_ENDS_S)
-        while self._sources:
-            _, source = self._sources.popitem()
-            source.stop()
+        with self._patience("letting go of the sources"):
+            if self._series is not None and not self._series.ended:
+                self._series.stop()
+                self._series.join(_SERIES_ENDS_S)
+            sources, self._sources = list(self._sources.values()), {}
+            # At once: each may have to wait for a camera.
+            stopping = [threading.Thread(target=source.stop, name=f"stop {source.name}") for source in sources]
+            for thread in stopping:
+                thread.start()
+            for thread in stopping:
+                thread.join()
 
     def _reload(self) -> None:
         self._notifier.reloading()
@@ -505,9 +530,14 @@ class _Service:
 
     def _answer(self, question: Question) -> None:
         """Answer who asks over the socket what the reading commands would read themselves."""
+        if question.name in ("set", "list-cards", "darks") and not self._watching and not self._orders.stop:
+            # There are no cameras yet, but there will be.
+            self._early.append(question)
+            return
         if question.name in ("set", "list-cards"):
             # A camera may take its time; the loop has none.
-            threading.Thread(target=self._ask_camera, args=(question,), name="ask a camera", daemon=True).start()
+            asked = threading.Thread(target=_ask_cameras, args=(question, self._tethers()), name="ask", daemon=True)
+            asked.start()
             return
         try:
             with self._patience(f"answering {question.name}"):
@@ -542,39 +572,16 @@ class _Service:
     def _tethers(self) -> list[CameraSource]:
         return [source for source in self._sources.values() if isinstance(source, CameraSource)]
 
-    def _ask_camera(self, question: Question) -> None:
-        """Change a setting of a camera, and answer what it then says it is; or list all cards anew."""
-        given = question.arguments
-        try:
-            camera = None if given.get("camera") is None else str(given["camera"])
-            tethers = self._tethers()
-            if not tethers:
-                raise CameraError("This daemon tethers no camera.")
-            if question.name == "list-cards":
-                for tether in tethers:
-                    tether.list_anew()
-                question.answer({})
-                return
-            name, value = str(given["name"]), given["value"]
-            question.answer(tethers[0].call("set", _SET_WITHIN_S, camera, name=name, value=value))
-        except CameraError as error:
-            question.refuse(str(error))
-        except (KeyError, TypeError, ValueError) as error:
-            question.refuse(f"'set' takes the name and the value of a setting of the camera: {error}")
-
     def _series_answer(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Begin, end or describe a series of darks."""
         if name == "darks":
             if self._series is not None and not self._series.ended:
                 raise CameraError("A series of darks is being shot already; hotpixd darks --stop ends it.")
             order = SeriesOrder(**{key: value for key, value in arguments.items() if key in _ORDER_KEYS})
-            if order.frames < 1:
-                raise ValueError(f"a series has at least one frame, got {order.frames}")
             tethers = self._tethers()
             if not tethers:
                 raise CameraError("This daemon tethers no camera: name one under `cameras` in its configuration.")
-            named = [t for t in tethers if any(camera["camera"] == order.camera for camera in t.cameras())]
-            self._series = DarkSeries(order, (named or tethers)[0], self._series_path, self._wake)
+            self._series = DarkSeries(order, _tether_of(order.camera, tethers), self._series_path, self._wake)
             self._series.start()
         elif name == "end-series" and self._series is not None:
             self._series.stop()
@@ -614,6 +621,34 @@ class _Watched(Monitor):
             written = super().checkpoint()
         self._service._metrics.checkpoint(time.monotonic() - started, written)
         return written
+
+
+def _ask_cameras(question: Question, tethers: list[CameraSource]) -> None:
+    """Change a setting of a camera, and answer what it then says it is; or list all cards anew."""
+    given = question.arguments
+    try:
+        if not tethers:
+            raise CameraError("This daemon tethers no camera.")
+        if question.name == "list-cards":
+            for tether in tethers:
+                tether.list_anew()
+            question.answer({})
+            return
+        camera = None if given.get("camera") is None else str(given["camera"])
+        name, value = str(given["name"]), given["value"]
+        question.answer(_tether_of(camera, tethers).call("set", _SET_WITHIN_S, camera, name=name, value=value))
+    except CameraError as error:
+        question.refuse(str(error))
+    except (KeyError, TypeError, ValueError) as error:
+        question.refuse(f"'set' takes the name and the value of a setting of the camera: {error}")
+
+
+def _tether_of(camera: str | None, tethers: list[CameraSource]) -> CameraSource:
+    """Return the source that has the camera of this serial number, or else the first one with any camera."""
+    for tether in tethers:
+        if any(camera in (None, known["camera"]) for known in tether.cameras()):
+            return tether
+    return tethers[0]
 
 
 def _activity(states: list[SourceState], queued: int, live: Live) -> str:

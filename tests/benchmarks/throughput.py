@@ -246,8 +246,8 @@ def rows_of(file_format: str, given: argparse.Namespace) -> dict[str, str]:
     longer = {n: measure("scan", _first(given, file_format, n), given.work) for n in given.memory}
     return {
         "size of a file": f"{sum(path.stat().st_size for path in files) / len(files) / 1e6:.1f} MB",
-        "decode alone": f"{1000 * decode_s:.0f} ms",
-        "kernel alone": f"{1000 * kernel_s:.0f} ms",
+        "decode alone": f"{1000 * decode_s:.1f} ms",
+        "kernel alone": f"{1000 * kernel_s:.2f} ms",
         f"allowed on {_cores()} cores": f"{allowed:.2f} shots/s",
         "bare": f"{bare_per_s:.2f} shots/s",
         "scan, whole": f"{whole:.2f} shots/s ({best['wall_s']:.2f} s)",

@@ -10,16 +10,22 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from blake3 import blake3
+
 from hotpixd.intake import metadata
 from hotpixd.intake.arrivals import CameraFile, content_digest
 from hotpixd.intake.naming import UNKNOWN, filled
 from hotpixd.store.durable import failpoint, fsync_folder, write_all
+
+_LONGEST_VALUE = 60
+"""Characters of what a file says of its camera: a name has room for 255 bytes."""
 
 _BLOCK = 1 << 20
 _NO_LINKS = (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EACCES)
@@ -65,18 +71,26 @@ class Album:
     def _name(self, arrived: Path, file: CameraFile) -> Path:
         with arrived.open("rb") as content:
             about = metadata.from_file(content)
-        taken = about.taken_at or datetime.fromtimestamp(file.mtime, UTC)
+        taken = about.taken_at or _moment(file.mtime)
         stem, dot, ending = file.name.rpartition(".")
         known: Mapping[str, object] = {
             "name": file.name,
             "stem": stem if dot else file.name,
-            "ext": ending.lower(),
+            "ext": ending.lower() if dot else UNKNOWN,
             "date": taken,
-            "make": about.make or UNKNOWN,
-            "model": about.model or UNKNOWN,
-            "serial": about.serial or file.camera,
+            "make": (about.make or UNKNOWN)[:_LONGEST_VALUE],
+            "model": (about.model or UNKNOWN)[:_LONGEST_VALUE],
+            "serial": (about.serial or file.camera)[:_LONGEST_VALUE],
         }
         return filled(self.template, known)
+
+
+def _moment(mtime: int) -> datetime:
+    try:
+        return datetime.fromtimestamp(mtime, UTC)
+    except (OverflowError, ValueError, OSError):
+        # Beyond all years: a clock that was never set.
+        return datetime.fromtimestamp(0, UTC)
 
 
 def _make_folders(top: Path, folder: Path) -> None:
@@ -86,7 +100,15 @@ def _make_folders(top: Path, folder: Path) -> None:
         folder = folder.parent
     for each in reversed(missing):
         each.mkdir(exist_ok=True)
+        _open_up(each, stat.S_IMODE(each.parent.stat().st_mode) & 0o777)
         fsync_folder(each.parent)
+
+
+def _open_up(path: Path, mode: int) -> None:
+    """Let the user in, who may be another one than the service's; the umask of that lets nobody."""
+    # Where there are no modes, as on FAT and network drives, all of it is as open as it was mounted.
+    with suppress(OSError):
+        path.chmod(mode)
 
 
 def _is_same(one: Path, other: Path) -> bool:
@@ -103,13 +125,13 @@ def _place(arrived: Path, path: Path) -> None:
         if error.errno not in _NO_LINKS:
             raise
     else:
-        # The file is the user's now, who may look at it as another user than the service's.
-        path.chmod(0o644)
+        _open_up(path, 0o644)
         return
-    # Hidden, so that nobody takes it for a photo before it is whole.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Hidden, so that nobody takes it for a photo before it is whole; of the same name when it is tried again, so that
+    # nothing is left of one that a crash has torn.
+    part = path.with_name(f".hotpixd-{blake3(os.fsencode(arrived)).hexdigest(8)}.part")
     try:
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
         try:
             with arrived.open("rb") as content:
                 while block := content.read(_BLOCK):
@@ -117,6 +139,7 @@ def _place(arrived: Path, path: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+        _open_up(part, 0o644)
         _rename_to_new(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -130,4 +153,8 @@ def _rename_to_new(part: Path, path: Path) -> None:
             raise
         # No links here, as on FAT: an empty file of ours takes the name, so that the rename replaces nothing else.
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
-        part.rename(path)
+        try:
+            part.rename(path)
+        except OSError:
+            path.unlink()
+            raise

@@ -22,6 +22,9 @@ from hotpixd.store.durable import full_disk_as_state_full, make_folder, replace_
 _LONGEST_NAME = 250
 """Bytes of a name that every file system can hold."""
 
+_ANY = "surrogatepass"
+"""How names are encoded: those of a camera need not be text, and nothing it says may end the daemon."""
+
 PART = ".part"
 
 _BLOCK = 1 << 18
@@ -58,7 +61,8 @@ class CameraFile:
     @property
     def digest(self) -> bytes:
         """16 bytes that tell it from other files, also of other cameras."""
-        return blake3("\0".join((self.camera, self.path, str(self.size), str(self.mtime))).encode()).digest(16)
+        known = "\0".join((self.camera, self.path, str(self.size), str(self.mtime)))
+        return blake3(known.encode(errors=_ANY)).digest(16)
 
     @property
     def stem(self) -> str:
@@ -78,8 +82,8 @@ class CameraFile:
     @property
     def order(self) -> tuple[object, ...]:
         """Sort key: folder by folder, in natural order of names, the raw file of a shot first."""
-        stem = self.name.rpartition(".")[0]
-        return (*(natural(part) for part in self.folder.split("/")), natural(stem), not self.is_raw, self.name)
+        folders = tuple(natural(part) for part in self.folder.split("/"))
+        return folders, natural(self.name.rpartition(".")[0]), not self.is_raw, self.name
 
 
 class Arrivals:
@@ -114,21 +118,25 @@ class Arrivals:
         OSError
             If it is not there, or the disk refuses.
         """
-        # In a camera's memory all files may have one name, size and time: Sony's are capt0000.arw.
-        nonce = secrets.token_hex(4) if file.volatile else ""
-        fields = (file.camera, file.path, str(file.size), str(file.mtime), nonce)
-        name = "|".join(quote(field, safe=" ") for field in fields)
-        if len(os.fsencode(name)) > _LONGEST_NAME:
-            name = "|".join((file.digest.hex(), quote(f"/{file.name}"[-80:], safe=""), *fields[2:]))
+        # In a camera's memory all files may have one name, size and time: Sony's are capt0000.arw. Elsewhere only where
+        # times are not told.
+        nonce = secrets.token_hex(4) if file.volatile or not file.mtime else ""
+        rest = (str(file.size), str(file.mtime), nonce)
+        name = "|".join((_quoted(file.camera), _quoted(file.path), *rest))
+        if len(name) > _LONGEST_NAME:
+            name = _shortened(file, rest)
         final = self.folder / name
         replace_durably(part, final, step="arrival")
         return final
 
     def left(self) -> list[tuple[Path, CameraFile]]:
-        """Return what arrived before this process and did not get into the ledger, in the order of shots."""
+        """Return what arrived before this process and did not get into the ledger, in the order of shots.
+
+        Where names are too long for a file system, camera and folder are not the ones on the card.
+        """
         found = []
         for path in self.folder.iterdir():
-            parts = [unquote(field) for field in path.name.split("|")]
+            parts = [unquote(field, errors=_ANY) for field in path.name.split("|")]
             if len(parts) != 5 or not (parts[2].isdecimal() and parts[3].lstrip("-").isdecimal()):
                 continue
             folder, _, name = parts[1].rpartition("/")
@@ -149,6 +157,21 @@ def content_digest(path: Path) -> str:
         while block := content.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _quoted(text: str) -> str:
+    return quote(text, safe=" ", errors=_ANY)
+
+
+def _shortened(file: CameraFile, rest: tuple[str, str, str]) -> str:
+    """Return a name without room for all: a digest for camera and folder, and the end of the file's name."""
+    place = "/" if file.volatile else "/-/"
+    fields = file.digest.hex(), "", *rest
+    room = _LONGEST_NAME - len("|".join(fields))
+    end = file.name
+    while len(_quoted(place + end)) > room:
+        end = end[1:]
+    return "|".join((fields[0], _quoted(place + end), *rest))
 
 
 def _ending(name: str) -> str:

@@ -32,7 +32,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +75,9 @@ _QUIET_S = 2.0
 _MATE_WITHIN_S = 10.0
 """How long a JPEG waits for its raw file, where raw files are about: they come in either order."""
 
+_MATE_AT_LAST_S = 120.0
+"""The same while the card is not listed since: the event of the raw file may be lost."""
+
 _LEFT_WAIT_S = 60.0
 """How long a JPEG that was left over by a crash waits for a listing that says whether it has a raw file."""
 
@@ -82,6 +85,9 @@ _MOST_ARRIVED = 32
 """Files that may wait for the service before no more are fetched that are safe on a card."""
 
 _RAWS_REMEMBERED = 4096
+
+_STOP_WITHIN_S = 20.0
+"""How long the cameras have to be let go of. A file that is being fetched is fetched again."""
 
 _TRIES_OF_A_WORKER = 20
 """How often one worker tries to open a camera."""
@@ -159,6 +165,9 @@ class _Arrived:
 
     kind: ShotKind | None
     hold_until: float = 0.0
+    hold_at_most_until: float = 0.0
+    """If it waits for its raw file longer than that, there is none."""
+
     offered: bool = False
     done: bool = False
     saved: bool = False
@@ -211,6 +220,9 @@ class _Body:
 
     lone: set[str] = field(default_factory=set)
     """Stems of pictures of the last listing that have no raw file beside them."""
+
+    unfinished: set[bytes] = field(default_factory=set)
+    """Files of the last listing that had no content."""
 
     unverified: bool = False
     event_at: float = -math.inf
@@ -288,6 +300,8 @@ class CameraSource:
         self._by_stem: dict[str, list[_Arrived]] = {}
         self._raws: OrderedDict[str, tuple[str, str]] = OrderedDict()
         self._raw_cameras: set[str] = set()
+        self._plain_cameras: set[str] = set()
+        self._met: set[str] = set()
         self._put_off: dict[str, set[bytes]] = {}
         self._selector = selectors.DefaultSelector()
         self._usb: usb.UsbEvents | None = None
@@ -308,7 +322,7 @@ class CameraSource:
             return
         self._stopping = True
         os.eventfd_write(self._bell, 1)
-        self._thread.join(timeout=30.0)
+        self._thread.join(timeout=_STOP_WITHIN_S)
         if not self._thread.is_alive():
             os.close(self._bell)
 
@@ -345,6 +359,9 @@ class CameraSource:
             if arrived is None:
                 return None
             arrived.done = True
+            if self.settings.delete and arrived.body is not None:
+                # A listing has to show it before it may be deleted.
+                arrived.body.unverified = True
             if not arrived.saved:
                 return None
             seen = self._finished(arrived)
@@ -372,6 +389,15 @@ class CameraSource:
     def states(self) -> list[SourceState]:
         """Say how each camera is."""
         return self._states
+
+    def concerns(self) -> list[SourceState]:
+        """Return the states that alerts are about: each camera once it was met, and the source itself until then."""
+        states = self._states
+        known = [state for state in states if state.name in self._met]
+        if not known:
+            worst = states[0] if states else None
+            return [] if worst is None else [replace(worst, name=self.name)]
+        return [*known, SourceState(self.name, "watching", "a camera is there", 0, 0, 0.0)]
 
     def notes(self) -> list[Seen]:
         """Return what is to be remembered besides what `done` returned."""
@@ -591,6 +617,7 @@ class CameraSource:
         serial = facts["serial"]
         body.camera = serial or f"{facts['model']} at {body.port}"
         body.name = f"{facts['model']} {serial}".strip() or body.name
+        self._met.add(body.name)
         for other in [b for b in self._bodies if b is not body and b.camera == body.camera and b.link is None]:
             # The same body, at the port where it was before it was unplugged.
             body.release = other.release
@@ -687,18 +714,25 @@ class CameraSource:
         body.listed = True
         body.listed_at = time.monotonic()
         body.hurry = False
-        if body.event_at < asked_at:
-            body.unverified = any(not file.size for file in files)
         first_ever = self._listed_first(camera)
         if first_ever and self.settings.existing == "leave":
             self._note(*(Seen(file.digest) for file in files))
         if self.settings.existing == "later" and camera not in self._put_off:
             self._put_off[camera] = {file.digest for file in files}
         self._reconcile(body, files)
+        unfinished = {file.digest for file in files if not file.size}
+        # What was found may not be all: while it is busy, a camera leaves files out without a word. A file without
+        # content is looked for once more.
+        if body.event_at < asked_at:
+            body.unverified = bool(body.pending) or not unfinished <= body.unfinished
+        body.unfinished = unfinished
         with self._lock:
             for arrived in self._arrived.values():
-                if arrived.file.camera == camera:
-                    arrived.hold_until = min(arrived.hold_until, time.monotonic() + _MATE_WITHIN_S)
+                if arrived.file.camera == camera and arrived.body is not body:
+                    # Left over by a crash: now it is known what lies beside it.
+                    arrived.body = body
+                    arrived.hold_until = min(arrived.hold_until, time.monotonic() + _QUIET_S)
+                    arrived.hold_at_most_until = time.monotonic() + _MATE_AT_LAST_S
         if body.pending:
             self._say(body, "catching up", "")
         else:
@@ -723,6 +757,8 @@ class CameraSource:
         with_raw = {file.stem for file in files if file.is_raw}
         # The raw file of the last one may be on its way.
         body.lone = {file.stem for file in files[:-1] if file.is_rendered} - with_raw
+        if not with_raw and any(file.is_rendered for file in files):
+            self._plain_cameras.add(camera)
         for file in files:
             digest = file.digest
             if file.is_raw:
@@ -751,10 +787,10 @@ class CameraSource:
         if self.exposing or body.facts.get("target") == "ram":
             # What a camera has in its memory is not listed, and may be gone when it is opened anew.
             return math.inf
-        quiet_at = body.event_at + _QUIET_S
+        quiet_since = max(body.event_at, body.listed_at)
         if body.unverified:
-            return quiet_at if body.hurry else body.event_at + self.settings.verify_after_s
-        return max(quiet_at, body.listed_at + self.settings.resync_s)
+            return quiet_since + (_QUIET_S if body.hurry else self.settings.verify_after_s)
+        return max(body.event_at + _QUIET_S, body.listed_at + self.settings.resync_s)
 
     def _start_anew(self, body: _Body) -> None:
         """Have the worker let go of the camera; the next one lists the card as it is."""
@@ -820,7 +856,9 @@ class CameraSource:
             self._say(body, "ready", "")
 
     def _has_room(self) -> bool:
-        return len(self._arrived) < _MOST_ARRIVED
+        # Not those that wait for a raw file, which may be the next one to be fetched.
+        with self._lock:
+            return sum(arrived.offered for arrived in self._arrived.values()) < _MOST_ARRIVED
 
     def _fetch(self, body: _Body, file: CameraFile) -> None:
         assert body.link is not None
@@ -919,17 +957,21 @@ class CameraSource:
             self._remember_raw(file.stem, arrived.key, file.name)
         if file.is_rendered and not arrived.hold_until and self._expects_raws(arrived):
             arrived.hold_until = time.monotonic() + _MATE_WITHIN_S
+            arrived.hold_at_most_until = time.monotonic() + _MATE_AT_LAST_S
         with self._lock:
             self._arrived[arrived.path] = arrived
             self._by_stem.setdefault(file.stem, []).append(arrived)
         self._changed = True
 
     def _expects_raws(self, arrived: _Arrived) -> bool:
-        """Tell whether a picture may have a raw file beside it: such were seen, or the camera is set to it."""
-        if arrived.body is not None and arrived.file.stem in arrived.body.lone:
-            return False
-        quality = "" if arrived.body is None else str(arrived.body.facts.get("image_quality"))
-        return arrived.file.camera in self._raw_cameras or _RAW_QUALITY.search(quality) is not None
+        """Tell whether a picture may have a raw file beside it, by what was seen and by how the camera is set."""
+        camera, body = arrived.file.camera, arrived.body
+        if body is None or camera in self._raw_cameras:
+            return body is None or body.unverified or arrived.file.stem not in body.lone
+        quality = body.facts.get("image_quality")
+        if quality is not None:
+            return _RAW_QUALITY.search(str(quality)) is not None
+        return camera not in self._plain_cameras
 
     def _remember_raw(self, stem: str, key: str, name: str) -> None:
         self._raws[stem] = key, name
@@ -942,12 +984,23 @@ class CameraSource:
         offered = False
         with self._lock:
             for arrived in list(self._arrived.values()):
-                if not arrived.offered and (now >= arrived.hold_until or self._has_mate(arrived)):
+                if not arrived.offered and (self._has_mate(arrived) or self._is_held_no_more(arrived, now)):
                     arrived.offered = True
                     self._ready.append(arrived)
                     offered = True
         if offered:
             self._wake()
+
+    def _is_held_no_more(self, arrived: _Arrived, now: float) -> bool:
+        if now < arrived.hold_until:
+            return False
+        body = arrived.body
+        if body is None or not body.unverified or now > arrived.hold_at_most_until:
+            return True
+        # The event of its raw file may be lost: a listing says, which is made as soon as the camera is quiet.
+        body.hurry = True
+        arrived.hold_until = now + _QUIET_S
+        return False
 
     def _has_mate(self, arrived: _Arrived) -> bool:
         """Tell whether the raw file beside a picture is offered or in the ledger, so that the picture may follow."""
@@ -1015,10 +1068,11 @@ class CameraSource:
         error = future.exception()
         with self._lock:
             arrived.saving = False
-            if isinstance(error, OSError):
+            if isinstance(error, OSError | ValueError):
                 arrived.save_at = time.monotonic() + _AGAIN_S
                 folder = "" if self.settings.album is None else self.settings.album.folder
-                self._save_trouble = f"photos cannot be saved in {folder}: {error.strerror or error}"
+                reason = getattr(error, "strerror", None) or error
+                self._save_trouble = f"photos cannot be saved in {folder}: {reason}"
             elif error is not None:
                 self._failure = error
             else:
@@ -1114,5 +1168,6 @@ def worker_environ(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
     # libgphoto2 has shots kept in the camera's memory unless told otherwise before it opens it, and waits 20 s for
     # an answer. Other programs that use it must not change that under us.
     settings.write_text("ptp2=capturetarget=card\nptp2=normal_timeout=6000\nptp2=capture_timeout=30000\n")
-    ours = {"XDG_CONFIG_HOME": str(config), "TZ": "UTC", "LC_ALL": "C", "LANGUAGE": ""}
+    # UTF-8, or names that are not ASCII would all be question marks.
+    ours = {"XDG_CONFIG_HOME": str(config), "TZ": "UTC", "LC_ALL": "C.UTF-8", "LANGUAGE": ""}
     return {**environ, **ours}

@@ -305,7 +305,7 @@ class _Worker:
         elif widget.get_type() in (gp.GP_WIDGET_TOGGLE, gp.GP_WIDGET_DATE):
             value = int(value)
         widget.set_value(value)
-        self._patiently(self._camera.set_single_config, name, widget, busy_s=busy_s)
+        self._insistently(self._camera.set_single_config, name, widget, busy_s=busy_s)
         return self._setting(name, busy_s) or {}
 
     def do_trigger(self, exposure_s: float, busy_s: float = _BUSY_S) -> dict[str, Any]:
@@ -418,17 +418,7 @@ class _Worker:
 
     def _widget(self, name: str, busy_s: float = _BUSY_S) -> Any:
         """Return a setting; a busy camera is asked again."""
-
-        def ask() -> Any:
-            try:
-                return self._camera.get_single_config(name)
-            except self._gp.GPhoto2Error as error:
-                if error.code == _BAD_PARAMETERS:
-                    # What a busy camera is said not to have. This says that it is busy.
-                    self._camera.get_storageinfo()
-                raise
-
-        return self._patiently(ask, busy_s=busy_s)
+        return self._insistently(self._camera.get_single_config, name, busy_s=busy_s)
 
     def _value(self, name: str) -> Any:
         setting = self._setting(name)
@@ -569,7 +559,7 @@ class _Worker:
     def _set_blindly(self, name: str, value: Any, busy_s: float = _BUSY_S) -> None:
         widget = self._widget(name, busy_s)
         widget.set_value(value)
-        self._patiently(self._camera.set_single_config, name, widget, busy_s=busy_s)
+        self._insistently(self._camera.set_single_config, name, widget, busy_s=busy_s)
 
     @contextlib.contextmanager
     def _full_card_told(self) -> Iterator[None]:
@@ -598,6 +588,21 @@ class _Worker:
             self._alive()
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 2.0)
+
+    def _insistently(self, function: Callable[..., _Result], *arguments: Any, busy_s: float) -> _Result:
+        """Do so with a setting, which a busy camera is said not to have or not to take."""
+
+        def ask() -> _Result:
+            try:
+                return function(*arguments)
+            except self._gp.GPhoto2Error as error:
+                if error.code != _BAD_PARAMETERS:
+                    raise
+            # This says if it is busy. If it is not, it may have been until now.
+            self._camera.get_storageinfo()
+            return function(*arguments)
+
+        return self._patiently(ask, busy_s=busy_s)
 
     def _alive(self, patience_s: float = 0.0) -> None:
         """Note that something has succeeded, and that the next thing may take so much longer."""

@@ -313,6 +313,10 @@ class DirectorySource:
         """Say how the source is: a directory is one."""
         return [self._state]
 
+    def concerns(self) -> list[SourceState]:
+        """Return the states that alerts are about."""
+        return [self._state]
+
     def notes(self) -> list[Seen]:
         """Return what is to be remembered besides: nothing."""
         return []

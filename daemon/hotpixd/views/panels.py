@@ -388,14 +388,40 @@ _SOURCE_STYLES = {"watching": "green", "away": "dim", "trouble": "red", "startin
 
 
 def source_lines(live: Live, look: Look) -> list[Text]:
-    """Return each source with how it does."""
+    """Return each source with how it does, in its own word for that."""
     lines = []
     for source in live.get("sources") or ():
         status = source["status"]
-        line = Text.assemble(look.text(source["name"]), " ", (look.text(status), _SOURCE_STYLES.get(status, "")))
+        word = look.text(source.get("condition") or status)
+        line = Text.assemble(look.text(source["name"]), " ", (word, _SOURCE_STYLES.get(status, "")))
         counts = f"{many(source.get('files') or 0, 'file')}, {source.get('waiting') or 0} waiting"
         lines.append(line.append(f": {look.text(source.get('detail') or counts)}"))
     return lines
+
+
+_SERIES_STYLES = {"preparing": "yellow", "shooting": "bold cyan", "waiting": "yellow"}
+"""Stages of a series of darks that is not over."""
+
+
+def series_lines(live: Live, look: Look) -> list[Text]:
+    """Return a line of the series of darks that is being shot; none if there is none."""
+    series = live.get("series")
+    if series is None or series["stage"] not in _SERIES_STYLES:
+        return []
+    words = [f"{series['taken']} of {series['frames']} taken"]
+    if series["stage"] != "shooting":
+        # Space is short, and this is what is to be done something about.
+        words.append(look.text(series["detail"]))
+    else:
+        if series["exposure_s"] is not None:
+            words.append(f"{series['exposure_s']:g} s")
+        if series["iso"] is not None:
+            words.append(f"ISO {series['iso']:g}")
+        if series["temps_c"]:
+            words.append(f"{series['temps_c'][-1]:g} {look.celsius}")
+        if series["left_s"] is not None:
+            words.append(f"{_span(series['left_s'])} left")
+    return [Text(f"darks: {', '.join(words)}", _SERIES_STYLES[series["stage"]])]
 
 
 # Small things.
@@ -445,6 +471,13 @@ def label(moment: str | None) -> str:
 def _local(moment: str) -> str:
     """Return a time of the daemon's clock as this terminal's clock shows it."""
     return datetime.fromisoformat(moment).astimezone().strftime("%m-%d %H:%M")
+
+
+def _span(seconds: float) -> str:
+    """Return a time as a clock counts it: 9:32, 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def many(count: int, word: str) -> str:

@@ -32,6 +32,7 @@ from hotpixd.views.panels import (
     panel,
     reason_lines,
     reasons_panel,
+    series_lines,
     site_panel,
     source_lines,
 )
@@ -150,7 +151,8 @@ def _header(scene: Scene, width: int) -> list[Text]:
     while cell_len(activity) > width - first.cell_len - pace.cell_len - 1 and ";" in activity:
         activity = activity.rpartition(";")[0]
     first.append(activity, "bold" if scene.trouble is None else "dim")
-    lines = [ends(first, pace, width, look), *(Text(" ").append_text(notice) for notice in _notices(scene))]
+    told = [*_notices(scene), *series_lines(live, look)]
+    lines = [ends(first, pace, width, look), *(Text(" ").append_text(line) for line in told)]
     if sensor is not None:
         ids = sorted(live["sensors"])
         which = Text(f"sensor {ids.index(sensor['id']) + 1} of {len(ids)} " if len(ids) > 1 else "", "cyan")
@@ -240,7 +242,7 @@ def _log(scene: Scene, width: int) -> list[Text]:
     parts = [
         ("Trouble", _notices(scene)),
         ("Why frames are not counted", reasons),
-        ("Sources", source_lines(live, look)),
+        ("Sources", source_lines(live, look) + series_lines(live, look)),
         ("Alerts, newest first", alert_lines(live, look)),
     ]
     lines = []

@@ -72,7 +72,8 @@ def print_status(answer: Answer) -> None:
     if "daemon" in answer:
         console.print(escape(printable(answer["daemon"]["activity"])), soft_wrap=True)
     for source in answer["sources"]:
-        told = f"{source['name']} {source['status']}: {source['detail']}"
+        told = f"{source['name']} {source.get('condition') or source['status']}"
+        told += f": {source['detail']}" if source["detail"] else ""
         console.print(f"  {escape(printable(told))}", soft_wrap=True)
     shots = answer["shots"]
     console.print(", ".join(f"{n} {word}" for word, n in shots.items() if n) or "No shot yet.")

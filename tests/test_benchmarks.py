@@ -67,3 +67,11 @@ def test_throughput_prints_one_column_per_format(tmp_path):
     assert all(cell.endswith("%") for cell in table["steady / bare"])
     assert all(float(cell.removesuffix(" MB")) > 50 for cell in table["peak memory, 2 shots"])
     assert not (tmp_path / "state").exists()
+
+
+def test_tether_prints_memory_and_what_is_open():
+    """Eight rows with the shots so far; the daemon and one worker throughout."""
+    rows = run("tether.py", "--shots", "16", "--settle", "0", "--idle", "0.2")
+    assert [row[0] for row in rows[1:]] == [str(2 * number) for number in range(1, 9)]
+    assert {row[4] for row in rows[1:]} == {"2"}
+    assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in rows[1:])

@@ -21,8 +21,6 @@ from daemons import Daemon, cpu_s, memory_mb
 from hotpixd.simulate import VirtualSensor, write_series
 from ptpip_camera import LoopbackCamera
 
-IDLE_S = 60.0
-
 
 def children(pid: int) -> list[int]:
     """Return the processes that a process has started and that live."""
@@ -38,7 +36,10 @@ def main() -> None:
     """Shoot, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shots", type=int, default=2000)
-    shots = parser.parse_args().shots
+    parser.add_argument("--settle", type=float, default=45.0, help="until the last listing and checkpoint are over, s")
+    parser.add_argument("--idle", type=float, default=60.0, help="how long processor time is measured, s")
+    options = parser.parse_args()
+    shots = options.shots
     with (
         tempfile.TemporaryDirectory() as folder,
         tempfile.TemporaryDirectory(prefix="hpx") as runtime,
@@ -55,15 +56,17 @@ def main() -> None:
         daemon = Daemon(root / "state", Path(runtime), "run", "--config", root / "config.yaml").wait_ready()
         try:
             measure(daemon, camera, shots)
+            time.sleep(options.settle)
+            measure_idle(daemon, options.idle)
         finally:
-            print(f"exit code {daemon.stop()}")
+            daemon.stop()
             daemon.close()
 
 
 def measure(daemon: Daemon, camera: LoopbackCamera, shots: int) -> None:
-    """Print a line now and then while shots are taken, and what the daemon takes when it is idle."""
+    """Print a line now and then while shots are taken."""
     pid = daemon.process.pid
-    print("shots  daemon MB  worker MB  descriptors  processes")
+    print("| shots | daemon, MB | worker, MB | descriptors | processes |\n| --- | --- | --- | --- | --- |")
     began = time.monotonic()
     for number in range(1, shots + 1):
         camera.shoot()
@@ -73,15 +76,17 @@ def measure(daemon: Daemon, camera: LoopbackCamera, shots: int) -> None:
             workers = children(pid)
             worker_mb = sum(memory_mb(worker) for worker in workers)
             descriptors = len(list(Path(f"/proc/{pid}/fd").iterdir()))
-            print(f"{number:5}  {memory_mb(pid):9.1f}  {worker_mb:9.1f}  {descriptors:11}  {1 + len(workers):9}")
-    print(f"{shots / (time.monotonic() - began):.1f} shots/s")
-    # The listing after the burst, and the checkpoint.
-    time.sleep(45.0)
-    pids = [pid, *children(pid)]
+            print(f"| {number} | {memory_mb(pid):.1f} | {worker_mb:.1f} | {descriptors} | {1 + len(workers)} |")
+    print(f"\n{shots / (time.monotonic() - began):.1f} shots/s")
+
+
+def measure_idle(daemon: Daemon, idle_s: float) -> None:
+    """Print what daemon and worker take while nothing comes."""
+    pids = [daemon.process.pid, *children(daemon.process.pid)]
     before = [cpu_s(each) for each in pids]
-    time.sleep(IDLE_S)
-    used = [100 * (cpu_s(each) - earlier) / IDLE_S for each, earlier in zip(pids, before, strict=True)]
-    print(f"idle with the camera attached: daemon {used[0]:.2f} %, worker {sum(used[1:]):.2f} % of a core")
+    time.sleep(idle_s)
+    used = [100 * (cpu_s(each) - earlier) / idle_s for each, earlier in zip(pids, before, strict=True)]
+    print(f"Idle with the camera attached: daemon {used[0]:.2f} %, worker {sum(used[1:]):.2f} % of a core.")
 
 
 if __name__ == "__main__":

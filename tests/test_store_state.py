@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shlex
 import stat
 import subprocess
 import sys
@@ -68,7 +70,7 @@ def test_a_reader_does_not_make_a_state(tmp_path: Path) -> None:
 
 def test_a_second_opening_is_refused_with_the_holders_name(state: State) -> None:
     """The sentence names the process and its command; after close the way is free."""
-    with pytest.raises(StateLocked, match=rf"in use by process {os.getpid()} \(.*pytest"):
+    with pytest.raises(StateLocked, match=rf"in use by process {os.getpid()} \({re.escape(shlex.join(sys.argv))}"):
         State(state.root)
     with pytest.raises(StateLocked):
         State(state.root, create=False)

@@ -172,11 +172,17 @@ def test_a_tethered_camera(service: Service, pairs: Camera):
         assert service.status()["shots"]["companion"] == len(pairs.shots) // 2
         workers = machine.run("pgrep", "-f", "camera_worker", check=False).stdout.split()
         assert len(workers) == 1
+        before = service.pid()
         service.ctl("kill", "--kill-who=main", "--signal=KILL")
         eventually(
             lambda: workers[0] not in machine.run("pgrep", "-f", "camera_worker", check=False).stdout.split(), "gone"
         )
-        eventually(lambda: service.show("ActiveState") == "active", "it is started again", 60)
+
+        def answers() -> bool:
+            socket = "/run/hotpixd/feed.sock"
+            return machine.run(*PYTHON, CONNECT, socket, user=MEMBER, check=False).returncode == 0
+
+        eventually(lambda: service.pid() not in ("0", before) and answers(), "it is started again", 60)
         eventually(lambda: "ready" in service.show("StatusText"), "it has the camera again")
         assert service.status()["shots"]["folded"] == len(pairs.shots) // 2
     finally:

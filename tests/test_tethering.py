@@ -101,7 +101,10 @@ def test_a_daemon_that_is_killed_again_and_again_loses_no_shot_and_counts_none_t
                 daemon = start("run", "--config", config, wait=False)
                 kill_at = time.monotonic() + rng.uniform(1.5, 4.0)
         camera.plug()
-        eventually(lambda: taken_in(daemon) >= 2 * PAIRS, "all files are in the ledger", 90.0)
+        try:
+            eventually(lambda: taken_in(daemon) >= 2 * PAIRS, "all files are in the ledger", 90.0)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; exit code {daemon.process.poll()}; {camera.status}\n{daemon.log}") from None
         # What was folded before the last kill is folded again.
         daemon.wait_ready()
         wanted = {file.sha256 for file in camera.files()}

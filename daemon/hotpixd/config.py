@@ -416,6 +416,9 @@ class Config(_Section):
                     " would be nowhere any more."
                 )
                 raise PydanticCustomError("overlap", "{words}", {"words": words, "index": index})
+            if camera.save_as != "{name}" and camera.save_to is None:
+                words = f"cameras[{index}].save_as needs save_to: the folder that its path is below."
+                raise PydanticCustomError("overlap", "{words}", {"words": words, "index": index})
             for earlier, other in enumerate(cameras[:index]):
                 one, two = camera.port, other.port
                 # All on USB are those of auto.

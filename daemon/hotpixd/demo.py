@@ -39,7 +39,7 @@ _FILE_BYTES = 400_000
 _MOST_DARKS = 20
 """The virtual camera stops taking pictures after 26."""
 
-_PACE_S = 0.5
+_PACE_S = 0.8
 """Least time between two scenes: who watches wants to see candidates rise."""
 
 _NEAR = 2
@@ -50,6 +50,7 @@ _PRESS = "0x9999,0x0,0x0"
 
 _COME_WITHIN_S = 30.0
 _READ_THE_END_S = 4.0
+_TOLD_WITHIN_S = 1.5
 
 
 def run_demo(frames: int, seed: int, keep: Path | None, stop: Callable[[], bool]) -> int:
@@ -159,6 +160,8 @@ class _Demo:
             with contextlib.closing(FeedClient(self._daemon.socket)) as client:
                 self._shoot(client)
                 self._shoot_darks(client)
+                # The daemon tells how it does once per second.
+                time.sleep(_TOLD_WITHIN_S)
                 save_attached(self._daemon.socket, self._results / "dashboard.svg", 120, 36)
                 self.found = client.ask("defects")
         except (FeedError, OSError, ValueError) as error:

@@ -165,7 +165,7 @@ class _Service:
         self._sources: dict[_Settings, _Source] = {}
         self._taken: dict[Path, tuple[_Source, float]] = {}
         self._unreadable: set[Path] = set()
-        self._statuses: dict[str, str] = {}
+        self._statuses: dict[str, tuple[str, str]] = {}
         self._started_at = answers.now()
         self._degraded: str | None = None
         self._reload_failed = False
@@ -375,11 +375,12 @@ class _Service:
         states = [state for source in self._sources.values() for state in source.states()]
         for concern in (state for source in self._sources.values() for state in source.concerns()):
             self._watchman.source(concern.name, concern.status, concern.detail)
-        before, self._statuses = self._statuses, {state.name: state.condition or state.status for state in states}
+        before, self._statuses = self._statuses, {state.name: (state.condition, state.status) for state in states}
         for state in states:
-            condition = self._statuses[state.name]
-            if before.get(state.name) != condition:
-                log.info("%s is %s: %s", printable(state.name), condition, printable(state.detail))
+            if before.get(state.name) != (state.condition, state.status):
+                level = logging.WARNING if state.status == "trouble" else logging.INFO
+                condition = state.condition or state.status
+                log.log(level, "%s is %s: %s", printable(state.name), condition, printable(state.detail))
         if now - self._disk_at >= _DISK_EVERY_S:
             self._disk_at = now
             self._disk_free = shutil.disk_usage(self._state.root).free

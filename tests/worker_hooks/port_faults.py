@@ -61,6 +61,9 @@ class Faults:
     lose_events: int = 0
     """So many calls of check_int find nothing, though there is something."""
 
+    lies: bool = False
+    """The first listing of a folder's folders is empty, without an error, as while a camera is busy."""
+
     memory_only: bool = False
     """Leave shots in the camera's memory, as with a body that knows nothing else."""
 
@@ -91,7 +94,15 @@ def install(order: str) -> None:
             if name != "capturetarget":
                 super().set_single_config(name, *arguments)
 
-    gphoto2.Camera = ForgetfulCamera if faults.memory_only else FaultyCamera
+    class LyingCamera(gphoto2.Camera):
+        def folder_list_folders(self, *arguments: Any) -> Any:
+            if Path(faults.mark).exists():
+                return super().folder_list_folders(*arguments)
+            Path(faults.mark).touch()
+            return gphoto2.CameraList()
+
+    kind = ForgetfulCamera if faults.memory_only else LyingCamera if faults.lies else FaultyCamera
+    gphoto2.Camera = kind
 
 
 class _Failures:

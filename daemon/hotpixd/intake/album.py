@@ -118,15 +118,10 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def _place(arrived: Path, path: Path) -> None:
-    """Give a file its name, durably but for the folder's entry; FileExistsError if the name is taken."""
-    try:
-        os.link(arrived, path)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-    else:
-        _open_up(path, 0o644)
-        return
+    """Give a copy its name, durably but for the folder's entry; FileExistsError if the name is taken.
+
+    Not a link: the user may change the photo in place, which would change what is kept of the shot.
+    """
     # Hidden, so that nobody takes it for a photo before it is whole; of the same name when it is tried again, so that
     # nothing is left of one that a crash has torn.
     part = path.with_name(f".hotpixd-{blake3(os.fsencode(arrived)).hexdigest(8)}.part")

@@ -26,6 +26,7 @@ import os
 import random
 import re
 import selectors
+import signal
 import threading
 import time
 from collections import OrderedDict, deque
@@ -88,6 +89,11 @@ _RAWS_REMEMBERED = 4096
 
 _STOP_WITHIN_S = 20.0
 """How long the cameras have to be let go of. A file that is being fetched is fetched again."""
+
+_LISTED_FILE_S = 0.02
+"""How long a poor network takes for one file of a listing."""
+
+_LONGEST_LISTING_S = 600.0
 
 _TRIES_OF_A_WORKER = 20
 """How often one worker tries to open a camera."""
@@ -200,6 +206,10 @@ class _Body:
     """Its port is no longer there."""
 
     opened: bool = False
+    listing: bool = False
+    slow_listings: int = 0
+    """How often in a row it took too long to list its card."""
+
     listed: bool = False
     """Its card was listed since it was opened."""
 
@@ -221,8 +231,8 @@ class _Body:
     lone: set[str] = field(default_factory=set)
     """Stems of pictures of the last listing that have no raw file beside them."""
 
-    unfinished: set[bytes] = field(default_factory=set)
-    """Files of the last listing that had no content."""
+    believed: set[bytes] | None = None
+    """What is on the card as far as is known: the last listing, and what was announced since. None: not listed yet."""
 
     unverified: bool = False
     event_at: float = -math.inf
@@ -302,6 +312,7 @@ class CameraSource:
         self._raw_cameras: set[str] = set()
         self._plain_cameras: set[str] = set()
         self._met: set[str] = set()
+        self._settled: set[str] = set()
         self._put_off: dict[str, set[bytes]] = {}
         self._selector = selectors.DefaultSelector()
         self._usb: usb.UsbEvents | None = None
@@ -673,7 +684,11 @@ class CameraSource:
         link, body.link = body.link, None
         assert link is not None
         self._selector.unregister(link)
+        listing = body.listing
         code = link.lose(1.0)
+        if listing and code == -signal.SIGALRM:
+            # A card with very many files, perhaps.
+            body.slow_listings += 1
         body.opened = body.listed = False
         if body.leaving:
             body.leaving = False
@@ -697,9 +712,17 @@ class CameraSource:
     def _list(self, body: _Body) -> None:
         assert body.link is not None
         asked_at = time.monotonic()
-        body.link.order("list", lambda ok, error: self._listed(body, asked_at, ok, error), endings=sorted(PICTURES))
+        body.listing = True
+        patience_s = max(body.files * _LISTED_FILE_S, self.settings.hang_s * 2.0**body.slow_listings)
+        body.link.order(
+            "list",
+            lambda ok, error: self._listed(body, asked_at, ok, error),
+            endings=sorted(PICTURES),
+            patience_s=min(patience_s, _LONGEST_LISTING_S),
+        )
 
     def _listed(self, body: _Body, asked_at: float, ok: dict[str, Any] | None, error: dict[str, Any] | None) -> None:
+        body.listing = False
         if ok is None:
             if error is not None:
                 # It answers, but not this: a card is being changed, or it is busy.
@@ -709,23 +732,23 @@ class CameraSource:
             return
         camera = body.camera or ""
         files = sorted((CameraFile(camera, *entry) for entry in ok["files"]), key=lambda file: file.order)
-        body.failures = 0
+        body.failures = body.slow_listings = 0
         body.files = len(files)
         body.listed = True
         body.listed_at = time.monotonic()
-        body.hurry = False
-        first_ever = self._listed_first(camera)
-        if first_ever and self.settings.existing == "leave":
-            self._note(*(Seen(file.digest) for file in files))
-        if self.settings.existing == "later" and camera not in self._put_off:
-            self._put_off[camera] = {file.digest for file in files}
+        self._put_off_what_was_there(body, files)
         self._reconcile(body, files)
-        unfinished = {file.digest for file in files if not file.size}
-        # What was found may not be all: while it is busy, a camera leaves files out without a word. A file without
-        # content is looked for once more.
+        listed = {file.digest for file in files}
+        # A camera that is busy leaves out files, or all of them, without a word: a listing is believed if it shows what
+        # was known, or the same as the one before.
         if body.event_at < asked_at:
-            body.unverified = bool(body.pending) or not unfinished <= body.unfinished
-        body.unfinished = unfinished
+            body.unverified = listed != body.believed
+        body.hurry = body.unverified and body.believed is not None and not listed >= body.believed
+        body.believed = listed
+        if not body.unverified:
+            self._settled.add(camera)
+            if not self._is_seen(_met(camera)):
+                self._note(Seen(_met(camera)))
         with self._lock:
             for arrived in self._arrived.values():
                 if arrived.file.camera == camera and arrived.body is not body:
@@ -738,13 +761,17 @@ class CameraSource:
         else:
             self._say(body, "ready", "")
 
-    def _listed_first(self, camera: str) -> bool:
-        """Tell whether this camera was never met before, and remember that it was met."""
-        mark = blake3(f"met {camera}".encode()).digest(16)
-        if self._is_seen(mark):
-            return False
-        self._note(Seen(mark))
-        return True
+    def _put_off_what_was_there(self, body: _Body, files: list[CameraFile]) -> None:
+        """Leave alone what is on the card when a camera comes for the first time, if the user wants that.
+
+        What was announced meanwhile was shot meanwhile. The first time lasts until a listing is believed.
+        """
+        camera = body.camera or ""
+        there = [file.digest for file in files if file.digest not in body.pending and not self._is_here(file.digest)]
+        if self.settings.existing == "leave" and not self._is_seen(_met(camera)):
+            self._note(*(Seen(digest) for digest in there if not self._is_seen(digest)))
+        if self.settings.existing == "later" and camera not in self._settled:
+            self._put_off.setdefault(camera, set()).update(there)
 
     def _reconcile(self, body: _Body, files: list[CameraFile]) -> None:
         """Have fetched what is on the card and nowhere else."""
@@ -768,9 +795,9 @@ class CameraSource:
                     body.known_raws[file.stem] = shot.hex(), file.name
             if digest in here or not file.size or digest in self._put_off.get(camera, ()):
                 continue
-            if not self._is_seen(digest):
+            if not self._is_seen(digest) or self._is_to_be_saved(digest):
                 body.pending[digest] = file
-            elif self.settings.delete and self._seen.get(digest) is not None:
+            elif self.settings.delete and self._is_seen(_saved(digest)):
                 body.doomed.append(file)
         for digest, file in announced.items():
             if digest in body.pending or digest in here or self._is_seen(digest):
@@ -782,6 +809,12 @@ class CameraSource:
             else:
                 log.warning("%s: %r was announced, but is not on its card", body.name, file.path)
                 del body.missing[digest]
+
+    def _is_to_be_saved(self, digest: bytes) -> bool:
+        """Tell whether a file was folded without being saved, in a run without a folder for photos."""
+        return (
+            self.settings.album is not None and self._seen.get(digest) is not None and not self._is_seen(_saved(digest))
+        )
 
     def _verify_due(self, body: _Body) -> float:
         if self.exposing or body.facts.get("target") == "ram":
@@ -811,6 +844,8 @@ class CameraSource:
             return
         self._look_for_gaps(body, file)
         digest = file.digest
+        if body.believed is not None and not file.volatile:
+            body.believed.add(digest)
         if not file.size and not file.volatile:
             # Still being written; only a new worker will see its size.
             body.hurry = True
@@ -819,7 +854,7 @@ class CameraSource:
         elif file.volatile or not file.mtime:
             # One name and size for all shots: only the content tells them apart.
             body.pending[digest] = file
-        elif not self._is_seen(digest) and not self._is_here(digest):
+        elif not self._is_here(digest) and (not self._is_seen(digest) or self._is_to_be_saved(digest)):
             body.pending[digest] = file
         self._changed = True
 
@@ -922,7 +957,11 @@ class CameraSource:
 
         def deleted(ok: dict[str, Any] | None, error: dict[str, Any] | None) -> None:
             if ok is not None:
-                self._note(Seen(file.digest, gone=True))
+                if body.believed is not None:
+                    body.believed.discard(file.digest)
+                log.info("%s: deleted %r from its card; it is saved", body.name, file.path)
+                body.files -= 1
+                self._note(Seen(file.digest, gone=True), Seen(_saved(file.digest), gone=True))
             elif error is not None:
                 log.warning("%s: %r could not be deleted: %s", body.name, file.path, error["text"])
 
@@ -968,10 +1007,12 @@ class CameraSource:
         camera, body = arrived.file.camera, arrived.body
         if body is None or camera in self._raw_cameras:
             return body is None or body.unverified or arrived.file.stem not in body.lone
+        if camera in self._plain_cameras:
+            return False
         quality = body.facts.get("image_quality")
         if quality is not None:
             return _RAW_QUALITY.search(str(quality)) is not None
-        return camera not in self._plain_cameras
+        return True
 
     def _remember_raw(self, stem: str, key: str, name: str) -> None:
         self._raws[stem] = key, name
@@ -1078,6 +1119,9 @@ class CameraSource:
             else:
                 self._save_trouble = None
                 arrived.saved = True
+                if not arrived.file.volatile:
+                    self._notes.append(Seen(_saved(arrived.file.digest)))
+                    self._noted.add(_saved(arrived.file.digest))
                 seen = self._finished(arrived) if arrived.done else None
                 if seen is not None:
                     self._notes.append(seen)
@@ -1119,7 +1163,7 @@ class CameraSource:
         elif body.condition == "ready":
             said.append(f"{body.files} files on its card" if body.files != 1 else "1 file on its card")
             if body.unverified:
-                said.append("to be verified")
+                said.append("to be looked through once more")
         if body.opened and body.facts.get("target") == "ram":
             said.append("shots are in its memory only until they have come")
         battery = body.facts.get("battery_percent")
@@ -1149,12 +1193,22 @@ def _resolve(
         future.set_exception(CameraError(f"the link to {body.name} broke", gone=True))
 
 
+def _saved(digest: bytes) -> bytes:
+    """Return the mark by which it is remembered that a file was saved: it is in the ledger also if it was not."""
+    return blake3(b"saved " + digest).digest(16)
+
+
+def _met(camera: str) -> bytes:
+    """Return the mark by which it is remembered that a camera was met."""
+    return blake3(f"met {camera}".encode(errors="surrogatepass")).digest(16)
+
+
 def ports_at(wanted: str, environ: Mapping[str, str]) -> set[str]:
     """Return the ports at which there are cameras, or may be, of those that a setting wants."""
     if wanted.startswith("ptpip:"):
         return {wanted}
     if "VCAMERADIR" in environ:
-        return {_VIRTUAL_PORT}
+        return {_VIRTUAL_PORT} if wanted in ("auto", _VIRTUAL_PORT) else set()
     # A phone speaks PTP, too: whoever means it names its port.
     devices = [device for device in usb.cameras() if device.ptp or not device.storage]
     return {device.port for device in devices if (device.maker if wanted == "auto" else device.port == wanted)}

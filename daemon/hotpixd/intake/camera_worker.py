@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import json
 import os
 import select
@@ -53,6 +54,9 @@ _LIVELY_S = 30.0
 
 _BUSY_S = 30.0
 """How long a busy camera is asked again."""
+
+_SLOWEST_BYTES_PER_S = 300_000.0
+"""Of a download that tells of no progress. One that has stopped is ended by libgphoto2 in seconds."""
 
 _BLOCK = 1 << 20
 
@@ -118,8 +122,10 @@ class _Orders:
 
 
 def _tell(_number: int, _frame: object) -> None:
-    _Orders.told = True
-    raise _Told
+    # Once: when the supervisor dies, the kernel says so for each of its threads, also while a shutter is being closed.
+    if not _Orders.told:
+        _Orders.told = True
+        raise _Told
 
 
 class _Worker:
@@ -142,6 +148,8 @@ class _Worker:
         self._ended = False
         self._release: Callable[[], None] | None = None
         self._free_kb: int | None = None
+        self._tells_no_progress = False
+        self._list_patience_s = 0.0
         self._polled_at = self._beaten_at = self._used_at = 0.0
 
     def say(self, message: dict[str, Any]) -> None:
@@ -168,6 +176,8 @@ class _Worker:
         """Close the shutter and let go of the camera, so that the body leaves its PC mode."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _Orders.told = False
+        # Whoever has listened may be gone.
+        self._out = io.StringIO()
         with contextlib.suppress(self._gp.GPhoto2Error):
             self._close_shutter()
             if self._camera is not None:
@@ -245,12 +255,17 @@ class _Worker:
         if release:
             self._release_whatever_is_open()
         facts = self._facts(port)
+        self._tells_no_progress = port.startswith("ptpip:")
         self._polled_at = time.monotonic()
         self._free_kb = self._free()
         return facts
 
-    def do_list(self, endings: list[str]) -> dict[str, Any]:
-        """List the card's files with these endings. It counts only if the camera answers before and after."""
+    def do_list(self, endings: list[str], patience_s: float) -> dict[str, Any]:
+        """List the card's files with these endings; a folder may take so much longer than other things.
+
+        It counts only if the camera answers before and after.
+        """
+        self._list_patience_s = patience_s
         free = self._free()
         files = list(self._walk("/", tuple(endings)))
         self._free_kb = self._free()
@@ -263,6 +278,8 @@ class _Worker:
             # libgphoto2 writes into it, and closes what it is given. Nothing is held in memory, and nothing can be
             # used after it was freed.
             file = self._gp.CameraFile(os.dup(fd))
+            if self._tells_no_progress:
+                self._alive(size / _SLOWEST_BYTES_PER_S)
             try:
                 self._patiently(self._camera.file_get, folder, name, self._gp.GP_FILE_TYPE_NORMAL, file, self._context)
             except self._gp.GPhoto2Error as error:
@@ -446,6 +463,8 @@ class _Worker:
         return sum(storage["free_kb"] for storage in self._storages())
 
     def _walk(self, folder: str, endings: tuple[str, ...]) -> Iterator[tuple[str, str, int, int]]:
+        # It asks the camera for each file of the folder, and tells of no progress.
+        self._alive(self._list_patience_s)
         names = self._patiently(self._camera.folder_list_files, folder)
         for index in range(names.count()):
             name = names.get_name(index)

@@ -166,10 +166,13 @@ def test_somebody_who_takes_the_name_meanwhile_loses_nothing(photos: Path, inbox
     assert there(photos) == {"IMG_0001.CR2": b"precious", "IMG_0002.CR2": b"theirs", "IMG_0002-1.CR2": b"ours"}
 
 
-def test_beside_the_state_it_costs_no_space(photos: Path, inbox: Path):
-    """It is a hard link, as in the spool."""
+def test_a_photo_changed_in_place_is_another_file(photos: Path, inbox: Path):
+    """Programs that write a rating into it do that; what is kept of the shot must stay as it was."""
     path = arrived(inbox, b"raw")
-    assert Album(photos).save(path, SHOT).samefile(path)
+    saved = Album(photos).save(path, SHOT)
+    with saved.open("r+b") as photo:
+        photo.write(b"war")
+    assert path.read_bytes() == b"raw"
 
 
 @pytest.mark.parametrize("number", NO_LINKS)

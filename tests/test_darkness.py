@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from hotpixd.core.darkness import looks_dark
-from hotpixd.core.frame import SensorLayout
+from hotpixd.core.darkness import looks_dark, looks_lit
+from hotpixd.core.frame import SensorLayout, ShotKind
+from hotpixd.intake.decode import decode
+from hotpixd.simulate import BLACK_LEVEL_ADU, WHITE_LEVEL_ADU, Scene, VirtualSensor
 
 SHARED = Path(os.environ.get("HOTPIXD_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real frames are not at {SHARED}")
@@ -219,3 +221,76 @@ def test_night_skies_and_black_scenes_are_light():
     for path in sorted((SHARED / "canon_1d4_left").glob("*.JPG")):
         samples = simplejpeg.decode_jpeg(path.read_bytes()).reshape(3264, -1)
         assert not looks_dark(samples, SensorLayout(4896, 3264, "RGB", 3), None, None), path.name
+
+
+# Whether light has plainly fallen on a frame that was to be dark
+
+SENSOR = VirtualSensor(600, 400, hot=8, stuck=3, dead=3, seed=1)
+
+
+def is_lit(scene: Scene, exposure_s: float, iso: float, *, rendered: bool, index: int = 0) -> bool:
+    """Tell what a shot of the simulation is taken for, at 24 C."""
+    shot = SENSOR.shot(index, scene, exposure_s=exposure_s, iso=iso, sensor_temp_c=24.0)
+    if not rendered:
+        return looks_lit(shot.mosaic, SENSOR.layout, BLACK_LEVEL_ADU, WHITE_LEVEL_ADU)
+    encoded = simplejpeg.encode_jpeg(SENSOR.rendered(shot), 95, colorspace="RGB", colorsubsampling="422")
+    pixels = simplejpeg.decode_jpeg(encoded, colorspace="RGB")
+    return looks_lit(pixels.reshape(400, 1800), SensorLayout(600, 400, "RGB", 3), None, None)
+
+
+@pytest.mark.parametrize("rendered", [False, True], ids=["raw", "rendered"])
+@pytest.mark.parametrize("iso", [100, 400, 1600])
+@pytest.mark.parametrize("exposure_s", [1.0, 30.0, 100.0, 300.0])
+def test_no_dark_is_lit(exposure_s, iso, rendered):
+    """However long, up to where dark current is 8 % of full scale, and nearly half of it after the tone curve."""
+    assert not is_lit("dark", exposure_s, iso, rendered=rendered)
+
+
+@pytest.mark.parametrize("rendered", [False, True], ids=["raw", "rendered"])
+@pytest.mark.parametrize("iso", [100, 1600])
+@pytest.mark.parametrize(
+    ("scene", "exposure_s"),
+    [("moving", 0.002), ("moving", 4.0), ("tripod", 0.002), ("tracked", 30.0), ("dithered", 30.0), ("flat", 0.3)],
+)
+def test_every_scene_is_lit(scene, exposure_s, iso, rendered):
+    """However short its exposure, if it was metered."""
+    assert all(is_lit(scene, exposure_s, iso, rendered=rendered, index=index) for index in range(4))
+
+
+def test_even_light_is_lit_and_as_much_dark_current_is_not():
+    """Light is as smooth as its photons; the dark currents of sites differ by a third and more."""
+    rng = np.random.default_rng(5)
+    share = 0.15 * (WHITE - BLACK)
+    light = BLACK + share * rng.normal(1.0, 0.02, (HEIGHT, WIDTH))
+    dark = BLACK + share * rng.lognormal(0.0, 0.3, (HEIGHT, WIDTH))
+    assert looks_lit(stored(light), LAYOUT, BLACK, WHITE)
+    assert not looks_lit(stored(dark), LAYOUT, BLACK, WHITE)
+    # Nobody can use such a dark, and hardly any is one.
+    assert looks_lit(stored(BLACK + 4 * (dark - BLACK)), LAYOUT, BLACK, WHITE)
+
+
+def test_stripes_and_a_glowing_corner_are_not_lit():
+    """Readout makes stripes along rows and columns, and an amplifier glows, in the dark as well."""
+    rng = np.random.default_rng(6)
+    stripes = black_frame() + rng.normal(0.0, 10.0, (HEIGHT, 1)) + rng.normal(0.0, 10.0, WIDTH)
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
+    glow = black_frame() + 2000.0 * np.exp(-np.hypot(y, x) / 60.0)
+    assert not looks_lit(stored(stripes), LAYOUT, BLACK, WHITE)
+    assert not looks_lit(stored(glow), LAYOUT, BLACK, WHITE)
+
+
+@needs_data
+def test_no_real_dark_is_lit():
+    """Those of the Flea3, as TIFF and as DNG, and of the Basler CCD, whose bright frames are."""
+
+    def lit(path: Path) -> bool:
+        frame = decode(path, ShotKind.DARK)
+        return looks_lit(frame.samples, frame.sensor.layout, frame.black_level_adu, frame.white_level_adu)
+
+    darks = [
+        path for folder in ("flea3_d1_bayer", "flea3_d1_dng_derived") for path in (SHARED / folder / "darks").iterdir()
+    ]
+    darks += (SHARED / "emva_ccd12").glob("d_s_*.png")
+    assert len(darks) >= 40
+    assert not any(map(lit, darks))
+    assert all(map(lit, (SHARED / "emva_ccd12").glob("b_s_*.png")))

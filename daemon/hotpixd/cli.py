@@ -635,16 +635,17 @@ def _serve(load: Callable[[], Config], *, reloadable: bool) -> int:
 
 
 def _leave_hung_reads(code: int) -> None:
-    """End here if a read of a dying card never will: Python would wait for its thread."""
+    """End here if a read of a dying card never will, or a write to a dead drive: Python would wait for its thread."""
     import threading
 
+    from hotpixd.intake.camera import SAVING
     from hotpixd.monitor import HASHING
 
     for thread in threading.enumerate():
-        if thread.name.startswith(HASHING):
+        if thread.name.startswith((HASHING, SAVING)):
             thread.join(1.0)
             if thread.is_alive():
-                logging.getLogger("hotpixd").warning("a file is still being read; it is left behind")
+                logging.getLogger("hotpixd").warning("a file is still being read or saved; it is left behind")
                 sys.stderr.flush()
                 os._exit(code)
 

@@ -22,6 +22,10 @@ _LOOK_EVERY_S = 0.25
 _GONE_FOR_S = 30.0
 """How long a daemon that has gone is waited for: the service manager starts it again."""
 
+_FOLDED_WITHIN_S = 60.0
+_BROKEN_OFF_FOLDED_WITHIN_S = 10.0
+"""How long the darks that were taken may take to get into the statistic, after the end and after a bad one."""
+
 _ENDED = ("done", "stopped", "failed")
 _DEFECTS_SHOWN = 20
 
@@ -47,14 +51,16 @@ def run_darks(
     """
     console = Console(stderr=True, highlight=False)
     if socket is not None:
-        return _shown(order, socket, console, stop, as_json=as_json)
+        return _shown(_Follower(order, socket, console, stop, may_return=lambda: True), as_json=as_json)
     with contextlib.ExitStack() as stack:
         daemon = own()
         stack.callback(daemon.stop)
         if not daemon.answers():
             sys.stderr.write(daemon.said)
             return daemon.stop() or 1
-        return _shown(order, daemon.socket, console, stop, as_json=as_json)
+        # Nobody starts ours again.
+        follower = _Follower(order, daemon.socket, console, stop, may_return=lambda: daemon.running)
+        return _shown(follower, as_json=as_json)
 
 
 def end_darks(socket: Path) -> int:
@@ -65,67 +71,105 @@ def end_darks(socket: Path) -> int:
     return 0
 
 
-def _shown(order: Mapping[str, Any], socket: Path, console: Console, stop: Callable[[], bool], *, as_json: bool) -> int:
-    series = _followed(order, socket, console, stop)
+def _shown(follower: _Follower, *, as_json: bool) -> int:
+    series = follower.follow()
     if as_json:
         json.dump({"series": series}, sys.stdout, indent=1)
         print()
     else:
         _say_end(series)
         if series["stage"] == "done":
-            with contextlib.closing(FeedClient(socket)) as client:
+            with contextlib.closing(FeedClient(follower.socket)) as client:
                 tables.print_defects(client.ask("defects"), most=_DEFECTS_SHOWN)
     return 0 if series["stage"] == "done" else 1
 
 
-def _followed(order: Mapping[str, Any], socket: Path, console: Console, stop: Callable[[], bool]) -> dict[str, Any]:
-    """Order the series and follow it to its end, through restarts of the daemon."""
-    last: dict[str, Any] = {}
-    warned: set[str] = set()
-    gone_since: float | None = None
-    asked_to_end = False
-    with _progress(console, int(order["frames"])) as show:
+class _Follower:
+    """Orders a series and follows it to its end, through restarts of the daemon.
+
+    Parameters
+    ----------
+    may_return : whether a daemon that has gone may come back
+    """
+
+    def __init__(
+        self,
+        order: Mapping[str, Any],
+        socket: Path,
+        console: Console,
+        stop: Callable[[], bool],
+        may_return: Callable[[], bool],
+    ) -> None:
+        self.socket = socket
+        self._order = order
+        self._console = console
+        self._stop = stop
+        self._may_return = may_return
+        self._last: dict[str, Any] = {}
+        self._warned: set[str] = set()
+        self._asked_to_end = False
+
+    def follow(self) -> dict[str, Any]:
+        """Return how it ended.
+
+        Raises
+        ------
+        FeedError
+            If the daemon does not take the order.
+        """
+        gone_since: float | None = None
+        with _progress(self._console, int(self._order["frames"])) as show:
+            while True:
+                seen = self._last
+                try:
+                    with contextlib.closing(FeedClient(self.socket)) as client:
+                        return self._follow(client, show)
+                except FeedError as error:
+                    if not self._last:
+                        raise
+                    if gone_since is None or self._last is not seen:
+                        gone_since = time.monotonic()
+                        self._console.print(f"[red]{escape(printable(str(error)))}[/red]", soft_wrap=True)
+                    show({**self._last, "stage": "waiting", "detail": "waiting for the daemon"})
+                    if self._stop() or not self._may_return() or time.monotonic() - gone_since > _GONE_FOR_S:
+                        return {**self._last, "stage": "failed", "detail": "the daemon has gone"}
+                    time.sleep(4 * _LOOK_EVERY_S)
+
+    def _follow(self, client: FeedClient, show: Callable[[Series], None]) -> dict[str, Any]:
+        series = client.ask("series")["series"] if self._last else None
+        if series is None:
+            # After a restart of the daemon the same order goes on where it was.
+            series = client.ask("darks", **{**self._order, "anew": self._order["anew"] and not self._last})["series"]
+        ended_at: float | None = None
         while True:
-            try:
-                with contextlib.closing(FeedClient(socket)) as client:
-                    # After a restart of the daemon: the same order goes on where it was.
-                    client.ask("darks", **{**order, "anew": order["anew"] and not last})
-                    while True:
-                        last = client.ask("series")["series"]
-                        gone_since = None
-                        for warning in last["warnings"]:
-                            if warning not in warned:
-                                warned.add(warning)
-                                console.print(f"[yellow]{escape(printable(warning))}[/yellow]", soft_wrap=True)
-                        show(last)
-                        if last["stage"] in _ENDED and _all_folded(client, last):
-                            return last
-                        if stop() and not asked_to_end:
-                            asked_to_end = True
-                            client.ask("end-series")
-                            console.print("Stopping after the exposure that the camera is at. Ctrl-C again: at once.")
-                        time.sleep(_LOOK_EVERY_S)
-            except FeedError as error:
-                if not last:
-                    raise
-                if gone_since is None:
-                    gone_since = time.monotonic()
-                    console.print(f"[red]The daemon has gone; waiting for it.[/red] ({escape(str(error))})")
-                if stop() or time.monotonic() - gone_since > _GONE_FOR_S:
-                    return {
-                        **last,
-                        "stage": "failed",
-                        "detail": "The daemon has gone. The same order goes on from here.",
-                    }
-                time.sleep(1.0)
+            self._last = series
+            self._warn(series["warnings"])
+            show(series)
+            if series["stage"] in _ENDED:
+                ended_at = ended_at or time.monotonic()
+                if self._stop() and not self._asked_to_end:
+                    return dict(series)
+                within_s = _FOLDED_WITHIN_S if series["stage"] == "done" else _BROKEN_OFF_FOLDED_WITHIN_S
+                if time.monotonic() - ended_at > within_s or _all_folded(client):
+                    return dict(series)
+            elif self._stop() and not self._asked_to_end:
+                self._asked_to_end = True
+                client.ask("end-series")
+                first = "The shutter is closed now" if series["bulb"] else "The dark under way is the last one"
+                self._console.print(f"Stopping. {first}; Ctrl-C again does not wait for it.")
+            time.sleep(_LOOK_EVERY_S)
+            series = client.ask("series")["series"]
+
+    def _warn(self, warnings: list[str]) -> None:
+        for warning in warnings:
+            if warning not in self._warned:
+                self._warned.add(warning)
+                self._console.print(f"[yellow]{escape(printable(warning))}[/yellow]", soft_wrap=True)
 
 
-def _all_folded(client: FeedClient, series: Series) -> bool:
+def _all_folded(client: FeedClient) -> bool:
     """Tell whether the darks taken are in the statistic, so that what is told of defects is the end of it."""
-    if series["stage"] != "done":
-        return True
-    status = client.ask("status")
-    return not any(source["waiting"] for source in status["sources"])
+    return not any(source["waiting"] for source in client.ask("status")["sources"])
 
 
 @contextlib.contextmanager
@@ -134,14 +178,22 @@ def _progress(console: Console, frames: int) -> Iterator[Callable[[Series], None
         yield _Lines()
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.table import Column
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("darks", total=frames, note="")
+    # Not the whole line: the ^C that the terminal echoes would begin another.
+    note = Column(no_wrap=True, overflow="ellipsis", max_width=max(20, console.width - 50))
+    columns = (
+        TextColumn("darks", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}", table_column=note),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("darks", total=frames, note="starting")
 
         def show(series: Series) -> None:
-            note = f"{_words(series)}  {series['detail']}" if series["stage"] != "shooting" else _words(series)
-            bar.update(task, completed=series["taken"], note=escape(printable(note)))
+            words = _words(series) if series["stage"] == "shooting" else series["detail"]
+            bar.update(task, completed=series["taken"], note=escape(printable(words)))
 
         yield show
 
@@ -153,12 +205,12 @@ class _Lines:
         self._said = ""
 
     def __call__(self, series: Series) -> None:
-        line = f"{series['stage']}: {series['detail']}"
+        line, words = f"{series['stage']}: {series['detail']}", ""
         if series["stage"] == "shooting":
-            line = f"dark {series['taken']} of {series['frames']} taken"
-        if line != self._said and not (series["stage"] == "shooting" and not series["taken"]):
+            line, words = f"{series['taken']} of {series['frames']} darks taken", _words(series)
+        if line != self._said:
             self._said = line
-            print(printable(f"{line}  {_words(series)}".rstrip()), file=sys.stderr)
+            print(printable(f"{line}  {words}".rstrip()), file=sys.stderr)
 
 
 def _words(series: Series) -> str:
@@ -169,9 +221,10 @@ def _words(series: Series) -> str:
         words.append(f"ISO {series['iso']:g}")
     if series["temps_c"]:
         words.append(f"{series['temps_c'][-1]:g} C")
-    if series["left_s"]:
+    if series["left_s"] is not None:
         minutes, rest = divmod(round(series["left_s"]), 60)
-        words.append(f"{minutes}:{rest:02d} left")
+        hours, minutes = divmod(minutes, 60)
+        words.append(f"{hours}:{minutes:02d}:{rest:02d} left" if hours else f"{minutes}:{rest:02d} left")
     return "  ".join(words)
 
 
@@ -184,6 +237,7 @@ def _say_end(series: Series) -> None:
     if series["stage"] == "done":
         print(f"{taken} of {frames} darks{begun}{at}: {detail}.")
         return
-    print(f"{taken} of {frames} darks{begun}{at}. {detail[:1].upper()}{detail[1:].rstrip('.')}.")
-    if taken and series["stage"] == "stopped":
-        print("Give the same order again to go on.")
+    end = "" if detail.endswith((".", "?", "!")) else "."
+    print(f"{taken} of {frames} darks{begun}{at}. {detail[:1].upper()}{detail[1:]}{end}")
+    if taken:
+        print("The same order goes on from there.")

@@ -8,6 +8,7 @@ through queues; whoever has something for the loop wakes it.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import re
@@ -637,6 +638,10 @@ def _ask_cameras(question: Question, tethers: list[CameraSource]) -> None:
             return
         camera = None if given.get("camera") is None else str(given["camera"])
         name, value = str(given["name"]), given["value"]
+        if isinstance(value, bool) or not isinstance(value, str | int | float) or not f"{name}{value}".isprintable():
+            raise ValueError(f"a value is a text or a number, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"a value is a finite number, got {value!r}")
         question.answer(_tether_of(camera, tethers).call("set", _SET_WITHIN_S, camera, name=name, value=value))
     except CameraError as error:
         question.refuse(str(error))

@@ -71,17 +71,36 @@ RENDERED_OUTLIER_ADU = 16.0
 RENDERED_MAX_OUTLIERS = 0.005
 """Share of rendered samples that may stand out: each defect takes nine or more of them."""
 
-LIT_LEVEL = 0.1
-"""Share of full scale above the black level that dark current does not reach in a dark anyone would use."""
-
-LIT_RENDERED_ADU = 90.0
-"""The same after the tone curve, in 8 bits."""
+LIT_LEVEL, LIT_RENDERED_ADU = 0.1, 90.0
+"""Share of full scale above the black level, and level in 8 bits after the tone curve, that dark current reaches in
+long and warm darks only.
+"""
 
 LIT_UNKNOWN_BLACK = 0.2
 """Share of full scale, black level included, where that is not known: offsets of 12-bit cameras reach 2048 of 16383."""
 
-LIT_UNEVEN, LIT_UNEVEN_ADU = 2.0, 1.0
-"""Noises of one sample, and parts in 255 of full scale, by which more than a quarter of the blocks must differ."""
+LIT_SMOOTH, LIT_SMOOTH_RENDERED = 0.2, 0.07
+"""Noise as a share of such a level, below which it is light: dark current differs from site to site.
+
+Measured: simulated darks 0.30 and more, rendered 0.08 and more; flat fields of the simulation 0.03, rendered 0.02, of a
+Basler CCD 0.01.
+"""
+
+LIT_BRIGHT, LIT_BRIGHT_ADU = 0.5, 204.0
+"""The level that is light, or a dark that nobody can use."""
+
+LIT_UNEVEN, LIT_UNEVEN_ADU, LIT_UNEVEN_RENDERED_ADU = 1.0, 1.0, 1.5
+"""Noises of one sample, and parts in 255 of full scale, by which more than a quarter of the blocks must differ.
+
+Measured: real and simulated darks at most 0.7 noises, or at most 1 part in 255; moving scenes from 0.7 noises on,
+tracked stars of 2 s from 0.2 on.
+"""
+
+LIT_ALIKE = 0.2
+"""Correlation of neighbouring samples of a plane of a raw frame. In a dark each has noise of its own.
+
+Measured: darks of the simulation, of the Flea3 and of the Basler CCD at most 0.02; moving scenes 0.37 and more.
+"""
 
 DEFECT_REACH = 5
 """Sites that one defect may reach from end to end after demosaicing and JPEG compression."""
@@ -139,22 +158,48 @@ def looks_lit(
     rendered = layout.channels > 1 or (layout.period == 1 and samples.dtype == np.uint8)
     full_adu = 255.0 if rendered else white_level_adu or _full_scale(samples, exact=True)
     black_adu = 0.0 if rendered else black_level_adu or 0.0
-    highest_adu = LIT_RENDERED_ADU if rendered else LIT_LEVEL * (full_adu - black_adu)
+    if rendered:
+        high_adu, bright_adu, smooth = LIT_RENDERED_ADU, LIT_BRIGHT_ADU, LIT_SMOOTH_RENDERED
+    else:
+        share = LIT_LEVEL if black_level_adu else LIT_UNKNOWN_BLACK
+        high_adu, bright_adu, smooth = share * (full_adu - black_adu), LIT_BRIGHT * (full_adu - black_adu), LIT_SMOOTH
+    uneven_adu = (LIT_UNEVEN_RENDERED_ADU if rendered else LIT_UNEVEN_ADU) * full_adu / 255.0
     for index in range(0, layout.plane_count, max(1, layout.plane_count // 6)):
-        blocks = _blocks(layout.plane(samples, index), FINE_GRID)
+        plane = layout.plane(samples, index)
+        blocks = _blocks(plane, FINE_GRID)
         # Medians: what stands out in a dark are single sites.
         levels = np.median(blocks, axis=1)
-        level = float(np.median(levels))
-        if black_level_adu or rendered:
-            if level - black_adu > highest_adu:
-                return True
-        elif level > LIT_UNKNOWN_BLACK * full_adu:
+        level_adu = float(np.median(levels)) - black_adu
+        noise_adu = 1.4826 * float(np.median(np.median(np.abs(blocks - levels[:, None]), axis=1)))
+        if level_adu > bright_adu or (level_adu > high_adu and noise_adu < smooth * level_adu):
             return True
-        noise = 1.4826 * float(np.median(np.median(np.abs(blocks - levels[:, None]), axis=1)))
-        uneven = float(np.quantile(np.abs(levels - level), 0.75))
-        if uneven > max(LIT_UNEVEN * noise, LIT_UNEVEN_ADU * full_adu / 255.0):
+        away_adu = float(np.quantile(np.abs(levels - black_adu - level_adu), 0.75))
+        if away_adu > max(LIT_UNEVEN * noise_adu, uneven_adu):
+            return True
+        # Rendered, noise comes in blotches.
+        if not rendered and _likeness(blocks - levels[:, None], plane.shape, noise_adu) > LIT_ALIKE:
             return True
     return False
+
+
+def _likeness(residuals: NDArray[np.float32], shape: tuple[int, ...], noise_adu: float) -> float:
+    """Return the median of the blocks' correlations of diagonal neighbours: readout makes stripes, but no slanted ones.
+
+    Parameters
+    ----------
+    residuals : (blocks, samples)
+        Samples less the level of their block.
+    shape
+        Of the plane.
+    """
+    reach = max(3.0 * noise_adu, 1.0)
+    blocks = np.clip(residuals, -reach, reach).reshape(-1, min(BLOCK, shape[0]), min(BLOCK, shape[1]))
+    blocks = blocks - blocks.mean(axis=(1, 2), keepdims=True)
+    variance = (blocks * blocks).mean(axis=(1, 2))
+    down = (blocks[:, 1:, 1:] * blocks[:, :-1, :-1]).mean(axis=(1, 2))
+    up = (blocks[:, 1:, :-1] * blocks[:, :-1, 1:]).mean(axis=(1, 2))
+    # A block without any noise is like no scene.
+    return float(np.median(0.5 * (down + up) / np.maximum(variance, 1e-6)))
 
 
 def _floor(samples: Samples, layout: SensorLayout, grid: int, rendered: bool) -> tuple[float, float] | None:

@@ -51,6 +51,9 @@ from hotpixd.intake.source import Seen, SourceState, Status
 
 log = logging.getLogger("hotpixd")
 
+SAVING = "save photos"
+"""Prefix of the names of threads that write to the user's folder, which may hang."""
+
 Condition = Literal["absent", "opening", "claimed", "catching up", "ready", "backing off"]
 
 _STATUS: Mapping[Condition, Status] = {
@@ -87,6 +90,9 @@ _MOST_ARRIVED = 32
 
 _RAWS_REMEMBERED = 4096
 
+_SAME_SHOT_S = 60.0
+"""By how much the times of the files of one shot may differ: a long buffer is written file by file."""
+
 _STOP_WITHIN_S = 20.0
 """How long the cameras have to be let go of. A file that is being fetched is fetched again."""
 
@@ -97,6 +103,9 @@ _LONGEST_LISTING_S = 600.0
 
 _TRIES_OF_A_WORKER = 20
 """How often one worker tries to open a camera."""
+
+_REFUSALS = 3
+"""How often a camera may refuse a file before it is left there."""
 
 _AGAIN_S = 10.0
 """Until a file that could not be saved or fetched is tried again."""
@@ -171,6 +180,9 @@ class _Arrived:
 
     kind: ShotKind | None
     hold_until: float = 0.0
+    again_at: float = 0.0
+    """Not before that it is offered once more."""
+
     hold_at_most_until: float = 0.0
     """If it waits for its raw file longer than that, there is none."""
 
@@ -224,9 +236,10 @@ class _Body:
     doomed: deque[CameraFile] = field(default_factory=deque)
     calls: deque[tuple[str, dict[str, Any], Future[dict[str, Any]]]] = field(default_factory=deque)
     missing: dict[bytes, int] = field(default_factory=dict)
+    refused: dict[bytes, int] = field(default_factory=dict)
     files: int = 0
-    known_raws: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Keys and names of raw files on the card that are in the ledger, by stem."""
+    known_raws: dict[str, tuple[str, CameraFile]] = field(default_factory=dict)
+    """Raw files on the card that are in the ledger with their keys, by stem."""
 
     lone: set[str] = field(default_factory=set)
     """Stems of pictures of the last listing that have no raw file beside them."""
@@ -305,10 +318,10 @@ class CameraSource:
         self._changed = True
 
         # Of the source's thread alone.
-        self._saver = ThreadPoolExecutor(1, "save photos")
+        self._saver = ThreadPoolExecutor(1, SAVING)
         self._bodies: list[_Body] = []
         self._by_stem: dict[str, list[_Arrived]] = {}
-        self._raws: OrderedDict[str, tuple[str, str]] = OrderedDict()
+        self._raws: OrderedDict[str, tuple[str, CameraFile]] = OrderedDict()
         self._raw_cameras: set[str] = set()
         self._plain_cameras: set[str] = set()
         self._met: set[str] = set()
@@ -352,10 +365,10 @@ class CameraSource:
                 return None
             arrived = self._ready.popleft()
         file = arrived.file
-        key, raw = self._raws.get(file.stem, (None, None)) if file.is_rendered else (None, None)
+        key, raw = self._raw_of(file) or (None, None)
         return FoundShot(
             arrived.path,
-            None if raw is None else Path(raw),
+            None if raw is None else Path(raw.name),
             arrived.kind,
             file.camera,
             arrived.name,
@@ -383,9 +396,14 @@ class CameraSource:
         """Note that the shot taken from `path` could not be read. It is offered again later."""
         with self._lock:
             arrived = self._arrived.get(path)
-            if arrived is not None:
+            if arrived is not None and not path.exists():
+                # Whoever took it away: the card still has it, and a listing says so.
+                self._drop(arrived)
+                for body in self._bodies:
+                    body.unverified = True
+            elif arrived is not None:
                 arrived.offered = False
-                arrived.hold_until = time.monotonic() + _AGAIN_S
+                arrived.again_at = time.monotonic() + _AGAIN_S
         self._ring()
 
     def forget_taken(self) -> None:
@@ -450,6 +468,8 @@ class CameraSource:
         try:
             return future.result(timeout_s)
         except TimeoutError:
+            # What nobody waits for is not done any more.
+            future.cancel()
             raise CameraError(f"the camera has not answered within {timeout_s:.0f} s", gone=True) from None
 
     def list_anew(self) -> None:
@@ -513,7 +533,7 @@ class CameraSource:
         with self._lock:
             for arrived in self._arrived.values():
                 if not arrived.offered:
-                    due.append(arrived.hold_until)
+                    due.append(max(arrived.hold_until, arrived.again_at))
                 if not arrived.saved and not arrived.saving:
                     due.append(arrived.save_at)
         due += [self._due(body) for body in self._bodies]
@@ -523,7 +543,7 @@ class CameraSource:
         """When something is to be done about a camera that does not say anything."""
         if body.link is None:
             return math.inf if body.gone else body.retry_at
-        if not body.opened and not body.link.busy:
+        if not body.opened and not body.link.busy and not body.leaving:
             return body.retry_at
         due = body.link.hangs_at
         if body.opened and not body.link.busy and not body.leaving:
@@ -586,12 +606,15 @@ class CameraSource:
         elif now >= body.link.hangs_at:
             log.warning("%s: the process that talks to it hangs; it is ended", body.name)
             body.link.kill()
+        elif body.leaving:
+            # It ends; what follows is seen when it has.
+            return
         elif not body.opened:
             if not body.link.busy and body.gone:
                 self._lose(body)
             elif not body.link.busy and now >= body.retry_at:
                 self._order_open(body)
-        elif not body.link.busy and not body.leaving:
+        elif not body.link.busy:
             self._next(body)
 
     def _part_with(self, body: _Body) -> None:
@@ -605,7 +628,13 @@ class CameraSource:
         body.calls.clear()
 
     def _open(self, body: _Body) -> None:
-        body.link = Link(self._environ, self.settings.hang_s, _QUIET_S)
+        try:
+            body.link = Link(self._environ, self.settings.hang_s, _QUIET_S)
+        except OSError as error:
+            # Out of processes, memory or descriptors: that passes.
+            self._say(body, "backing off", f"no process can be started for it: {error.strerror}")
+            body.retry_at = time.monotonic() + _AGAIN_S
+            return
         self._selector.register(body.link, selectors.EVENT_READ, body)
         if body.condition != "ready":
             self._say(body, "opening", "asking it what it is")
@@ -625,8 +654,10 @@ class CameraSource:
         body.tries = 0
         body.opened = True
         body.facts = facts
-        serial = facts["serial"]
-        body.camera = serial or f"{facts['model']} at {body.port}"
+        serial = facts["serial"] = facts["serial"].encode("utf-8", "replace").decode()
+        # A port on USB is another one each time.
+        nameless = facts["model"] if body.port.startswith("usb:") else f"{facts['model']} at {body.port}"
+        body.camera = serial or nameless
         body.name = f"{facts['model']} {serial}".strip() or body.name
         self._met.add(body.name)
         for other in [b for b in self._bodies if b is not body and b.camera == body.camera and b.link is None]:
@@ -743,7 +774,10 @@ class CameraSource:
         # was known, or the same as the one before.
         if body.event_at < asked_at:
             body.unverified = listed != body.believed
-        body.hurry = body.unverified and body.believed is not None and not listed >= body.believed
+        fewer = body.believed is not None and not listed >= body.believed
+        # What is shot before the first listing is believed would be taken for what was there before.
+        unsettled = self.settings.existing != "fetch" and camera not in self._settled
+        body.hurry = body.unverified and (fewer or unsettled)
         body.believed = listed
         if not body.unverified:
             self._settled.add(camera)
@@ -781,6 +815,7 @@ class CameraSource:
         announced = body.pending
         body.pending = OrderedDict()
         body.known_raws = {}
+        body.doomed.clear()
         with_raw = {file.stem for file in files if file.is_raw}
         # The raw file of the last one may be on its way.
         body.lone = {file.stem for file in files[:-1] if file.is_rendered} - with_raw
@@ -792,7 +827,7 @@ class CameraSource:
                 self._raw_cameras.add(file.camera)
                 shot = self._seen.get(digest)
                 if shot is not None:
-                    body.known_raws[file.stem] = shot.hex(), file.name
+                    body.known_raws[file.stem] = shot.hex(), file
             if digest in here or not file.size or digest in self._put_off.get(camera, ()):
                 continue
             if not self._is_seen(digest) or self._is_to_be_saved(digest):
@@ -879,6 +914,8 @@ class CameraSource:
             self._fetch(body, volatile)
         elif body.calls:
             do, arguments, future = body.calls.popleft()
+            if not future.set_running_or_notify_cancel():
+                return
             body.release = body.release or do == "bulb"
             body.link.order(do, lambda ok, error: _resolve(body, do, future, ok, error), **arguments)
         elif body.pending and now >= body.fetch_at and self._has_room():
@@ -949,8 +986,14 @@ class CameraSource:
             return
         # Deleted, announced by mistake, or remembered wrongly: a listing says.
         log.info("%s: %r could not be fetched: %s", body.name, file.path, error["text"])
-        body.retry_at = time.monotonic() + self._pause_s(body)
+        digest = file.digest
+        body.refused[digest] = body.refused.get(digest, 0) + 1
+        if body.refused[digest] >= _REFUSALS:
+            log.warning("%s: %r is left on the card until the next start", body.name, file.path)
+            self._put_off.setdefault(file.camera, set()).add(digest)
+            body.pending.pop(digest, None)
         self._start_anew(body)
+        body.retry_at = time.monotonic() + self._pause_s(body)
 
     def _delete(self, body: _Body, file: CameraFile) -> None:
         assert body.link is not None
@@ -983,7 +1026,12 @@ class CameraSource:
     def _take_up_what_is_left(self) -> None:
         now = time.monotonic()
         for path, file in self._arrivals.left():
-            arrived = _Arrived(file, path, content_digest(path), file.camera, self.settings.kind)
+            try:
+                key = content_digest(path)
+            except OSError as error:
+                log.error("%s cannot be read and is left there: %s", path, error.strerror)
+                continue
+            arrived = _Arrived(file, path, key, file.camera, self.settings.kind)
             if file.is_rendered:
                 arrived.hold_until = now + _LEFT_WAIT_S
             self._arrive(arrived)
@@ -993,7 +1041,7 @@ class CameraSource:
         arrived.saved = self.settings.album is None
         if file.is_raw:
             self._raw_cameras.add(file.camera)
-            self._remember_raw(file.stem, arrived.key, file.name)
+            self._remember_raw(arrived.key, file)
         if file.is_rendered and not arrived.hold_until and self._expects_raws(arrived):
             arrived.hold_until = time.monotonic() + _MATE_WITHIN_S
             arrived.hold_at_most_until = time.monotonic() + _MATE_AT_LAST_S
@@ -1014,8 +1062,16 @@ class CameraSource:
             return _RAW_QUALITY.search(str(quality)) is not None
         return True
 
-    def _remember_raw(self, stem: str, key: str, name: str) -> None:
-        self._raws[stem] = key, name
+    def _raw_of(self, file: CameraFile) -> tuple[str, CameraFile] | None:
+        """Return the raw file beside a picture, with its key; not one of that name that was shot long before."""
+        known = self._raws.get(file.stem) if file.is_rendered else None
+        if known is None or abs(known[1].mtime - file.mtime) > _SAME_SHOT_S:
+            return None
+        return known
+
+    def _remember_raw(self, key: str, file: CameraFile) -> None:
+        self._raws[file.stem] = key, file
+        self._raws.move_to_end(file.stem)
         while len(self._raws) > _RAWS_REMEMBERED:
             self._raws.popitem(last=False)
 
@@ -1025,7 +1081,9 @@ class CameraSource:
         offered = False
         with self._lock:
             for arrived in list(self._arrived.values()):
-                if not arrived.offered and (self._has_mate(arrived) or self._is_held_no_more(arrived, now)):
+                if arrived.offered or now < arrived.again_at:
+                    continue
+                if self._has_mate(arrived) or self._is_held_no_more(arrived, now):
                     arrived.offered = True
                     self._ready.append(arrived)
                     offered = True
@@ -1048,23 +1106,19 @@ class CameraSource:
         file = arrived.file
         if not file.is_rendered:
             return False
-        if file.stem in self._raws:
+        if self._raw_of(file) is not None:
             mates = [mate for mate in self._by_stem.get(file.stem, ()) if mate.file.is_raw]
             return all(mate.offered for mate in mates)
         for body in self._bodies:
             if body.camera == file.camera and file.stem in body.known_raws:
-                self._remember_raw(file.stem, *body.known_raws[file.stem])
+                self._remember_raw(*body.known_raws[file.stem])
                 return True
         return False
 
     def _finished(self, arrived: _Arrived) -> Seen | None:
         """Let go of a file that is in the ledger and saved; call with the lock held."""
         file = arrived.file
-        del self._arrived[arrived.path]
-        beside = self._by_stem[file.stem]
-        beside.remove(arrived)
-        if not beside:
-            del self._by_stem[file.stem]
+        self._drop(arrived)
         arrived.path.unlink(missing_ok=True)
         self._changed = True
         # Until the service has put it into `seen`, which it does before it asks for notes again.
@@ -1075,6 +1129,13 @@ class CameraSource:
                 arrived.body.doomed.append(file)
             return None
         return Seen(file.digest, bytes.fromhex(arrived.key))
+
+    def _drop(self, arrived: _Arrived) -> None:
+        del self._arrived[arrived.path]
+        beside = self._by_stem[arrived.file.stem]
+        beside.remove(arrived)
+        if not beside:
+            del self._by_stem[arrived.file.stem]
 
     def _is_here(self, digest: bytes) -> bool:
         with self._lock:

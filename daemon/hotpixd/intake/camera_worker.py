@@ -278,10 +278,10 @@ class _Worker:
             # libgphoto2 writes into it, and closes what it is given. Nothing is held in memory, and nothing can be
             # used after it was freed.
             file = self._gp.CameraFile(os.dup(fd))
-            if self._tells_no_progress:
-                self._alive(size / _SLOWEST_BYTES_PER_S)
+            patience_s = size / _SLOWEST_BYTES_PER_S if self._tells_no_progress else 0.0
+            wanted = (folder, name, self._gp.GP_FILE_TYPE_NORMAL, file, self._context)
             try:
-                self._patiently(self._camera.file_get, folder, name, self._gp.GP_FILE_TYPE_NORMAL, file, self._context)
+                self._patiently(self._camera.file_get, *wanted, patience_s=patience_s)
             except self._gp.GPhoto2Error as error:
                 _raise_if_full(part, size)
                 raise error
@@ -330,9 +330,9 @@ class _Worker:
         # Some drivers throw away the events that wait when they are told to release.
         self._drain()
         # Nikon's returns when the picture is taken, and perhaps a second one to reduce its noise.
-        self._alive(2.0 * exposure_s + _BUSY_S)
+        patience_s = 2.0 * exposure_s + _BUSY_S
         with self._full_card_told():
-            self._patiently(self._camera.trigger_capture, busy_s=busy_s)
+            self._patiently(self._camera.trigger_capture, busy_s=busy_s, patience_s=patience_s)
         return {}
 
     def do_bulb(self, exposure_s: float, busy_s: float = _BUSY_S) -> dict[str, Any]:
@@ -464,15 +464,22 @@ class _Worker:
 
     def _walk(self, folder: str, endings: tuple[str, ...]) -> Iterator[tuple[str, str, int, int]]:
         # It asks the camera for each file of the folder, and tells of no progress.
-        self._alive(self._list_patience_s)
-        names = self._patiently(self._camera.folder_list_files, folder)
+        names = self._patiently(self._camera.folder_list_files, folder, patience_s=self._list_patience_s)
         for index in range(names.count()):
             name = names.get_name(index)
             if not name.startswith(".") and name.lower().endswith(endings):
-                yield folder, name, *self._size_and_time(folder, name)
+                yield folder, name, *self._listed_size_and_time(folder, name)
         folders = self._patiently(self._camera.folder_list_folders, folder)
         for index in range(folders.count()):
             yield from self._walk(os.path.join(folder, folders.get_name(index)), endings)  # noqa: PTH118 - not ours
+
+    def _listed_size_and_time(self, folder: str, name: str) -> tuple[int, int]:
+        try:
+            return self._size_and_time(folder, name)
+        except self._gp.GPhoto2Error as error:
+            self._judge(error, f"asking for {name}")
+            # One file that cannot be described must not hide the others.
+            return 0, 0
 
     def _size_and_time(self, folder: str, name: str) -> tuple[int, int]:
         info = self._patiently(self._camera.file_get_info, folder, name)
@@ -592,10 +599,14 @@ class _Worker:
 
     # --- staying alive
 
-    def _patiently(self, function: Callable[..., _Result], *arguments: Any, busy_s: float = _BUSY_S) -> _Result:
-        """Call libgphoto2; a camera that is busy is asked again for so long."""
+    def _patiently(
+        self, function: Callable[..., _Result], *arguments: Any, busy_s: float = _BUSY_S, patience_s: float = 0.0
+    ) -> _Result:
+        """Call libgphoto2, which may take so much longer; a camera that is busy is asked again for so long."""
         pause_s, until = 0.1, time.monotonic() + busy_s
         while True:
+            if patience_s:
+                self._alive(patience_s)
             try:
                 result = function(*arguments)
             except self._gp.GPhoto2Error as error:
@@ -627,27 +638,32 @@ class _Worker:
         """Note that something has succeeded, and that the next thing may take so much longer."""
         if _Orders.told:
             raise _Told
+        self._beat(patience_s)
+
+    def _beat(self, patience_s: float = 0.0) -> None:
         signal.setitimer(signal.ITIMER_REAL, self._hang_s + patience_s)
         now = time.monotonic()
         if patience_s or now - self._beaten_at > self._hang_s / 4:
             self._beaten_at = now
             self.say({"event": "beat", "patience_s": patience_s})
 
+    # Called by libgphoto2 amid a download. What they raise is lost; a signal's order is obeyed afterwards.
+
     def _started(self, *_: Any) -> int:
-        signal.setitimer(signal.ITIMER_REAL, self._hang_s)
+        self._beat()
         return 1
 
     def _advanced(self, *_: Any) -> None:
-        signal.setitimer(signal.ITIMER_REAL, self._hang_s)
+        self._beat()
 
     def _stopped(self, *_: Any) -> None:
-        signal.setitimer(signal.ITIMER_REAL, self._hang_s)
+        self._beat()
 
 
 def _raise_if_full(part: str, size: int) -> None:
     """Raise what the disk said: libgphoto2 says it of the camera."""
     room = os.statvfs(Path(part).parent)
-    if room.f_bavail * room.f_frsize < size:
+    if room.f_bavail * room.f_frsize < max(size, _BLOCK):
         import errno
 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), part)

@@ -109,6 +109,8 @@ class Link:
     def kill(self) -> None:
         """End the worker at once."""
         self._process.kill()
+        # It needs a moment to be gone.
+        self.heard_at = time.monotonic()
 
     def ask_to_leave(self) -> None:
         """Have the worker let go of the camera and end when it has done what it is at."""

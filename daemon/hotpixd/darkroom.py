@@ -155,8 +155,9 @@ class _Follower:
             elif self._stop() and not self._asked_to_end:
                 self._asked_to_end = True
                 client.ask("end-series")
-                first = "The shutter is closed now" if series["bulb"] else "The dark under way is the last one"
-                self._console.print(f"Stopping. {first}; Ctrl-C again does not wait for it.")
+                if series["stage"] == "shooting":
+                    first = "The shutter is closed now" if series["bulb"] else "The dark under way is the last one"
+                    self._console.print(f"Stopping. {first}; Ctrl-C again does not wait for it.")
             time.sleep(_LOOK_EVERY_S)
             series = client.ask("series")["series"]
 
@@ -181,7 +182,8 @@ def _progress(console: Console, frames: int) -> Iterator[Callable[[Series], None
     from rich.table import Column
 
     # Not the whole line: the ^C that the terminal echoes would begin another.
-    note = Column(no_wrap=True, overflow="ellipsis", max_width=max(20, console.width - 50))
+    room = max(20, console.width - 50)
+    note = Column(no_wrap=True, overflow="ellipsis", max_width=room)
     columns = (
         TextColumn("darks", table_column=Column(no_wrap=True)),
         BarColumn(bar_width=24),
@@ -190,10 +192,14 @@ def _progress(console: Console, frames: int) -> Iterator[Callable[[Series], None
     )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("darks", total=frames, note="starting")
+        said = set()
 
         def show(series: Series) -> None:
-            words = _words(series) if series["stage"] == "shooting" else series["detail"]
-            bar.update(task, completed=series["taken"], note=escape(printable(words)))
+            words = printable(_words(series) if series["stage"] == "shooting" else series["detail"])
+            if len(words) > room and series["stage"] not in (*_ENDED, "shooting") and words not in said:
+                said.add(words)
+                console.print(f"{words[:1].upper()}{words[1:]}", markup=False, soft_wrap=True)
+            bar.update(task, completed=series["taken"], note=escape(words))
 
         yield show
 
@@ -203,11 +209,17 @@ class _Lines:
 
     def __init__(self) -> None:
         self._said = ""
+        self._taken = 0
 
     def __call__(self, series: Series) -> None:
-        line, words = f"{series['stage']}: {series['detail']}", ""
-        if series["stage"] == "shooting":
-            line, words = f"{series['taken']} of {series['frames']} darks taken", _words(series)
+        if series["stage"] == "shooting" or series["taken"] != self._taken:
+            # The last one may be told with the end.
+            self._taken = series["taken"]
+            self._say(f"{series['taken']} of {series['frames']} darks taken", _words(series))
+        if series["stage"] != "shooting":
+            self._say(f"{series['stage']}: {series['detail']}")
+
+    def _say(self, line: str, words: str = "") -> None:
         if line != self._said:
             self._said = line
             print(printable(f"{line}  {words}".rstrip()), file=sys.stderr)

@@ -49,6 +49,9 @@ _PRESS = "0x9999,0x0,0x0"
 """What makes the virtual camera believe that its button was pressed."""
 
 _COME_WITHIN_S = 30.0
+_START_WITHIN_S = 300.0
+"""For the first shot: a small computer compiles for minutes."""
+
 _READ_THE_END_S = 4.0
 _TOLD_WITHIN_S = 1.5
 
@@ -174,7 +177,7 @@ class _Demo:
 
     def _shoot(self, client: FeedClient) -> None:
         # What is on the card already is the first one.
-        self._wait_for(client, 1)
+        self._wait_for(client, 1, _START_WITHIN_S)
         for index in range(1, self._frames):
             began = time.monotonic()
             self._card.put(index, "moving")
@@ -208,9 +211,9 @@ class _Demo:
             self._pause(until, f"dark {taken + 1}")
         self._wait_for(client, self._frames + count)
 
-    def _wait_for(self, client: FeedClient, shots: int) -> None:
+    def _wait_for(self, client: FeedClient, shots: int, within_s: float = _COME_WITHIN_S) -> None:
         """Wait until so many shots are folded."""
-        until = time.monotonic() + _COME_WITHIN_S
+        until = time.monotonic() + within_s
         while True:
             status = client.ask("status")
             if status["shots"]["folded"] >= shots:

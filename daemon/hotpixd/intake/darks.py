@@ -408,7 +408,7 @@ class DarkSeries:
                 until, waiting = time.monotonic() + _CAMERA_WITHIN_S, now_waiting
             if time.monotonic() > until:
                 who = "No camera has" if wanted is None else f"The camera {wanted} has not"
-                raise SeriesError(f"{who} come within {_CAMERA_WITHIN_S:.0f} s: {words or 'none is seen'}.")
+                raise SeriesError(f"{who} come within {_CAMERA_WITHIN_S:g} s: {words or 'none is seen'}.")
             self._stopping.wait(_NAG_S)
 
     def _take_stock(self, journal: Journal) -> dict[str, Any]:
@@ -640,7 +640,7 @@ class DarkSeries:
             self._note(journal)
             if held["held_s"] < exposure_s:
                 # Before it is on the card, the camera takes no settings; it is none of the series.
-                self._next_file(_SETTLES_S)
+                self._next_file(_SETTLES_S if held["held_s"] else 0.0)
                 return False
         else:
             self._source.call("trigger", within_s, self._camera, exposure_s=exposure_s, busy_s=busy_s)

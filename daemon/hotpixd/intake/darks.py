@@ -400,7 +400,8 @@ class DarkSeries:
             if ready and ready[0]["condition"] == "ready":
                 return ready[0]
             states = self._source.states()
-            words = "; ".join(dict.fromkeys(state.detail for state in states if state.condition and state.detail))
+            why = [state.detail for state in states if state.condition not in ("", "ready") and state.detail]
+            words = "; ".join(dict.fromkeys(why))
             self._tell("waiting", f"waiting for the camera{': ' if words else ''}{words}")
             now_waiting = [(state.condition, state.waiting) for state in states if state.condition == "catching up"]
             if now_waiting and now_waiting != waiting:

@@ -663,9 +663,7 @@ def _activity(states: list[SourceState], queued: int, live: Live) -> str:
     watched = [state for state in states if state not in away and not state.condition]
     parts = [f"watching {_names(watched)}"] if watched else []
     parts += [
-        f"{printable(state.name)} {state.condition or state.status}: {printable(state.detail)}"
-        if state.condition
-        else f"{printable(state.name)}: {printable(state.detail)}"
+        f"{printable(f'{state.name} {state.condition}'.rstrip())}: {printable(state.detail)}"
         for state in states
         if state not in watched
     ]

@@ -508,7 +508,7 @@ class CameraSource:
                 self._usb.close()
             left = [call[-1] for call in self._calls]
             for future in [*left, *(call[-1] for body in self._bodies for call in body.calls)]:
-                future.set_exception(CameraError("the daemon is being stopped", gone=True))
+                _refuse(future, "the daemon is being stopped")
             self._wake()
 
     def _tether(self) -> None:
@@ -624,7 +624,7 @@ class CameraSource:
         elif body.condition != "absent":
             self._say(body, "absent", "it is switched off or unplugged")
         for *_, future in body.calls:
-            future.set_exception(CameraError(f"{body.name} is not there", gone=True))
+            _refuse(future, f"{body.name} is not there")
         body.calls.clear()
 
     def _open(self, body: _Body) -> None:
@@ -800,6 +800,8 @@ class CameraSource:
 
         What was announced meanwhile was shot meanwhile. The first time lasts until a listing is believed.
         """
+        if self.settings.existing == "fetch":
+            return
         camera = body.camera or ""
         there = [file.digest for file in files if file.digest not in body.pending and not self._is_here(file.digest)]
         if self.settings.existing == "leave" and not self._is_seen(_met(camera)):
@@ -1019,7 +1021,7 @@ class CameraSource:
             # Its worker is just being replaced by another one.
             self._calls.append((camera, do, arguments, future))
         else:
-            future.set_exception(CameraError("no camera is ready", gone=True))
+            _refuse(future, "no camera is ready")
 
     # --- what has arrived
 
@@ -1121,13 +1123,12 @@ class CameraSource:
         self._drop(arrived)
         arrived.path.unlink(missing_ok=True)
         self._changed = True
-        # Until the service has put it into `seen`, which it does before it asks for notes again.
-        self._noted.add(file.digest)
         if file.volatile:
-            self._noted.discard(file.digest)
             if arrived.body is not None:
                 arrived.body.doomed.append(file)
             return None
+        # Until the service has put it into `seen`, which it does before it asks for notes again.
+        self._noted.add(file.digest)
         return Seen(file.digest, bytes.fromhex(arrived.key))
 
     def _drop(self, arrived: _Arrived) -> None:
@@ -1236,6 +1237,12 @@ class CameraSource:
             said.insert(0, trouble)
             status = "trouble"
         return SourceState(body.name, status, ", ".join(said), body.files, waiting, body.since, body.condition)
+
+
+def _refuse(future: Future[dict[str, Any]], sentence: str) -> None:
+    """Tell that there is no camera for a call; if nobody waits for it any more, nobody is told."""
+    if future.set_running_or_notify_cancel():
+        future.set_exception(CameraError(sentence, gone=True))
 
 
 def _resolve(

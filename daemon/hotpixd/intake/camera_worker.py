@@ -66,7 +66,6 @@ _MEMORY = "/"
 _PR_SET_PDEATHSIG = 1
 _EXPOSURE_MODE = ("expprogram", "autoexposuremode")
 _NOISE_REDUCTION = ("longexpnr", "longexposurenr", "longexposurenoisereduction")
-_AUTOFOCUS = ("autofocus", "focusmode")
 
 
 class _Broken(Exception):  # noqa: N818 - what happened, not a class of errors

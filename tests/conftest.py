@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"hotpixd-test-kernels-{os.getuid()}"))
 
 import hotpixd
+from hotpixd.intake.decoders import Decoders
 from hotpixd.intake.files import find_shots
 from hotpixd.monitor import Monitor, Outcome
 from hotpixd.simulate import VirtualSensor, write_series
@@ -61,9 +63,15 @@ def run(
     return done
 
 
+@cache
+def decoders() -> Decoders:
+    """Return decoders that all tests of this process share; each takes a while to start."""
+    return Decoders()
+
+
 def feed(root: Path, *wanted: Path, kind: Any = None) -> list[Outcome]:
     """Scan some paths into a state in this process, and checkpoint."""
-    with State(root) as state, Monitor(state) as monitor:
+    with State(root) as state, Monitor(state, decoders=decoders()) as monitor:
         outcomes = list(monitor.replay())
         outcomes += monitor.process(find_shots(map(str, wanted), kind).shots)
         monitor.checkpoint()

@@ -29,6 +29,7 @@ from hotpixd.core.frame import ShotKind
 from hotpixd.intake import darks, metadata
 from hotpixd.intake.camera import CameraSettings
 from hotpixd.intake.darks import DarkSeries, Journal, SeriesOrder, seconds
+from hotpixd.intake.decode import decode
 from hotpixd.simulate import Scene, VirtualSensor
 from memory_card import Files, Settings
 from ptpip_camera import LoopbackCamera
@@ -130,7 +131,7 @@ class Darkroom:
 
     def begin(self, **order: Any) -> DarkSeries:
         """Give an order: `ORDER` unless something else is said."""
-        series = DarkSeries(SeriesOrder(**{**ORDER, **order}), self.tether.source, self.journal, lambda: None)
+        series = DarkSeries(SeriesOrder(**{**ORDER, **order}), self.tether.source, self.journal, lambda: None, decode)
         series.start()
         return series
 

@@ -1,8 +1,8 @@
 """The loop: shots in, and for each one what became of it.
 
 A shot goes spool -> ledger (from here on it is ours) -> decoder -> fold -> ledger.
-Hashing and decoding run ahead on other threads; folding is in ledger order, so
-a replay after a crash ends in the same state.
+Hashing on other threads and decoding in other processes run ahead; folding is in
+ledger order, so a replay after a crash ends in the same state.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from hotpixd import archive
 from hotpixd.archive import Kept
 from hotpixd.core.frame import Frame, SensorIdentity, ShotInfo, ShotKind
 from hotpixd.core.sensor import DetectionSettings, FoldReport, Transition
-from hotpixd.intake.decode import DecodeError, decode, keep_large_buffers
+from hotpixd.intake.decode import DecodeError, keep_large_buffers
+from hotpixd.intake.decoders import Decoders
 from hotpixd.intake.files import FoundShot
 from hotpixd.store.ledger import Received, ShotRow, TransitionRow
 from hotpixd.store.spool import Spool, SpoolError
@@ -121,7 +122,8 @@ class Monitor:
     ----------
     state : open for writing
     settings : of detection
-    cores : threads for decoding and for folding
+    cores : threads for folding, and processes for decoding
+    decoders : used and not closed, if given; else it starts its own
     checkpoint_every_s : folding time that a crash may cost to repeat
     checkpoint_every_shots : shots after which the spool is cleared, however fast they came
     clock : monotonic, s
@@ -133,6 +135,7 @@ class Monitor:
         settings: DetectionSettings | None = None,
         *,
         cores: int = 2,
+        decoders: Decoders | None = None,
         checkpoint_every_s: float = 60.0,
         checkpoint_every_shots: int = 1024,
         clock: Callable[[], float] = time.monotonic,
@@ -143,13 +146,16 @@ class Monitor:
         self.checkpoint_every_s = checkpoint_every_s
         self.checkpoint_every_shots = checkpoint_every_shots
         self._clock = clock
+        self._wake: Callable[[], None] | None = None
         self._slabs = cores
         self._acked: deque[tuple[ShotRow, FoundShot]] = deque()
         self._waiting: deque[_Waiting] = deque()
         self._early: dict[str, Future[Frame]] = {}
         keep_large_buffers()
         self._hashers: dict[str, ThreadPoolExecutor] = {}
-        self._decoders = ThreadPoolExecutor(cores, "decode")
+        self.decoders = decoders or Decoders(cores)
+        self._owns_decoders = decoders is None
+        self._decoding = ThreadPoolExecutor(cores, "decode")
         self._folders = ThreadPoolExecutor(cores, "fold")
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._covered_by_older: dict[str, int] = {}
@@ -167,7 +173,9 @@ class Monitor:
         for hasher in self._hashers.values():
             # Not waited for: a read of a dying card or a network that has gone may never end.
             hasher.shutdown(wait=False, cancel_futures=True)
-        for pool in (self._decoders, self._folders):
+        if self._owns_decoders:
+            self.decoders.close()
+        for pool in (self._decoding, self._folders):
             pool.shutdown(cancel_futures=True)
         # Hundreds of MB, which whoever reads the state next needs for the same.
         self._kept.clear()
@@ -214,12 +222,12 @@ class Monitor:
         another thread) if it gave one. Without, the reading of files is waited for, and their order is kept. If a
         full disk ends it (`StateFull`), what was received is kept: call it again when there is room.
         """
+        self._wake = wake
         source = iter(shots)
         hashed: deque[tuple[FoundShot, Future[str]]] = deque()
         more = True
-        # Of a call that a full disk ended.
-        yield from self._begun()
         while True:
+            yield from self._begun()
             # Who wakes limits what each source hands out; the files of one that hangs must not keep others out.
             while more and (wake is not None or len(hashed) < _HASH_AHEAD):
                 try:
@@ -232,17 +240,21 @@ class Monitor:
                 hashed.append((shot, self._hash(shot, wake)))
             if stop():
                 break
-            together = self._read(hashed, wait=wake is None)
+            together = [] if self._acked else self._read(hashed, wait=wake is None)
             if together:
                 yield from self._received(together)
-            elif self._waiting:
+            elif self._next_is_decoded():
                 yield from self._next_concluded()
-            elif more or hashed:
+            elif more or hashed or self._waiting:
                 yield None
             else:
                 break
-        while self._waiting:
-            yield from self._next_concluded()
+        while self._waiting or self._acked:
+            yield from self._begun()
+            if self._next_is_decoded():
+                yield from self._next_concluded()
+            else:
+                yield None
 
     def _hash(self, shot: FoundShot, wake: Callable[[], None] | None) -> Future[str]:
         if shot.source not in self._hashers:
@@ -312,6 +324,7 @@ class Monitor:
                 if shot.raw is not None:
                     # Its raw file decides: it has to be on its way before this one is looked at.
                     yield from self._acknowledged(taken)
+                    yield from self._begun(wait=True)
                     taken = {}
                 row = self._ledger.find(key)
                 if key in taken:
@@ -350,17 +363,25 @@ class Monitor:
                 self._acked.append((row, shot))
         yield from self._begun()
 
-    def _begun(self) -> Iterator[Outcome]:
+    def _begun(self, *, wait: bool = False) -> Iterator[Outcome]:
+        """Hand those acknowledged to the decoders; as far as these have room, unless they are to be waited for."""
         while self._acked:
-            self._waiting.append(self._decode(*self._acked.popleft(), replayed=False))
-            while len(self._waiting) > _DECODE_AHEAD:
+            if len(self._waiting) <= _DECODE_AHEAD:
+                self._waiting.append(self._decode(*self._acked.popleft(), replayed=False))
+            elif wait or self._next_is_decoded():
                 yield from self._next_concluded()
+            else:
+                return
         self._early.clear()
+
+    def _next_is_decoded(self) -> bool:
+        """Tell whether the next one to be folded is here; where nobody is woken, whether it will be."""
+        return bool(self._waiting) and (self._wake is None or self._waiting[0].frame.done())
 
     def _decode_early(self, shot: FoundShot, key: str) -> None:
         """Start decoding while the shot is made durable; nobody sees the frame before that is done."""
         if shot.raw is None and len(self._waiting) + len(self._early) <= _DECODE_AHEAD:
-            self._early[key] = self._decoders.submit(decode, self._state.spool.path(key), shot.kind)
+            self._early[key] = self._decoding.submit(self.decoders.decode, self._state.spool.path(key), shot.kind)
 
     def _received_now(self, shot: FoundShot, key: str) -> Received:
         given: Literal["light", "dark"] | None = None if shot.kind is None else shot.kind.value
@@ -401,19 +422,21 @@ class Monitor:
     def _decode(self, row: ShotRow, found: FoundShot, *, replayed: bool) -> _Waiting:
         kind = None if row.kind_given is None else ShotKind(row.kind_given)
         if replayed:
-            return _Waiting(row, self._decoders.submit(self._decode_again, row, kind), True, found)
+            return _Waiting(row, self._decoding.submit(self._decode_again, row, kind), True, found)
         early = self._early.pop(row.key, None)
-        frame = early or self._decoders.submit(decode, self._state.spool.path(row.key), kind)
+        frame = early or self._decoding.submit(self.decoders.decode, self._state.spool.path(row.key), kind)
+        if self._wake is not None:
+            frame.add_done_callback(partial(_woken, self._wake))
         return _Waiting(row, frame, False, found)
 
     def _decode_again(self, row: ShotRow, kind: ShotKind | None) -> Frame:
         spool = self._state.spool
         if spool.verify(row.key):
-            return decode(spool.path(row.key), kind)
+            return self.decoders.decode(spool.path(row.key), kind)
         original = Path(row.path)
         with contextlib.suppress(SpoolError):
             if Spool.hash_file(original) == row.key:
-                return decode(original, kind)
+                return self.decoders.decode(original, kind)
         raise DecodeError(
             "it was received, but its copy in the spool is gone or was changed, and so is the original: it cannot"
             " be folded again"
@@ -521,6 +544,10 @@ class Monitor:
         if kept.covered_by_older is not None:
             self._covered_by_older[kept.id] = kept.covered_by_older
         return written
+
+
+def _woken(wake: Callable[[], None], _: Future[Frame]) -> None:
+    wake()
 
 
 def _utc(moment: datetime) -> str:

@@ -583,7 +583,9 @@ class _Service:
             tethers = self._tethers()
             if not tethers:
                 raise CameraError("This daemon tethers no camera: name one under `cameras` in its configuration.")
-            self._series = DarkSeries(order, _tether_of(order.camera, tethers), self._series_path, self._wake)
+            tether = _tether_of(order.camera, tethers)
+            decode = self._monitor.decoders.decode
+            self._series = DarkSeries(order, tether, self._series_path, self._wake, decode)
             self._series.start()
         elif name == "end-series" and self._series is not None:
             self._series.stop()
@@ -611,11 +613,15 @@ class _Service:
 
 
 class _Watched(Monitor):
-    """A monitor whose checkpoints are measured, and do not count as a hang."""
+    """A monitor whose longer steps do not count as a hang, and whose checkpoints are measured."""
 
     def __init__(self, service: _Service, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._service = service
+
+    def _is_folded(self, raw: Path, key: str | None) -> bool:
+        with self._service._patience("waiting for a raw file to be decoded"):
+            return super()._is_folded(raw, key)
 
     def checkpoint(self) -> int:
         started = time.monotonic()

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hotpixd.core.darkness import looks_lit
-from hotpixd.core.frame import ShotKind
+from hotpixd.core.frame import Frame, ShotKind
 from hotpixd.intake import metadata
 from hotpixd.intake.arrivals import CameraFile
 from hotpixd.intake.camera import CameraError, CameraSource
-from hotpixd.intake.decode import DecodeError, decode
+from hotpixd.intake.decode import DecodeError
 from hotpixd.store.durable import replace_durably
 
 log = logging.getLogger("hotpixd")
@@ -214,13 +214,22 @@ class DarkSeries:
     source : of the camera
     path : of the journal
     wake : called when `state` has changed
+    decode : as `Decoders.decode`
     """
 
-    def __init__(self, order: SeriesOrder, source: CameraSource, path: Path, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        order: SeriesOrder,
+        source: CameraSource,
+        path: Path,
+        wake: Callable[[], None],
+        decode: Callable[[Path, ShotKind | None], Frame],
+    ) -> None:
         self.order = order
         self._source = source
         self._path = path
         self._wake = wake
+        self._decode = decode
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._came: queue.SimpleQueue[_Came] = queue.SimpleQueue()
@@ -698,13 +707,21 @@ class DarkSeries:
             about = metadata.from_file(content)
         with self._lock:
             self._ours.add(file.path)
-        lit = not self.order.anyway and _is_lit(path)
+        lit = not self.order.anyway and self._is_lit(path)
         came = _Came(self._shot_of(file), about.exposure_s, about.iso, about.sensor_temp_c, file.name, lit)
         self._came.put(came)
         if self.order.anyway:
             return ShotKind.DARK
         # Told by the file itself where it is not what was ordered.
         return self._source.settings.kind if lit or self._amiss(came) is not None else ShotKind.DARK
+
+    def _is_lit(self, path: Path) -> bool:
+        try:
+            frame = self._decode(path, ShotKind.DARK)
+        except DecodeError:
+            # What is wrong with it is said when it is to be folded.
+            return False
+        return looks_lit(frame.samples, frame.sensor.layout, frame.black_level_adu, frame.white_level_adu)
 
     def _shot_of(self, file: CameraFile) -> str:
         """Return what a file shares with those of the same shot. A name that comes again is another shot's."""
@@ -812,15 +829,6 @@ def left_open(path: Path) -> bool:
     """Tell whether a series was interrupted while it held a shutter open."""
     journal = Journal.read(path)
     return journal is not None and journal.bulb_open
-
-
-def _is_lit(path: Path) -> bool:
-    try:
-        frame = decode(path, ShotKind.DARK)
-    except DecodeError:
-        # What is wrong with it is said when it is to be folded.
-        return False
-    return looks_lit(frame.samples, frame.sensor.layout, frame.black_level_adu, frame.white_level_adu)
 
 
 def _first(wanted: Iterable[str], known: _Settings) -> str | None:

@@ -13,7 +13,6 @@ import contextlib
 import ctypes
 import io
 import logging
-import os
 import platform
 import threading
 import warnings
@@ -95,6 +94,9 @@ _CFA, _LINEAR_RAW = 32803, 34892
 _RAW_COMPRESSIONS = {262, 32767, 32769, 32770, 34713, 65000, 65535}
 
 
+Place = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
+"""Gives memory for samples, by shape and type; C-contiguous."""
+
 _Loaded = TypeVar("_Loaded")
 _warnings_lock = threading.Lock()
 
@@ -120,29 +122,41 @@ class _Picture:
 
 
 def decode(path: Path, kind: ShotKind | None = None) -> Frame:
+    """Read one shot in this process: for files of our own making. `decoders` does it for others'.
+
+    Raises and returns what `decode_file` does; the file's name does not matter.
+    """
+    # Unbuffered: a buffer would copy the whole content once more, 6 ms for a 6 MB JPEG.
+    with path.open("rb", buffering=0) as file:
+        return decode_file(file, kind)
+
+
+def decode_file(file: BinaryIO, kind: ShotKind | None = None, place: Place = np.empty) -> Frame:
     """Read one shot.
 
     Parameters
     ----------
-    path
-        The file. Its name does not matter.
+    file
+        Unbuffered, at its start.
     kind
         Light or dark, if the caller knows. Else the header says, or the samples do.
+    place
+        Gives the memory for samples of a shape and type where these need not be copied there.
 
     Raises
     ------
     DecodeError
         If the content is no picture to learn about a sensor from.
+    MemoryError
+        If there is not enough for it.
     OSError
         If the disk cannot be read.
     """
-    # Unbuffered: a buffer would copy the whole content once more, 6 ms for a 6 MB JPEG.
-    with path.open("rb", buffering=0) as file:
-        picture = _read(file, path)
+    picture = _read(file, place)
     samples = _checked(picture)
     height, width = samples.shape[0], samples.shape[1] // picture.channels
     layout = SensorLayout(width, height, picture.colours, picture.channels)
-    _require_sides(layout)
+    require_sides(layout)
     if picture.sample_kind is SampleKind.RAW:
         _refuse_half_written(samples)
     else:
@@ -169,21 +183,21 @@ def decode(path: Path, kind: ShotKind | None = None) -> Frame:
     )
 
 
-def _read(file: BinaryIO, path: Path) -> _Picture:
+def _read(file: BinaryIO, place: Place) -> _Picture:
     head = file.read(64)
     file.seek(0)
     if not head:
         raise DecodeError("the file is empty; copy it from the camera again")
     if head[:3] == b"\xff\xd8\xff":
-        return _read_jpeg(file.read())
+        return _read_jpeg(file.read(), place)
     if head[:8] == b"\x89PNG\r\n\x1a\n":
         return _read_png(file.read())
     if head[:9] == b"SIMPLE  =":
         return _read_fits(file)
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return _read_tiff_or_raw(file, path)
+        return _read_tiff_or_raw(file)
     if any(head[offset:].startswith(start) for offset, start in _RAW_STARTS):
-        return _read_raw(file, path)
+        return _read_raw(file)
     for offset, start, name in _FOREIGN:
         if head[offset:].startswith(start):
             raise DecodeError(f"this is {name}, which cannot be used; set the camera to RAW or JPEG")
@@ -195,7 +209,7 @@ def _read(file: BinaryIO, path: Path) -> _Picture:
 # JPEG
 
 
-def _read_jpeg(data: bytes) -> _Picture:
+def _read_jpeg(data: bytes, place: Place) -> _Picture:
     import simplejpeg
 
     try:
@@ -208,12 +222,14 @@ def _read_jpeg(data: bytes) -> _Picture:
     grey = colourspace == "Gray"
     about = metadata.from_bytes(data)
     _refuse_edited(about, width, height)  # before the expensive part
+    channels = 1 if grey else 3
+    samples = place((height, width * channels), np.dtype(np.uint8))
     try:
         # The same library and settings as Pillow's: its samples are equal, without its copies.
-        samples = simplejpeg.decode_jpeg(data, colorspace="GRAY" if grey else "RGB")
-    except (ValueError, MemoryError) as error:
+        simplejpeg.decode_jpeg(data, colorspace="GRAY" if grey else "RGB", buffer=samples)
+    except ValueError as error:
         raise DecodeError(_broken("JPEG", error)) from error
-    return _Picture(samples.reshape(height, -1), "L" if grey else "RGB", 1 if grey else 3, SampleKind.RENDERED, about)
+    return _Picture(samples, "L" if grey else "RGB", channels, SampleKind.RENDERED, about)
 
 
 # PNG
@@ -248,7 +264,7 @@ def _read_png(data: bytes) -> _Picture:
 # TIFF
 
 
-def _read_tiff_or_raw(file: BinaryIO, path: Path) -> _Picture:
+def _read_tiff_or_raw(file: BinaryIO) -> _Picture:
     def read(offset: int, size: int) -> bytes:
         file.seek(offset)
         return file.read(size)
@@ -271,7 +287,7 @@ def _read_tiff_or_raw(file: BinaryIO, path: Path) -> _Picture:
     if not camera_raw:
         return _read_tiff(file)
     try:
-        return _read_raw(file, path)
+        return _read_raw(file)
     except DecodeError:
         # A plain mosaic that LibRaw does not take for a camera's. A damaged raw begins with a preview.
         if first.number(0x0106) != _CFA or first.number(0x00FE):
@@ -289,7 +305,8 @@ def _read_tiff(file: BinaryIO) -> _Picture:
     file.seek(0)
 
     def load() -> tuple[NDArray[np.generic], int, str]:
-        with tifffile.TiffFile(file) as tiff:
+        # With a name, which it would else ask a file for that may have none.
+        with tifffile.TiffFile(file, name="shot") as tiff:
             page = tiff.pages.first
             _require_tiff_size(page)
             if len(tiff.pages) > 1 and tiff.pages[1].shape == page.shape:
@@ -365,21 +382,23 @@ def _from_pixels(samples: NDArray[np.generic], about: Metadata, colours: str = "
 # Camera raw
 
 
-def _read_raw(file: BinaryIO, path: Path) -> _Picture:
+def _read_raw(file: BinaryIO) -> _Picture:
     file.seek(0)
     about = metadata.from_file(file)
+    file.seek(0)
     with _silent_stderr():
-        return _unpacked(file, path, about)
+        return _unpacked(file, about)
 
 
-def _unpacked(file: BinaryIO, path: Path, about: Metadata) -> _Picture:
+def _unpacked(file: BinaryIO, about: Metadata) -> _Picture:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # about fork, for the developer and not the photographer
         import rawpy
 
     raw = rawpy.RawPy()
     try:
-        _open_raw(raw, file, path)
+        # From memory: LibRaw takes names besides, but a decoder in its jail has none to give. Both take as long.
+        raw.open_buffer(file)
         raw.unpack()
         if raw.raw_type is not rawpy.RawType.Flat:
             raise DecodeError(
@@ -397,9 +416,6 @@ def _unpacked(file: BinaryIO, path: Path, about: Metadata) -> _Picture:
         if samples[-1].any():
             _refuse_empty_end(file)
     except rawpy.LibRawIOError as error:
-        file.seek(0)
-        while file.read(1 << 24):  # a disk that fails raises OSError here; else the content is to blame
-            pass
         raise DecodeError("the raw file is cut off before its end; copy it from the camera again") from error
     except rawpy.LibRawFileUnsupportedError as error:
         raise DecodeError(
@@ -407,7 +423,7 @@ def _unpacked(file: BinaryIO, path: Path, about: Metadata) -> _Picture:
         ) from error
     except rawpy.LibRawError as error:
         raise DecodeError(_broken("raw")) from error
-    except (MemoryError, RuntimeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, NotImplementedError) as error:
         raise DecodeError(_broken("raw")) from error
     return _Picture(
         samples,
@@ -428,15 +444,6 @@ def _refuse_empty_end(file: BinaryIO) -> None:
         if any(file.read(tail)):
             return
     raise DecodeError("the last part of the file is all zero, so it is only half written; copy it again")
-
-
-def _open_raw(raw: Any, file: BinaryIO, path: Path) -> None:
-    try:
-        # By name, not from memory: LibRaw then reads uncompressed samples straight to their place.
-        raw.open_file(os.fspath(path))
-    except UnicodeEncodeError:  # a name that is not UTF-8, which rawpy cannot pass on
-        file.seek(0)
-        raw.open_buffer(file)
 
 
 def _raw_colours(raw: Any) -> str:
@@ -550,7 +557,7 @@ def _guarded(format_name: str, load: Callable[[], _Loaded]) -> _Loaded:
     """
     try:
         return load()
-    except DecodeError:
+    except (DecodeError, MemoryError):
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk; readers give theirs no number
@@ -575,7 +582,8 @@ def _require_size(width: int, height: int) -> None:
         raise DecodeError(f"the header says {width} x {height} pixels, more than any camera has; the file is damaged")
 
 
-def _require_sides(layout: SensorLayout) -> None:
+def require_sides(layout: SensorLayout) -> None:
+    """Raise `DecodeError` for a picture too small for the statistics."""
     if min(layout.width, layout.height) < MIN_SIDE or (
         min(layout.width, layout.height) // layout.period < MIN_PLANE_SIDE
     ):

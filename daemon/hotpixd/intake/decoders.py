@@ -1,0 +1,523 @@
+"""Decoding in processes of their own, in a jail: a file that crashes, hangs or fills a decoder costs one shot.
+
+A job hands an open file to a worker (see `decode_worker`) and gets a `Frame` whose samples lie in memory that both
+share: nothing of them is copied between the processes. A worker that dies, or does not answer in time, is replaced,
+and the job is done once more by a new one; a file that ends two is refused, and the reason says how.
+
+What a worker says is not trusted: a broken decoder may have been taken over by the file. It is only believed as far as
+it describes samples that are really there.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import itertools
+import json
+import logging
+import math
+import mmap
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, SensorLayout, ShotInfo, ShotKind
+from hotpixd.intake.decode import MAX_PIXELS, DecodeError, require_sides
+
+log = logging.getLogger(__name__)
+
+_MESSAGE_BYTES = 1 << 16
+
+_START_WITHIN_S = 60.0
+"""A worker imports its libraries in 0.3 s; from a slow card when everything starts at once, in many more."""
+
+_PATIENCE_S, _PATIENCE_S_PER_MB = 30.0, 1.0
+"""Time that a file may take. A raw file of 60 MB takes 1 s on a laptop and 15 s on a small computer."""
+
+_TRIES = 2
+"""Workers that a file may cost before it is refused."""
+
+_STARTS = 3
+"""Workers that may fail to start before that is given up: then something is wrong here, and not with a file."""
+
+_LEAST_MEMORY, _MOST_MEMORY = 1 << 30, 4 << 30
+"""Address space that a worker may take, bytes: half of the machine's memory, within these."""
+
+_LONGEST_TEXT = 500
+"""Characters of what a file says of its camera."""
+
+
+class DecodersFailedError(OSError):
+    """No worker can be started: not a file is to blame, but this machine."""
+
+
+class _Died(Exception):  # noqa: N818 - told on, never raised to a caller
+    """A worker ended, or was ended, before it answered."""
+
+
+class Decoders:
+    """Workers that decode shots. May be used from several threads; each job has a worker of its own.
+
+    Parameters
+    ----------
+    count : workers to start at once; more are started when they are needed
+    patience_s, patience_s_per_mb : time that a file may take, and how much more for each MB of it
+    memory : bytes that a worker may take for a file
+    """
+
+    def __init__(
+        self,
+        count: int = 1,
+        *,
+        patience_s: float = _PATIENCE_S,
+        patience_s_per_mb: float = _PATIENCE_S_PER_MB,
+        memory: int | None = None,
+    ) -> None:
+        self._patience = patience_s, patience_s_per_mb
+        self._memory = memory or _memory_for_one()
+        self._slots = _Slots()
+        self._idle: list[_Worker] = []
+        self._all: set[_Worker] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._told: set[str] = set()
+        # A worker ends with the thread that started it: with this one, and not with one of our callers.
+        self._starter = ThreadPoolExecutor(1, "decoders")
+        for _ in range(count):
+            self._starter.submit(self._start_early)
+
+    def decode(self, path: Path, kind: ShotKind | None = None) -> Frame:
+        """Decode a file. Its samples are writable, and nobody changes them.
+
+        Raises
+        ------
+        DecodeError
+            If it is no picture to learn about a sensor from, or ended two workers.
+        DecodersFailedError
+            If no worker can be started.
+        OSError
+            If the disk cannot be read.
+        """
+        # O_NONBLOCK: a FIFO must not stop us.
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            about = os.fstat(file)
+            if not stat.S_ISREG(about.st_mode):
+                raise DecodeError("this is not a regular file")
+            base, per_mb = self._patience
+            return self._decoded(file, path.name, kind, base + per_mb * about.st_size / 1e6)
+        finally:
+            os.close(file)
+
+    def close(self) -> None:
+        """End all workers, whatever they do. Frames that were returned stay."""
+        with self._lock:
+            self._closed = True
+            for worker in self._all:
+                worker.kill()
+        self._starter.shutdown(cancel_futures=True)
+        for worker in list(self._all):
+            self._discard(worker)
+        self._slots.close()
+
+    def _decoded(self, file: int, name: str, kind: ShotKind | None, patience_s: float) -> Frame:
+        deaths = []
+        for _ in range(_TRIES):
+            worker = self._take()
+            # The last one may have ended anywhere in it.
+            os.lseek(file, 0, os.SEEK_SET)
+            try:
+                frame = worker.decode(file, kind, time.monotonic() + patience_s)
+            except _Died as death:
+                self._discard(worker)
+                deaths.append(str(death))
+                if self._closed:
+                    break
+                log.warning("a decoder ended at %s: %s", name, death)
+            except BaseException:
+                self._give_back(worker)
+                raise
+            else:
+                self._give_back(worker)
+                return frame
+        if self._closed:
+            raise DecodersFailedError("The decoders were closed.")
+        how = deaths[0] if len(set(deaths)) == 1 else " and ".join(deaths)
+        raise DecodeError(f"it ended two decoders ({how}), so it is left alone; a good picture that does so is a fault")
+
+    def _take(self) -> _Worker:
+        """Return a worker that waits for a job."""
+        failure = "they were closed"
+        for attempt in range(_STARTS):
+            if self._closed:
+                break
+            if attempt:
+                time.sleep(1.0)
+            try:
+                worker = self._idle_one() or self._starter.submit(self._start).result()
+            except (OSError, RuntimeError) as error:
+                failure = str(error)
+                continue
+            try:
+                self._tell_missing(worker.ready(time.monotonic() + _START_WITHIN_S))
+            except _Died as death:
+                self._discard(worker)
+                failure = str(death)
+                continue
+            return worker
+        raise DecodersFailedError(f"The decoder processes do not start: {failure}.")
+
+    def _idle_one(self) -> _Worker | None:
+        with self._lock:
+            while self._idle:
+                worker = self._idle.pop()
+                if worker.alive:
+                    return worker
+                # Not by a file: nobody is to blame.
+                self._all.discard(worker)
+                worker.close()
+        return None
+
+    def _give_back(self, worker: _Worker) -> None:
+        if worker.amid_a_job:
+            # What went wrong went wrong here: it waits for something that will not come.
+            self._discard(worker)
+            return
+        with self._lock:
+            self._idle.append(worker)
+
+    def _start_early(self) -> None:
+        # What is wrong is said when a shot needs it.
+        with suppress(OSError):
+            self._give_back(self._start())
+
+    def _start(self) -> _Worker:
+        with self._lock:
+            if self._closed:
+                raise DecodersFailedError("they were closed")
+            worker = _Worker(self._memory, self._slots)
+            self._all.add(worker)
+            return worker
+
+    def _discard(self, worker: _Worker) -> None:
+        worker.close()
+        with self._lock:
+            self._all.discard(worker)
+
+    def _tell_missing(self, missing: list[str]) -> None:
+        for name in missing:
+            if name not in self._told:
+                self._told.add(name)
+                log.warning("this kernel has no %s: decoders are less well locked in", name)
+
+
+@dataclass(eq=False)
+class _Slot:
+    """Memory for the samples of one frame, shared with the workers that were told of it."""
+
+    number: int
+    file: int
+    memory: mmap.mmap
+
+    def close(self) -> None:
+        os.close(self.file)
+        # A frame may still be looked at; it goes with the last look.
+        with suppress(BufferError):
+            self.memory.close()
+
+
+class _Slots:
+    """Memory for frames, used again: pages that are new cost more than what is written into them."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self._free: list[_Slot] = []
+        self._lock = threading.Lock()
+        self._closed = False
+        self.gone: set[int] = set()
+        """Numbers of those closed."""
+
+    def take(self, size: int) -> _Slot:
+        """Return a slot of at least that size that nobody uses."""
+        with self._lock:
+            for slot in self._free:
+                if len(slot.memory) >= size:
+                    self._free.remove(slot)
+                    return slot
+            # Those too small would never go.
+            for slot in self._free:
+                self._forget(slot)
+            self._free.clear()
+            number = next(self._numbers)
+        file = os.memfd_create("hotpixd-frame", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(file, size)
+            # Or a worker might cut it short while we read, which kills with SIGBUS.
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            return _Slot(number, file, mmap.mmap(file, size))
+        except BaseException:
+            os.close(file)
+            raise
+
+    def give_back(self, slot: _Slot) -> None:
+        """Let others use a slot."""
+        with self._lock:
+            if self._closed:
+                self._forget(slot)
+            else:
+                self._free.append(slot)
+
+    def lease(self, slot: _Slot, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Return samples in a slot, which is free again when nobody has them, nor a view of them, any more."""
+        whole = np.frombuffer(slot.memory, dtype, count=shape[0] * shape[1])
+        weakref.finalize(whole, self.give_back, slot).atexit = False
+        return whole.reshape(shape)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for slot in self._free:
+                self._forget(slot)
+            self._free.clear()
+
+    def _forget(self, slot: _Slot) -> None:
+        self.gone.add(slot.number)
+        slot.close()
+
+
+@dataclass(eq=False)
+class _Worker:
+    """One worker process. Its jobs are done one after the other."""
+
+    memory: int
+    slots: _Slots
+    missing: list[str] | None = None
+    """Which walls its jail lacks, in words; None until it is ready."""
+    known: set[int] = field(default_factory=set)
+    """Numbers of the slots that it was told of."""
+    amid_a_job: bool = False
+
+    def __post_init__(self) -> None:
+        self._talk, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                orders = map(str, (theirs.fileno(), os.getpid(), self.memory))
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "hotpixd.intake.decode_worker", *orders],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    env=_environment(),
+                    # Signals of the terminal are for us.
+                    start_new_session=True,
+                )
+        except BaseException:
+            self._talk.close()
+            raise
+
+    def ready(self, until: float) -> list[str]:
+        """Wait until it takes jobs; return which walls its jail lacks.
+
+        Raises
+        ------
+        _Died
+            If it does not start.
+        """
+        if self.missing is None:
+            missing = self._hear(until, "it did not start in time").get("ready")
+            if not isinstance(missing, list):
+                raise _Died("it did not start as it should")
+            self.missing = [str(name) for name in missing]
+        return self.missing
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._process.poll() is None
+
+    def decode(self, file: int, kind: ShotKind | None, until: float) -> Frame:
+        """Have it decode an open file.
+
+        Raises
+        ------
+        DecodeError, OSError
+            As it says.
+        _Died
+            If it ended, made no sense or did not answer in time. It is of no more use then.
+        """
+        forget = sorted(self.known & self.slots.gone)
+        self.known -= self.slots.gone
+        self.amid_a_job = True
+        self._say({"kind": None if kind is None else str(kind), "forget": forget}, file)
+        slot: _Slot | None = None
+        try:
+            while True:
+                answer = self._hear(until, "it took too long")
+                self.amid_a_job = "place" in answer
+                if "place" in answer and slot is None:
+                    shape, dtype = _wanted(answer)
+                    slot = self.slots.take(shape[0] * shape[1] * dtype.itemsize)
+                    self._say({"slot": slot.number}, None if slot.number in self.known else slot.file)
+                    self.known.add(slot.number)
+                elif "frame" in answer and slot is not None:
+                    about = _frame(answer["frame"], shape, dtype)
+                    samples, slot = self.slots.lease(slot, shape, dtype), None
+                    return about(samples)
+                else:
+                    raise _failure(answer)
+        finally:
+            if slot is not None:
+                self.slots.give_back(slot)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """End it, and wait until it is gone."""
+        self._process.kill()
+        self._talk.close()
+        self._process.wait()
+
+    def _say(self, message: dict[str, Any], file: int | None) -> None:
+        with_file = [] if file is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file]))]
+        try:
+            self._talk.sendmsg([json.dumps(message).encode()], with_file)
+        except OSError as error:
+            raise _Died(self._how_it_ended()) from error
+
+    def _hear(self, until: float, late: str) -> dict[str, Any]:
+        self._talk.settimeout(max(until - time.monotonic(), 0.001))
+        try:
+            said = self._talk.recv(_MESSAGE_BYTES)
+            answer = json.loads(said) if said else None
+        except TimeoutError:
+            raise _Died(late) from None
+        except (OSError, ValueError):
+            answer = None
+        if not isinstance(answer, dict):
+            raise _Died(self._how_it_ended())
+        return answer
+
+    def _how_it_ended(self) -> str:
+        try:
+            code = self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return "it made no sense"
+        if code < 0:
+            with suppress(ValueError):
+                return f"it was killed by {signal.Signals(-code).name}"
+        return f"it ended with code {code}"
+
+
+def _environment() -> dict[str, str]:
+    """Return what a worker gets to know: where modules are, and nothing that may be secret."""
+    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
+    # One thread per worker: there are as many workers as cores for them.
+    return {**kept, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HOME": "/nonexistent"}
+
+
+def _memory_for_one() -> int:
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(max(machine // 2, _LEAST_MEMORY), _MOST_MEMORY)
+
+
+def _failure(answer: dict[str, Any]) -> Exception:
+    """Return what an answer that is no frame stands for."""
+    match answer:
+        case {"refused": str(reason)}:
+            return DecodeError(reason[: 4 * _LONGEST_TEXT])
+        case {"errno": int(code), "strerror": str(words)}:
+            return OSError(code, words[:_LONGEST_TEXT])
+        case {"fault": str(fault), "traceback": str(trace)}:
+            log.error("a fault in a decoder, please report it:\n%s", trace[:8000])
+            return DecodeError(f"hotpixd failed to decode it ({fault[:_LONGEST_TEXT]}); please report this")
+    return _Died("it made no sense")
+
+
+def _wanted(answer: dict[str, Any]) -> tuple[tuple[int, int], np.dtype[Any]]:
+    """Return the shape and type of the samples for which a worker wants memory."""
+    match answer:
+        case {"place": [int(rows), int(columns)], "dtype": "uint8" | "uint16" as dtype}:
+            if rows > 0 and columns > 0 and rows * columns <= 3 * MAX_PIXELS:
+                return (rows, columns), np.dtype(str(dtype))
+    raise _Died("it made no sense")
+
+
+@dataclass(frozen=True, slots=True)
+class _Described:
+    """A frame without its samples."""
+
+    sensor: SensorIdentity
+    kind: ShotKind
+    info: ShotInfo
+    black_level_adu: float | None
+    white_level_adu: float | None
+
+    def __call__(self, samples: NDArray[Any]) -> Frame:
+        return Frame(self.sensor, samples, self.kind, self.info, self.black_level_adu, self.white_level_adu)
+
+
+def _frame(said: Any, shape: tuple[int, int], dtype: np.dtype[Any]) -> _Described:
+    """Return what a worker says of the samples of this shape, if that can be."""
+    try:
+        layout = SensorLayout(_whole(said["width"]), _whole(said["height"]), said["colours"], _whole(said["channels"]))
+        if layout.shape != shape or layout.channels not in (1, 3) or layout.period not in (1, 2, 6):
+            raise ValueError("samples of another shape")
+        require_sides(layout)
+        taken_at = _text(said["taken_at"])
+        return _Described(
+            SensorIdentity(
+                make=_text(said["make"]),
+                model=_text(said["model"]),
+                serial=_text(said["serial"]),
+                samples=SampleKind(said["samples"]),
+                layout=layout,
+                dtype=dtype.name,
+            ),
+            ShotKind(said["kind"]),
+            ShotInfo(
+                _number(said["exposure_s"]),
+                _number(said["iso"]),
+                _number(said["sensor_temp_c"]),
+                None if taken_at is None else datetime.fromisoformat(taken_at),
+            ),
+            _number(said["black_level_adu"]),
+            _number(said["white_level_adu"]),
+        )
+    except (DecodeError, KeyError, TypeError, ValueError) as error:
+        raise _Died("it made no sense") from error
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise ValueError(f"a length is a whole number, got {value!r}")
+    return value
+
+
+def _number(value: Any) -> float | None:
+    if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+        raise ValueError(f"a number is finite, got {value!r}")
+    return None if value is None else float(value)
+
+
+def _text(value: Any) -> str | None:
+    if value is not None and (not isinstance(value, str) or len(value) > _LONGEST_TEXT):
+        raise ValueError("a text is short")
+    return value

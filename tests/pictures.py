@@ -30,6 +30,8 @@ def write_dng(
     pattern: tuple[int, int, bytes] | None = RGGB,
     active_area: tuple[int, int, int, int] | None = None,
     dng: bool = True,
+    black: int = 256,
+    white: int = 16383,
     **described: object,
 ) -> None:
     """Write an uncompressed DNG; without a pattern of a monochrome sensor, without `dng` a mere mosaic."""
@@ -41,8 +43,8 @@ def write_dng(
         (306, "s", 0, "2026:03:04 05:06:07", True),
         (33434, "2I", 1, (int(about["exposure_s"] * 1000), 1000), True),  # type: ignore[operator,call-overload]
         (34855, "H", 1, about["iso"], True),
-        (50714, "I", 1, 256, True),
-        (50717, "I", 1, 16383, True),
+        (50714, "I", 1, black, True),
+        (50717, "I", 1, white, True),
     ]
     if pattern is not None:
         rows, cols, colours = pattern

@@ -366,6 +366,42 @@ def test_a_half_written_raw_is_refused(tmp_path, share):
         decode(put(tmp_path / "half.dng", written))
 
 
+@pytest.mark.parametrize(("first", "count"), [(0, 8), (20, 12), (52, 12)])
+def test_a_raw_with_blocks_that_were_never_written_is_refused(tmp_path, first, count):
+    """A crash leaves holes anywhere in a file; a few empty rows alone say nothing."""
+    samples = mosaic()
+    samples[first : first + count] = 0
+    write_dng(tmp_path / "holes.dng", samples)
+    with pytest.raises(DecodeError, match=f"{count}.* of 64 rows are all zero"):
+        decode(tmp_path / "holes.dng")
+    samples = mosaic()
+    samples[first : first + 4] = 0
+    write_dng(tmp_path / "few.dng", samples)
+    decode(tmp_path / "few.dng")
+
+
+@pytest.mark.parametrize(
+    ("levels", "reason"),
+    [
+        ({"black": 4096}, "black is 4096, but half of the samples are below"),
+        ({"white": 300}, "no sample is above 300, but they reach"),
+        ({"black": 900, "white": 300}, "black is 900 and white 300"),
+    ],
+)
+def test_a_raw_whose_samples_are_not_where_its_header_says_is_refused(tmp_path, levels, reason):
+    """A damaged header, or the samples of another picture."""
+    write_dng(tmp_path / "wrong.dng", mosaic(), **levels)
+    with pytest.raises(DecodeError, match=reason):
+        decode(tmp_path / "wrong.dng")
+
+
+@pytest.mark.parametrize("levels", [{}, {"black": 0}, {"black": 512}, {"white": 4095}, {"white": 65535}])
+def test_levels_that_may_be_are_taken(tmp_path, levels):
+    """Black levels differ by ISO, and highlights go a little beyond the white level."""
+    write_dng(tmp_path / "fine.dng", mosaic(), **levels)
+    assert decode(tmp_path / "fine.dng").samples.shape == (64, 80)
+
+
 def test_a_clipped_8_bit_dark_is_not_half_written(tmp_path):
     """In a dark clipped at zero whole rows are zero everywhere, at the end too."""
     rng = np.random.default_rng(1)

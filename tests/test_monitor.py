@@ -22,6 +22,7 @@ from hotpixd.store.ledger import Ledger
 from hotpixd.store.spool import Spool
 from hotpixd.store.state import State, StateFull
 from hotpixd.views import answers
+from pictures import mosaic, write_dng
 
 
 def fates(outcomes: list[Outcome]) -> list[tuple[str, str]]:
@@ -103,6 +104,44 @@ def test_raw_and_jpeg_of_one_body_are_two_sensors(pairs, tmp_path):
         ("raw", "V0003", 6),
         ("rendered", "V0003", 6),
     ]
+
+
+def test_bit_depths_of_one_body_are_two_sensors(tmp_path):
+    """A camera that shoots bursts with 12 bit has other units then: their sums are kept apart, whatever comes first."""
+    for k in range(4):
+        write_dng(tmp_path / f"a{k}.dng", mosaic(level=600.0 + k))
+        write_dng(tmp_path / f"b{k}.dng", mosaic(level=700.0 + k) // 4, black=64, white=4095)
+    feed(tmp_path / "alone", *sorted(tmp_path.glob("a*.dng")))
+    ((_, alone),) = told(tmp_path / "alone")["digests"].items()
+    # In two runs, the second of which has the sensors from the disk.
+    feed(tmp_path / "state", tmp_path / "a0.dng", tmp_path / "b0.dng", tmp_path / "b1.dng")
+    feed(tmp_path / "state", *sorted(tmp_path.glob("*.dng")))
+    both = told(tmp_path / "state")
+    assert alone in both["digests"].values()
+    assert [(s["bits"], s["frames"]) for s in both["defects"]["sensors"]] == [(None, 4), (12, 4)]
+
+
+def test_a_state_that_knows_no_bit_depths_goes_on(tmp_path):
+    """One of an older hotpixd learns the usual depth with the next frame."""
+    for k in range(3):
+        write_dng(tmp_path / f"a{k}.dng", mosaic(level=600.0 + k))
+    write_dng(tmp_path / "b.dng", mosaic() // 4, black=64, white=4095)
+    feed(tmp_path / "state", tmp_path / "a0.dng")
+    with State(tmp_path / "state") as state:
+        ((id_, about),) = state.ledger.sensors().items()
+        assert about.pop("depth") == 14
+        state.ledger.add_sensor(id_, about)
+    feed(tmp_path / "state", *sorted(tmp_path.glob("*.dng")))
+    sensors = told(tmp_path / "state")["defects"]["sensors"]
+    assert [(s["bits"], s["frames"]) for s in sensors] == [(None, 3), (12, 1)]
+
+
+def test_a_picture_too_large_for_this_machine_is_refused(tmp_path, camera, monkeypatch):
+    """Its statistic would take the memory of all others."""
+    monkeypatch.setattr(monitor_module, "memory_bytes", lambda: 100_000)
+    (outcome,) = feed(tmp_path / "state", camera.shots[0])
+    assert outcome.fate is Fate.REFUSED
+    assert outcome.reason == ("the statistic of 200 x 150 pixels takes 1 MB of memory; this machine has 0 MB for it")
 
 
 def test_making_room_for_sensors_changes_nothing(interleaved, tmp_path, monkeypatch):

@@ -55,12 +55,16 @@ def sensor_id(identity: SensorIdentity) -> str:
 
 def describe(identity: SensorIdentity) -> dict[str, Any]:
     """Return an identity as plain values."""
-    return {**asdict(identity), "samples": str(identity.samples)}
+    described = {**asdict(identity), "samples": str(identity.samples)}
+    if identity.bits is None:
+        # Ids are made of this, and most are older than bit depths.
+        del described["bits"]
+    return described
 
 
 def identity_from(description: Mapping[str, Any]) -> SensorIdentity:
-    """Return the identity that `describe` described."""
-    plain = dict(description)
+    """Return the identity that `describe` described; a ledger may know more of a sensor."""
+    plain = {name: description[name] for name in SensorIdentity.__dataclass_fields__ if name in description}
     plain["layout"] = SensorLayout(**plain["layout"])
     plain["samples"] = SampleKind(plain["samples"])
     return SensorIdentity(**plain)

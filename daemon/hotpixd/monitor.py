@@ -26,7 +26,7 @@ from hotpixd.archive import Kept
 from hotpixd.core.frame import Frame, SensorIdentity, ShotInfo, ShotKind
 from hotpixd.core.sensor import DetectionSettings, FoldReport, Transition
 from hotpixd.intake.decode import DecodeError, keep_large_buffers
-from hotpixd.intake.decoders import Decoders
+from hotpixd.intake.decoders import Decoders, memory_bytes
 from hotpixd.intake.files import FoundShot
 from hotpixd.store.ledger import Received, ShotRow, TransitionRow
 from hotpixd.store.spool import Spool, SpoolError
@@ -43,6 +43,9 @@ _DECODE_AHEAD = 3
 
 _RECEIVE_TOGETHER = 4
 """Shots acknowledged with one commit, when that many are hashed already."""
+
+_BYTES_PER_SAMPLE = 20
+"""What the statistic of a sensor and a frame on its way through take, about, per sample."""
 
 _RESIDENT_BYTES = 1 << 30
 """Accumulators of sensors not in use are kept in memory up to this size."""
@@ -161,6 +164,8 @@ class Monitor:
         self._covered_by_older: dict[str, int] = {}
         self._checkpointed_at = clock()
         self._since_checkpoint = 0
+        self._depths = {id_: about.get("depth") for id_, about in self._ledger.sensors().items()}
+        self._memory = memory_bytes()
         self.warnings: list[str] = []
         """Sentences about damage found and worked around."""
 
@@ -455,14 +460,12 @@ class Monitor:
         """Fold a decoded shot and write down what that changed."""
         row, found = shot.row, shot.found
         try:
-            frame = shot.frame.result()
+            frame = self._placed(row, shot.frame.result())
         except DecodeError as error:
             self._ledger.conclude(row.seq, verdict="refused", reason=str(error))
             return Outcome(
                 found.path, Fate.REFUSED, str(error), replayed=shot.replayed, size=row.size, origin=found.origin
             )
-        if row.camera_given and frame.sensor.serial is None:
-            frame = replace(frame, sensor=replace(frame.sensor, serial=row.camera_given))
         kept = self._sensor_of(frame)
         report = kept.sensor.fold(frame, row.seq)
         kept.last_seq = row.seq
@@ -514,10 +517,36 @@ class Monitor:
                 TransitionRow(id_, t.site, row.seq, t.change, _detail(t)) for t in report.transitions
             )
 
+    def _placed(self, row: ShotRow, frame: Frame) -> Frame:
+        """Return the frame as one of the sensor to whose statistic it belongs.
+
+        Raises
+        ------
+        DecodeError
+            If this machine cannot hold that statistic.
+        """
+        sensor = frame.sensor
+        if row.camera_given and sensor.serial is None:
+            sensor = replace(sensor, serial=row.camera_given)
+        depth = _bits(frame)
+        usual = self._depths.get(archive.sensor_id(sensor))
+        if None not in (depth, usual) and depth != usual:
+            # Samples of 12 and of 14 bit have different units: their sums must not be mixed.
+            sensor = replace(sensor, bits=depth)
+        needed = sensor.layout.size * _BYTES_PER_SAMPLE
+        if needed > self._memory:
+            raise DecodeError(
+                f"the statistic of {sensor.layout.width} x {sensor.layout.height} pixels takes {needed / 1e6:.0f} MB"
+                f" of memory; this machine has {self._memory / 1e6:.0f} MB for it"
+            )
+        return replace(frame, sensor=sensor)
+
     def _sensor_of(self, frame: Frame) -> Kept:
         id_ = archive.sensor_id(frame.sensor)
         if id_ not in self._kept:
-            self._ledger.add_sensor(id_, archive.describe(frame.sensor))
+            if self._depths.get(id_) is None:
+                self._depths[id_] = _bits(frame)
+            self._ledger.add_sensor(id_, {**archive.describe(frame.sensor), "depth": self._depths[id_]})
         return self._resident(id_, frame.sensor)
 
     def _resident(self, id_: str, identity: SensorIdentity) -> Kept:
@@ -544,6 +573,11 @@ class Monitor:
         if kept.covered_by_older is not None:
             self._covered_by_older[kept.id] = kept.covered_by_older
         return written
+
+
+def _bits(frame: Frame) -> int | None:
+    """Return how many bits the samples have, if their file says."""
+    return None if frame.white_level_adu is None else int(frame.white_level_adu).bit_length()
 
 
 def _woken(wake: Callable[[], None], _: Future[Frame]) -> None:

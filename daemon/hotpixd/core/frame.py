@@ -140,6 +140,9 @@ class SensorIdentity:
     dtype: str
     """"uint8" or "uint16"."""
 
+    bits: int | None = None
+    """Bit depth, if it is another than that in which the sensor was met first. None: the usual."""
+
 
 @dataclass(frozen=True, slots=True)
 class ShotInfo:

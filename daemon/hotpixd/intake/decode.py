@@ -40,7 +40,10 @@ MIN_PLANE_SIDE = 7
 """Samples. The detection window must fit into each plane."""
 
 MIN_EMPTY_ROWS = 8
-"""Rows of zeros at the end that may mean a half-written file."""
+"""Rows of zeros, one after the other, that may mean a half-written file."""
+
+MIN_BLACK_ADU = 64.0
+"""Black level above which samples must be near it or above. Below, noise and clipping are as large."""
 
 EDITORS = (
     "acdsee", "adobe", "affinity", "camera raw", "capture nx", "capture one", "corel", "darktable",
@@ -159,6 +162,7 @@ def decode_file(file: BinaryIO, kind: ShotKind | None = None, place: Place = np.
     require_sides(layout)
     if picture.sample_kind is SampleKind.RAW:
         _refuse_half_written(samples)
+        _refuse_levels(samples, picture.black_level_adu, picture.white_level_adu)
     else:
         _refuse_edited(picture.about, width, height)
     about = picture.about
@@ -593,20 +597,45 @@ def require_sides(layout: SensorLayout) -> None:
 
 
 def _refuse_half_written(samples: Samples) -> None:
-    """Refuse raw samples that end in zeros although they do not begin with them."""
-    if samples[-1].any():
+    """Refuse raw samples with rows of zeros where chance puts none: at the end, or where a block was never written."""
+    empty = ~samples.any(axis=1)
+    if not empty.any():
         return
-    lit = np.flatnonzero(samples.any(axis=1))
-    if lit.size == 0:
+    if empty.all():
         raise DecodeError("every sample is zero; the file is only half written, copy it from the camera again")
-    last = int(lit[-1])
-    empty = samples.shape[0] - 1 - last
-    # In an 8-bit dark two of five rows are all zero too, but then they are everywhere, not all at the end.
-    share_above = 1.0 - lit.size / (last + 1)
-    if empty >= MIN_EMPTY_ROWS and share_above**empty < 1e-9:
+    # Where runs of empty rows begin and end.
+    edges = np.flatnonzero(np.diff(empty, prepend=False, append=False))
+    lengths = edges[1::2] - edges[::2]
+    longest = int(lengths.max())
+    # In an 8-bit dark two of five rows are all zero too, but then they are everywhere, not one after the other.
+    elsewhere = (np.count_nonzero(empty) - longest) / (empty.size - longest)
+    if longest >= MIN_EMPTY_ROWS and empty.size * elsewhere**longest < 1e-9:
+        at = int(edges[2 * int(lengths.argmax())])
+        where = f"the last {longest}" if at + longest == empty.size else f"{longest} (from row {at} on)"
         raise DecodeError(
-            f"the last {empty} of {samples.shape[0]} rows are all zero, so the file is only half written;"
+            f"{where} of {empty.size} rows are all zero, so the file is only half written;"
             " copy it from the camera again"
+        )
+
+
+def _refuse_levels(samples: Samples, black_adu: float | None, white_adu: float | None) -> None:
+    """Refuse raw samples that are not where the header says: it is damaged, or that of another picture."""
+    if black_adu is not None and white_adu is not None and black_adu >= white_adu:
+        raise DecodeError(
+            f"its header says that black is {black_adu:.0f} and white {white_adu:.0f}; copy it from the camera again"
+        )
+    # An odd step meets all colours of a mosaic.
+    some = samples[::17, ::17]
+    middle, high = (float(level) for level in np.percentile(some, (50, 99)))
+    if black_adu is not None and black_adu > MIN_BLACK_ADU and middle < black_adu / 2:
+        raise DecodeError(
+            f"its header says that black is {black_adu:.0f}, but half of the samples are below {middle:.0f}:"
+            " the header is damaged, or not of this picture"
+        )
+    if white_adu is not None and high > 2 * white_adu:
+        raise DecodeError(
+            f"its header says that no sample is above {white_adu:.0f}, but they reach {high:.0f}:"
+            " the header is damaged, or not of this picture"
         )
 
 

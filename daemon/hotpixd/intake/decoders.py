@@ -18,6 +18,7 @@ import logging
 import math
 import mmap
 import os
+import re
 import signal
 import socket
 import stat
@@ -433,9 +434,17 @@ def _environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HOME": "/nonexistent"}
 
 
-def _memory_for_one() -> int:
+def memory_bytes() -> int:
+    """Return how much memory this process may take: the machine's, or what its service is allowed."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(max(machine // 2, _LEAST_MEMORY), _MOST_MEMORY)
+    with suppress(OSError, ValueError, IndexError):
+        (group,) = re.findall(r"^0::(/.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
+        return min(machine, int(Path(f"/sys/fs/cgroup{group}/memory.max").read_text()))
+    return machine
+
+
+def _memory_for_one() -> int:
+    return min(max(memory_bytes() // 2, _LEAST_MEMORY), _MOST_MEMORY)
 
 
 def _failure(answer: dict[str, Any]) -> Exception:

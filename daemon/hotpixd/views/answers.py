@@ -203,6 +203,7 @@ def describe(kept: Kept, tally: Tally | None = None) -> Answer:
         "model": identity.model,
         "serial": identity.serial,
         "samples": str(identity.samples),
+        "bits": identity.bits,
         "width": identity.layout.width,
         "height": identity.layout.height,
         "colours": identity.layout.colours,

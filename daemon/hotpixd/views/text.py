@@ -19,4 +19,5 @@ def sensor_name(sensor: Mapping[str, Any]) -> str:
     words = [model] if first and model and model.lower().startswith(first[0]) else [make, model]
     named = " ".join(word.strip() for word in words if word and word.strip()) or "Unknown camera"
     serial = f"serial {sensor['serial']}" if sensor["serial"] else "no serial number"
-    return printable(f"{named}, {serial}, {sensor['width']}x{sensor['height']} {sensor['samples']}")
+    depth = f", {sensor['bits']} bit" if sensor.get("bits") else ""
+    return printable(f"{named}, {serial}, {sensor['width']}x{sensor['height']} {sensor['samples']}{depth}")

@@ -391,3 +391,21 @@ def test_a_service_of_a_user(machine: Machine, camera: Camera):
         assert "Read-only file system" in refused.stderr, folder
     own.ctl("stop")
     assert own.show("Result") == "success"
+
+
+def test_its_decoders_are_locked_in(service: Service, machine: Machine, camera: Camera):
+    """The unit's own filter leaves them the calls that takes: none of the walls is missing."""
+    service.ctl("start")
+    shoot(camera, machine, "/srv/inbox", 0, 2)
+    service.wait_folded(2)
+    find = f"pgrep --parent {service.pid()} --full decode_worker"
+    workers = machine.run("sh", "-c", find).stdout.split()
+    assert workers
+
+    def filters(pid: str) -> int:
+        status = machine.run("cat", f"/proc/{pid}/status").stdout
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("Seccomp_filters:")))
+
+    # Those of the unit, and one of their own.
+    assert {filters(worker) for worker in workers} == {filters(service.pid()) + 1}
+    assert "less well locked in" not in service.said()

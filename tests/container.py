@@ -89,6 +89,8 @@ def booted() -> Iterator[Machine]:
                     *("setpriv", "--pdeathsig", "TERM", "systemd-nspawn", "--quiet", "--boot"),
                     *(f"--directory={root}", f"--machine=hotpixd-test-{os.getpid()}"),
                     *("--register=no", "--keep-unit", "--private-network", "--console=pipe"),
+                    # What a machine has, and nspawn takes away.
+                    "--system-call-filter=landlock_create_ruleset landlock_add_rule landlock_restrict_self",
                     *(f"--bind-ro={bind}" for bind in binds),
                 ],
                 env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},

@@ -8,6 +8,7 @@ Nothing it says is believed there unless it makes sense.
 from __future__ import annotations
 
 import array
+import errno
 import importlib
 import json
 import math
@@ -16,7 +17,6 @@ import os
 import socket
 import sys
 import traceback
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,10 +67,11 @@ class _Worker:
             return {"refused": str(error)}
         except MemoryError:
             return {"refused": "it takes more memory to decode than any camera's picture should; the file is damaged"}
-        except OSError as error:
-            return {"errno": error.errno, "strerror": error.strerror}
         except Exception as error:
-            # A fault of ours or of a library: it must cost this shot only, and be told.
+            if isinstance(error, OSError) and error.errno not in (errno.EACCES, errno.EPERM):
+                # The disk. What the jail forbids is a fault like any other: the file is open already.
+                return {"errno": error.errno, "strerror": error.strerror}
+            # Of ours or of a library: it must cost this shot only, and be told.
             return {"fault": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()[-8000:]}
 
     def _place(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -130,7 +131,7 @@ def main() -> None:
     keep_large_buffers()
     for name in _NEEDED:
         importlib.import_module(name)
-    missing = jail.enter(memory, parent, [Path(__file__).parents[1]])
+    missing = jail.enter(memory, parent)
     with socket.socket(fileno=number) as talk:
         talk.send(json.dumps({"ready": missing}).encode())
         _Worker(talk).run()

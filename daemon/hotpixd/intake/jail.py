@@ -16,9 +16,8 @@ import os
 import platform
 import resource
 import signal
-import site
 import struct
-import sysconfig
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -88,7 +87,7 @@ _EPERM, _ENOSYS = 1, 38
 _NUMBER_AT, _ARCH_AT, _FIRST_ARGUMENT_AT = 0, 4, 16
 
 
-def enter(more_memory: int, parent: int, code: Iterable[Path]) -> list[str]:
+def enter(more_memory: int, parent: int) -> list[str]:
     """Close this process in, for good; return what this kernel does not offer, in words.
 
     To be called with one thread, when everything that starts lazily has started.
@@ -97,7 +96,6 @@ def enter(more_memory: int, parent: int, code: Iterable[Path]) -> list[str]:
     ----------
     more_memory : bytes of address space that it may take in addition to what it has
     parent : process with which it dies
-    code : files and folders that may still be read, besides Python's own and the system's libraries
     """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall.restype = ctypes.c_long
@@ -113,7 +111,7 @@ def enter(more_memory: int, parent: int, code: Iterable[Path]) -> list[str]:
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_NOFILE, 64)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    missing = [] if _landlocked(libc, [*_own_code(), *code]) else ["Landlock"]
+    missing = [] if _landlocked(libc, _own_code()) else ["Landlock"]
     if not _filtered(libc):
         missing.append("seccomp")
     return missing
@@ -139,10 +137,8 @@ def _address_space() -> int:
 
 
 def _own_code() -> list[Path]:
-    """Return where Python's modules and the libraries that they need may be, and nothing of a user."""
-    paths = sysconfig.get_paths()
-    folders = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    return [Path(folder) for folder in (*folders, *site.getsitepackages(), site.getusersitepackages(), *_LIBRARIES)]
+    """Return where Python's modules and the libraries that they need are."""
+    return [Path(place) for place in (*sys.path, *_LIBRARIES) if place]
 
 
 def _landlocked(libc: ctypes.CDLL, readable: Iterable[Path]) -> bool:

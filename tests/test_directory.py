@@ -113,7 +113,9 @@ class Service:
     def read(self, shot: FoundShot) -> bool:
         """Read a shot as the spool does, and report what became of it."""
         try:
-            data = shot.path.read_bytes()
+            with shot.path.open("rb") as file:
+                data = file.read()
+                shot.was_read(os.fstat(file.fileno()))
         except OSError:
             self.source.retry(shot.path)
             return False
@@ -217,7 +219,7 @@ def test_what_the_user_says_of_a_directory_goes_with_each_shot(tmp_path, serve):
     """Darks in one directory, another body in the next."""
     put(tmp_path, "a.fits")
     shot = serve(tmp_path, settle_s=0.1, kind=ShotKind.DARK, camera="attic").next()
-    assert shot == FoundShot(tmp_path / "a.fits", None, ShotKind.DARK, "attic", str(tmp_path))
+    assert shot == FoundShot(tmp_path / "a.fits", None, ShotKind.DARK, "attic", str(tmp_path), below=tmp_path)
 
 
 def test_names_that_are_not_text_are_delivered(tmp_path, serve):
@@ -401,8 +403,8 @@ def test_the_raw_comes_before_its_jpeg_which_names_it(tmp_path, serve, names):
     raw, jpeg = put(tmp_path, *names)
     service = serve(tmp_path, settle_s=0.2)
     assert [one.shot for one in service.deliver(2)] == [
-        FoundShot(raw, source=str(tmp_path)),
-        FoundShot(jpeg, raw, source=str(tmp_path)),
+        FoundShot(raw, source=str(tmp_path), below=tmp_path),
+        FoundShot(jpeg, raw, source=str(tmp_path), below=tmp_path),
     ]
 
 
@@ -525,6 +527,7 @@ def test_a_file_that_changed_while_it_was_taken_is_offered_once_more(tmp_path, s
     shot = service.next()
     shot.path.write_bytes(content(2))
     assert service.delivers_nothing_for(0.5)
+    shot.was_read(shot.path.stat())
     assert service.source.done(shot.path) is None
     assert service.deliver()[0].digest == digest(content(2))
     assert service.delivers_nothing_for(0.5)

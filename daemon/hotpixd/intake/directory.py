@@ -31,6 +31,7 @@ from collections import deque
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,9 @@ class _File:
     due: float = 0.0
     """When it is looked at next, monotonic s."""
 
+    read_as: os.stat_result | None = None
+    """Its status after it was read, set by whoever read it."""
+
     problem: str | None = None
     """Why it could not be looked at the last time."""
 
@@ -259,12 +263,19 @@ class DirectorySource:
                     file.stage = _Stage.TAKEN
                     path = self._path(file)
                     self._taken[path] = file
-                    companion_of = None if raw is None else self._path(raw)
-                    return FoundShot(path, companion_of, self._settings.kind, self._settings.camera, self.name)
+                    return FoundShot(
+                        path,
+                        None if raw is None else self._path(raw),
+                        self._settings.kind,
+                        self._settings.camera,
+                        self.name,
+                        below=self._settings.directory,
+                        was_read=partial(_note_status, file),
+                    )
         return None
 
     def done(self, path: Path) -> Seen | None:
-        """Note that the shot taken from `path` is in the ledger, whatever became of it.
+        """Note that the shot taken from `path` is in the ledger, whatever became of it. Never waits for the disk.
 
         Returns
         -------
@@ -277,12 +288,10 @@ class DirectorySource:
                 return None
             file.stage = _Stage.DONE
         self._ring()
-        try:
-            now = path.stat(follow_symlinks=False)
-        except OSError:
+        if file.read_as is None or file.signature is None:
             return None
-        same = Picture.of(now, file.picture.volume).is_same_as(file.picture)
-        return Seen(file.signature) if same and file.signature is not None else None
+        same = Picture.of(file.read_as, file.picture.volume).is_same_as(file.picture)
+        return Seen(file.signature) if same else None
 
     def retry(self, path: Path) -> None:
         """Note that the shot taken from `path` could not be read; it is offered again later."""
@@ -721,6 +730,10 @@ class DirectorySource:
         self._state = SourceState(self.name, status, detail, len(self._files), waiting, since)
         if self._state != before:
             self._wake()
+
+
+def _note_status(file: _File, status: os.stat_result) -> None:
+    file.read_as = status
 
 
 def _is_valid(check: _Check) -> bool:

@@ -372,6 +372,11 @@ class Monitor:
         """Shots folded since the last checkpoint."""
         return self._since_checkpoint
 
+    @property
+    def checkpointed_at(self) -> float:
+        """When the last checkpoint was written, or this was made, by the clock."""
+        return self._checkpointed_at
+
     def sensor(self, id_: str) -> Kept:
         """Return a sensor of the ledger, loaded if it is not in memory."""
         kept = self._kept.get(id_)

@@ -41,7 +41,7 @@ from hotpixd.core.frame import ShotKind
 from hotpixd.intake.complete import Look, look_at
 from hotpixd.intake.files import RAW, RENDERED, FoundShot, natural, stem_of
 from hotpixd.intake.hints import Hint, Hints
-from hotpixd.intake.source import Seen, SourceState, Status
+from hotpixd.intake.source import Seen, SourceState, Status, Step
 from hotpixd.intake.volumes import MOUNT_TABLE, Volume
 from hotpixd.intake.walk import MovingError, Picture, Place, Snapshot, place_of, snapshot_of
 
@@ -211,6 +211,8 @@ class DirectorySource:
         self._count = itertools.count()
         self._state = SourceState(self.name, "starting", "not listed yet", 0, 0, time.time())
 
+        self._step = Step()
+
         # Of the source's thread alone.
         self._told: deque[Hint] = deque()
         self._hints = Hints(self._hear)
@@ -316,15 +318,15 @@ class DirectorySource:
 
     def state(self) -> SourceState:
         """Say how the source is."""
-        return self._state
+        return self._step.shown(self._state)
 
     def states(self) -> list[SourceState]:
         """Say how the source is: a directory is one."""
-        return [self._state]
+        return [self.state()]
 
     def concerns(self) -> list[SourceState]:
         """Return the states that alerts are about."""
-        return [self._state]
+        return [self.state()]
 
     def notes(self) -> list[Seen]:
         """Return what is to be remembered besides: nothing."""
@@ -366,9 +368,10 @@ class DirectorySource:
                 events = dict(poller.poll(math.ceil(1000 * self._idle_s())))
                 if self._bell in events:
                     os.eventfd_read(self._bell)
-                if table.fileno() in events:
-                    self._heed_mounts()
-                self._round()
+                with self._step.of("the directory being looked at"):
+                    if table.fileno() in events:
+                        self._heed_mounts()
+                    self._round()
 
     def _idle_s(self) -> float:
         """How long nothing needs to be done if nothing happens."""

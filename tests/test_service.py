@@ -13,7 +13,9 @@ import socket
 import subprocess
 import time
 import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -306,23 +308,123 @@ def test_metrics_are_served_and_in_the_status(camera: Camera, tmp_path, start):
 def test_a_full_disk_is_survived(camera: Camera, tmp_path, start):
     """It stays up, says so, acknowledges nothing, and goes on by itself when there is room."""
     disk = tmp_path / "state"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", disk]).returncode:
-        pytest.skip("no tmpfs can be mounted here")
-    try:
+    with small_disk(disk, "700k") as resize:
         daemon = start("watch", camera.folder)
         eventually(lambda: "No space left" in daemon.log, "the full disk is said")
         with contextlib.closing(daemon.client()) as client:
             live = next(iter(client.watch()))
             assert "No space left" in (live["daemon"]["degraded"] or live["daemon"]["activity"])
         assert daemon.process.poll() is None
-        subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+        resize("100m")
         daemon.wait_folded(12, within_s=90)
         assert daemon.stop() == 0
         feed(tmp_path / "scanned", camera.folder)
         assert told(disk) == told(tmp_path / "scanned")
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Callable[[str], None]]:
+    """Mount a disk of this size; yields what changes that."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
     finally:
-        subprocess.run(["umount", "-l", disk], check=False)
+        subprocess.run(["umount", "-l", folder], check=False)
+
+
+def noting(tmp_path: Path) -> tuple[dict[str, object], Callable[[], list[dict[str, Any]]]]:
+    """Return settings of alerts whose command notes each message, and what returns those messages."""
+    told_to = tmp_path / "told.jsonl"
+    command = ["sh", "-c", f"cat >> '{told_to}'; echo >> '{told_to}'"]
+
+    def messages() -> list[dict[str, Any]]:
+        lines = told_to.read_text().splitlines() if told_to.exists() else []
+        return [json.loads(line) for line in lines if line]
+
+    return {"command": command, "gather_s": 0, "topics": ["disk", "source", "damage"], "disk_free_mb": 0}, messages
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+@pytest.mark.parametrize("size", ["4k", "100k"])
+def test_a_disk_full_before_the_ledger_can_be_made_is_waited_out(camera: Camera, tmp_path, start, size):
+    """It is up, answers why it does nothing, alerts without a ledger, once, and goes on when there is room."""
+    alerts, messages = noting(tmp_path)
+    config = configured(tmp_path, sources=[{"directory": str(camera.folder)}], alerts=alerts)
+    with small_disk(tmp_path / "state", size) as resize:
+        daemon = start("run", "--config", config, wait=False)
+        (message,) = eventually(messages, "the alert is sent", 60)
+        assert [alert["text"][:28] for alert in message["alerts"]] == ["The state's disk is full: No"]
+        with contextlib.closing(daemon.client()) as client:
+            live = next(iter(client.watch()))
+            assert "No space left" in live["daemon"]["degraded"]
+            assert [alert["topic"] for alert in live["alerts"]] == ["disk"]
+        time.sleep(8)  # the next try
+        assert daemon.process.poll() is None
+        assert len(messages()) == 1
+        resize("100m")
+        eventually(lambda: daemon.log.count("folded frame") == 12, "the shots are folded", 90)
+        eventually(lambda: len(messages()) == 2, "its end is told")
+        assert "no longer full" in messages()[1]["body"]
+        assert [alert["text"][:20] for alert in daemon.ask_alerts()] == ["The state's disk is ", "The state's disk is "]
+        assert daemon.stop() == 0
+        again = start("run", "--config", config)
+        time.sleep(2)
+        assert again.stop() == 0
+        assert len(messages()) == len({one["id"] for one in messages()}) == 2
+        feed(tmp_path / "scanned", camera.folder)
+        assert told(tmp_path / "state") == told(tmp_path / "scanned")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_disk_full_during_the_replay_is_waited_out(camera: Camera, tmp_path, start):
+    """Killed amid the shots, started with not a byte free: it says so and ends as if it had been undisturbed."""
+    alerts, messages = noting(tmp_path)
+    shared = {"sources": [{"directory": str(camera.folder)}], "alerts": alerts}
+    config = configured(tmp_path, **shared)
+    state = tmp_path / "state"
+    with small_disk(state, "100m") as resize:
+        daemon = start("run", "--config", config)
+        eventually(lambda: daemon.log.count("folded frame") >= 5, "some shots are folded")
+        daemon.stop(signal.SIGKILL)
+        with contextlib.suppress(OSError), (state / "ballast").open("wb", buffering=0) as ballast:
+            while ballast.write(bytes(4096)):
+                pass
+        configured(tmp_path, **shared, checkpoint={"every_shots": 2})
+        again = start("run", "--config", config, wait=False)
+        eventually(lambda: "No space left" in again.log, "the full disk is said", 60)
+        eventually(messages, "the alert is sent")
+        with contextlib.closing(again.client()) as client:
+            assert client.ask("status")["daemon"]["degraded"]
+        assert again.process.poll() is None
+        (state / "ballast").unlink()
+        resize("200m")
+        again.wait_folded(12, within_s=90)
+        assert again.stop() == 0
+        feed(tmp_path / "scanned", camera.folder)
+        assert told(state) == told(tmp_path / "scanned")
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_a_disk_that_fails_ends_it_in_a_sentence(camera: Camera, tmp_path, start):
+    """EIO from fsync must not be asked again: exit code 3, no traceback, and the next start loses nothing."""
+    for number, name in ((4, "fsync"), (9, "fsync"), (3, "fdatasync")):
+        state = tmp_path / f"{name}{number}"
+        fault = f"inject={name}:error=EIO:when={number}+"
+        command = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={name}", "-e", fault, *HOTPIXD]
+        env = environment(XDG_RUNTIME_DIR=str(tmp_path))
+        done = subprocess.run(
+            [*command, "watch", "--plain", camera.folder, "--state", state], env=env, capture_output=True, timeout=120
+        )
+        said = done.stderr.decode()
+        assert done.returncode == 3, said
+        assert "Traceback" not in said
+        assert "fails" in said.splitlines()[-1]
+        feed(state, camera.folder)
+        if not (tmp_path / "scanned").exists():
+            feed(tmp_path / "scanned", camera.folder)
+        assert told(state) == told(tmp_path / "scanned")
 
 
 def test_wrong_use_is_a_sentence(tmp_path):

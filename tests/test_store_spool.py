@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blake3 import blake3
@@ -128,41 +129,52 @@ def test_no_symlink_is_followed_below_a_folder(spool: Spool, shot: Path, tmp_pat
     assert list(spool.folder.iterdir()) == []
 
 
-def test_what_is_no_file_is_not_opened_below_a_folder(spool: Spool, tmp_path: Path) -> None:
+def test_what_is_no_file_is_not_opened_below_a_folder(
+    spool: Spool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Opening a FIFO, a socket or a device may do something to it: their sort is asked for before."""
+    opened: list[object] = []
+    real = os.open
+
+    def noting(path: str, *more: Any, **options: Any) -> int:
+        opened.append(path)
+        return real(path, *more, **options)
+
+    monkeypatch.setattr(os, "open", noting)
     os.mkfifo(tmp_path / "fifo.CR3")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket.CR3"))
         for name in ("fifo.CR3", "socket.CR3"):
-            opened = []
-            real = os.open
-            with pytest.MonkeyPatch.context() as patched:
-                patched.setattr(os, "open", lambda path, *a, **k: (opened.append(path), real(path, *a, **k))[1])
-                with pytest.raises(SpoolError, match=name):
-                    spool.hold(tmp_path / name, tmp_path)
+            opened.clear()
+            with pytest.raises(SpoolError, match=name):
+                spool.hold(tmp_path / name, tmp_path)
             assert opened == [tmp_path]
 
 
 def test_what_is_held_is_not_in_custody_yet(spool: Spool, shot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A link or a copy: no key tells of it, it is read once, and it can be let go of without a trace."""
-    elsewhere = spool._device + 1
-    for device in (spool._device, elsewhere):
+    read: list[int] = []
+    real = os.preadv
+
+    def noting(fd: int, blocks: Any, at: int) -> int:
+        read.append(at)
+        return real(fd, blocks, at)
+
+    monkeypatch.setattr(os, "preadv", noting)
+    here = spool._device
+    for device in (here, here + 1):
         spool._device = device
-        read: list[int] = []
-        real = os.preadv
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "preadv", lambda fd, blocks, at: (read.append(at), real(fd, blocks, at))[1])
-            for end in (spool.release, spool.keep):
-                read.clear()
-                held = spool.hold(shot)
-                assert held.key == blake3(CONTENT).hexdigest()
-                assert list(spool.keys()) == []
-                end(held)
-                # Each block once, and the end.
-                assert len(read) == len(set(read)) == len(CONTENT) // (256 * 1024) + 2
+        for end in (spool.release, spool.keep):
+            read.clear()
+            held = spool.hold(shot)
+            assert held.key == blake3(CONTENT).hexdigest()
+            assert list(spool.keys()) == []
+            end(held)
+            # Each block once, and the end.
+            assert len(read) == len(set(read)) == len(CONTENT) // (256 * 1024) + 2
         assert [path.name for path in spool.folder.iterdir()] == [held.key]
         assert spool.verify(held.key)
-        assert spool.path(held.key).samefile(shot) == (device != elsewhere)
+        assert spool.path(held.key).samefile(shot) == (device == here)
         spool.release(held)
         spool.drop([held.key])
 

@@ -85,5 +85,5 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text)
 
-    def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 - as in the base class
+    def log_message(self, format: str, *arguments: object) -> None:
         """Say nothing: what a client sends is none of the log's business."""

@@ -255,7 +255,7 @@ class _Service:
             if not self._orders.stop:
                 stack.callback(self._stop_sources)
                 self._recall_shoots()
-                self._start_sources()
+                self._despite_full_disk(self._start_sources)
                 self._watching = True
                 while self._early:
                     self._answer(self._early.pop(0))
@@ -697,7 +697,13 @@ class _Service:
             log.info("no longer watching %s", printable(source.name))
         for settings in wanted:
             if settings not in self._sources and not self._sources_changed:
-                self._sources[settings] = source = self._source(settings)
+                try:
+                    source = self._source(settings)
+                except StateFull:
+                    # Of the folder for what a camera brings: tried again at the next look around.
+                    self._sources_changed = self._watching
+                    raise
+                self._sources[settings] = source
                 source.start()
 
     def _source(self, settings: _Settings) -> _Source:

@@ -258,6 +258,7 @@ class Alerts:
     ) -> None:
         """Take up what an earlier process left unsent."""
         self._ledger = ledger
+        self._stands_in = stands_in
         # Numbers that no other message has, nor will have: they, and so the ids, stay the same when it is taken over.
         self._outbox = Outbox(ledger, below=-int(now().timestamp()) if stands_in else None)
         self._wake = wake
@@ -382,6 +383,9 @@ class Alerts:
         # Names of files are in these: they may hold anything.
         clean = {name: _plain(value) for name, value in detail.items()}
         at = self._now().astimezone(UTC).isoformat(timespec="milliseconds")
+        if self._stands_in:
+            # Of a condition, keys are only different within one ledger; and the id is made of the key.
+            key = f"{key} {at}"
         return Alert(_printable(key), at, topic, _printable(subject), _printable(text), clean)
 
     def _of_transition(self, t: Transition, sensor: str, description: str, layout: SensorLayout, seq: int) -> Alert:
@@ -609,7 +613,7 @@ def composed(number: int, alerts: Sequence[Alert]) -> Message:
     alerts : in the order in which they were raised, at least one
     """
     first = f"{alerts[0].key}\n{alerts[0].at}"
-    id_ = f"{hashlib.sha256(first.encode()).hexdigest()[:8]}-{number}"
+    id_ = f"{hashlib.sha256(first.encode()).hexdigest()[:8]}-{abs(number)}"
     topics = Counter(alert.topic for alert in alerts)
     title = "hotpixd: " + ", ".join(_heading(topic, topics[topic]) for topic in TOPICS if topics[topic])
     times = sorted({alert.at[:19].replace("T", " ") for alert in alerts})

@@ -175,6 +175,7 @@ class FeedServer:
     ) -> None:
         self.path = path
         self._silent_s = silent_s
+        self._uid = os.geteuid()
         self._wake = wake
         self._stuck_s = stuck_s
         self._heartbeat_s = heartbeat_s
@@ -354,15 +355,27 @@ class FeedServer:
                 continue
             log.debug("process %d of user %d connected to %s", pid, uid, self.path)
             reader, writer = await asyncio.open_unix_connection(sock=accepted, limit=_LONGEST_LINE)
-            connection = _Connection(self, reader, writer, uid, _may_change(uid, gid, self._socket_file))
+            connection = _Connection(self, reader, writer, uid, self._may_change(uid, gid))
             task = asyncio.create_task(connection.run())
             self._connections[task] = connection
             task.add_done_callback(self._ended)
 
+    def _may_change(self, uid: int, gid: int) -> bool:
+        """Tell whether a user may have something done: root, the daemon's own, or one of the socket's group."""
+        if uid in (0, self._uid):
+            return True
+        if self._socket_file is None:
+            return False
+        group = self._socket_file.st_gid
+        try:
+            return group == gid or group in os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
+        except (KeyError, OSError):
+            return False
+
     def _refusal(self, uid: int) -> str | None:
         """Say why one more connection of a user is not served; None if it is."""
         most = _MOST_CONNECTIONS
-        if uid not in (0, os.geteuid()):
+        if uid not in (0, self._uid):
             most = _MOST_OF_OTHERS
             if sum(connection.uid == uid for connection in self._connections.values()) >= _MOST_OF_A_USER:
                 return f"{_MOST_OF_A_USER} clients of this user are connected already; there is no room."
@@ -532,20 +545,6 @@ class _Connection:
                 if self._writer.transport.get_write_buffer_size() >= left:
                     log.debug("a client of %s takes nothing any more and is dropped", self._server.path)
                     raise
-
-
-def _may_change(uid: int, gid: int, socket_file: os.stat_result | None) -> bool:
-    """Tell whether a user may have something done: root, the daemon's own, or one of the socket's group."""
-    if uid in (0, os.geteuid()):
-        return True
-    if socket_file is None:
-        return False
-    if gid == socket_file.st_gid:
-        return True
-    try:
-        return socket_file.st_gid in os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
-    except (KeyError, OSError):
-        return False
 
 
 class _NotUnderstood(Exception):  # noqa: N818 - a condition, not a fault

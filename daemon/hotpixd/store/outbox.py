@@ -122,12 +122,9 @@ class Outbox:
         return int(message)
 
     def take_over(self, other: Outbox) -> set[int]:
-        """Write all that is in another outbox into this one as well; return the numbers of its messages.
-
-        The keys are made new ones: of a condition they are only different within one ledger.
-        """
+        """Write all that is in another outbox into this one as well; return the numbers of its messages."""
         columns = "raised_at, topic, subject, text, detail, message"
-        alerts = other._ledger.rows(f"SELECT key || ' ' || raised_at, {columns} FROM alert ORDER BY id")
+        alerts = other._ledger.rows(f"SELECT key, {columns} FROM alert ORDER BY id")
         deliveries = other._ledger.rows("SELECT message, channel, tries, state FROM delivery")
         self._ledger.later(f"INSERT OR IGNORE INTO alert(key, {columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", alerts)
         self._ledger.later(

@@ -22,7 +22,7 @@ import pytest
 
 from conftest import environment, nobody
 from hotpixd.core.frame import ShotKind
-from hotpixd.intake import directory, volumes, walk
+from hotpixd.intake import directory, source, volumes, walk
 from hotpixd.intake.directory import DirectorySettings, DirectorySource
 from hotpixd.intake.files import FoundShot
 
@@ -1034,3 +1034,25 @@ def test_no_shot_is_lost_and_none_is_torn_whatever_happens(tmp_path, serve, card
     assert len(remembered) == len(set(remembered)) >= len(wanted)
     # Each once, but for those whose card was swapped between their reading and their report.
     assert len(delivered) - len(remembered) < 50
+
+
+def test_a_directory_that_does_not_answer_is_said_to_hang(tmp_path, serve, monkeypatch):
+    """A dead network drive holds the listing up for ever: its thread cannot say so, and is not asked."""
+    put(tmp_path, "a.jpg")
+    service = serve(tmp_path, settle_s=0.1, scan_every_s=0.1)
+    service.deliver()
+    hung, answers, real = threading.Event(), threading.Event(), directory.snapshot_of
+
+    def snapshot_of(*arguments):
+        hung.set()
+        answers.wait(30)
+        return real(*arguments)
+
+    monkeypatch.setattr(source, "HANGS_AFTER_S", 0.3)
+    monkeypatch.setattr(directory, "snapshot_of", snapshot_of)
+    assert hung.wait(10)
+    service.wait(lambda: service.source.concerns()[0].status == "trouble")
+    assert "has not answered for" in service.source.state().detail
+    assert service.source.take() is None
+    answers.set()
+    service.wait(lambda: service.source.state().status == "watching")

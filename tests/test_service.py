@@ -14,7 +14,9 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,11 @@ import yaml
 
 from conftest import HOTPIXD, Camera, environment, feed, run, told
 from daemons import eventually
+from hotpixd import service as service_module
+from hotpixd.config import Config
 from hotpixd.feed import find_sockets
+from hotpixd.intake.source import SourceState
+from hotpixd.monitor import Reading
 from hotpixd.store.ledger import Ledger
 from hotpixd.store.spool import Spool
 from ptpip_camera import LoopbackCamera
@@ -425,6 +431,59 @@ def test_a_disk_that_fails_ends_it_in_a_sentence(camera: Camera, tmp_path, start
         if not (tmp_path / "scanned").exists():
             feed(tmp_path / "scanned", camera.folder)
         assert told(state) == told(tmp_path / "scanned")
+
+
+class Told:
+    """A watchman who notes what he is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *what, **more: self.calls.append((name, *what, *more.values()))
+
+
+def test_a_read_that_hangs_shows_in_status_and_alerts(monkeypatch):
+    """After a minute in which nothing more was read, once, and once when it goes on; the loop is not held up."""
+    now = [1000.0]
+    service = service_module._Service(Config(), Config, service_module.Wake(), service_module.Orders(lambda: None))
+    reading = Reading(Path("/card/IMG_1.CR2"), 1000.0)
+    readings = {"/card": reading}
+    service._monitor = SimpleNamespace(readings=lambda: readings)
+    service._watchman = told = Told()
+    state = SourceState("/card", "watching", "3 files", 3, 2, 0.0)
+    for after_s, trouble in ((59, False), (61, True), (62, True)):
+        now[0] = 1000.0 + after_s
+        shown = service._moving(state, now[0])
+        assert (shown.status == "trouble") == trouble
+        assert ("IMG_1.CR2" in shown.detail) == trouble
+    assert service._moving(replace(state, name="/other"), now[0]).status == "watching"
+    reading.moved_at = now[0]
+    assert service._moving(state, now[0]) == state
+    assert service._moving(state, now[0]) == state
+    assert [(call[0], call[1], call[3] is None) for call in told.calls] == [
+        ("stuck", "/card", False),
+        ("stuck", "/card", False),
+        ("stuck", "/card", True),
+    ]
+
+
+def test_jumps_of_the_clock_and_old_checkpoints_are_noticed(monkeypatch):
+    """The wall clock is compared with one that goes on in sleep; a checkpoint is as old as what it leaves out."""
+    wall, boot = [1e9], [5000.0]
+    monkeypatch.setattr(service_module.time, "time", lambda: wall[0])
+    monkeypatch.setattr(service_module.time, "clock_gettime", lambda _: boot[0])
+    service = service_module._Service(Config(), Config, service_module.Wake(), service_module.Orders(lambda: None))
+    service._monitor = monitor = SimpleNamespace(uncovered=0, in_flight=0, checkpointed_at=0.0)
+    service._watchman = told = Told()
+    for passed_s, set_by_s, uncovered in ((0, 0, 0), (3600, 0, 3), (1, -500, 3), (100, 0, 0), (9, 0.5, 1)):
+        wall[0] += passed_s + set_by_s
+        boot[0] += passed_s
+        monitor.uncovered = uncovered
+        service._look_at_clocks(boot[0])
+    steps = [call[1] for call in told.calls if call[0] == "clock_step"]
+    assert steps == pytest.approx([0, -500, 0, 0.5])
+    assert [call[1] for call in told.calls if call[0] == "checkpoint"] == [0, 0, 1, 0, 0]
 
 
 def test_wrong_use_is_a_sentence(tmp_path):

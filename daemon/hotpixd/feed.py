@@ -254,6 +254,11 @@ class FeedServer:
         """Number of clients that watch."""
         return len(self._watching)
 
+    @property
+    def asked(self) -> bool:
+        """Whether any question waits."""
+        return bool(self._waiting)
+
     def questions(self) -> Iterator[Question]:
         """Take the questions that wait, but for those of clients that have gone: of each user one in turn.
 

@@ -62,8 +62,8 @@ _COMMIT_AFTER_S = 0.5
 _ANSWERING_S = 0.1
 """How long questions are answered before the next shot is looked for."""
 
-_ANSWERING_SHARE = 0.2
-"""Of the loop's time, for answers, while there are shots to fold."""
+_ANSWERING_SHARE, _ANSWERING_SHARE_IDLE = 0.2, 0.5
+"""Of the loop's time, for answers, while there are shots to fold, and while there are none."""
 
 _STUCK_AFTER_S = 60.0
 """A file of which nothing more was read for so long hangs: that is said, and waited for."""
@@ -211,7 +211,7 @@ class _Service:
         self._reload_failed = False
         self._watching = False
         self._answer_at = 0.0
-        """When questions may be answered again while there are shots to fold."""
+        """When questions may be answered again."""
         self._stuck: set[str] = set()
         """Sources of which a file has been read for long without getting on."""
         self._quiet_since: float | None = None
@@ -364,7 +364,10 @@ class _Service:
             self._recover(surely=False)
         if self._monitor.uncovered and quiet >= self._config.checkpoint.idle_s:
             self._monitor.checkpoint()
-        self._wake.wait(_COMMIT_AFTER_S if self._ledger.waits else _TICK_S)
+        pause = _COMMIT_AFTER_S if self._ledger.waits else _TICK_S
+        if self._listening.asked:
+            pause = min(pause, max(self._answer_at - time.monotonic(), 0.0))
+        self._wake.wait(pause)
 
     def _after(self, outcome: Outcome) -> None:
         """Tell everyone what became of a shot."""
@@ -756,15 +759,14 @@ class _Service:
     def _answer_those_asked(self) -> None:
         """Answer questions, but not so many that shots wait for whoever asks without end."""
         started = time.monotonic()
-        if self._monitor.in_flight and started < self._answer_at:
+        if started < self._answer_at:
             return
         for question in self._listening.questions():
             self._answer(question)
             spent_s = time.monotonic() - started
-            self._answer_at = started + spent_s / _ANSWERING_SHARE
+            share = _ANSWERING_SHARE if self._monitor.in_flight else _ANSWERING_SHARE_IDLE
+            self._answer_at = started + spent_s / share
             if spent_s > _ANSWERING_S:
-                # The others, if there are any, have their turn after the next look for shots.
-                self._wake()
                 break
 
     def _answer(self, question: Question) -> None:

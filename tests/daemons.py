@@ -72,6 +72,11 @@ class Daemon:
         assert done.returncode == 0, done.stderr
         return dict(json.loads(done.stdout))
 
+    def ask_alerts(self) -> list[dict[str, Any]]:
+        """Return the alerts that it shows."""
+        with contextlib.closing(self.client()) as client:
+            return list(next(iter(client.watch()))["alerts"])
+
     def folded(self) -> int:
         """Return how many shots it has folded, over all runs."""
         with contextlib.closing(self.client()) as client:

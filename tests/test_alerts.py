@@ -962,6 +962,233 @@ def test_damage_is_told_once_per_sentence(bench: Callable[..., Bench]):
     assert watch.told() == ["Generation 7 is damaged.", "Generation 8 is damaged."]
 
 
+# --- silence
+
+
+class Shoot:
+    """Shots of a source on a clock of the test's own, looked at each second as by the daemon."""
+
+    def __init__(self, one: Bench) -> None:
+        self.one = one
+        self.watch = Watch(one)
+
+    def shots(self, count: int, every_s: float, *, waiting: int = 1) -> Shoot:
+        for _ in range(count):
+            self.nothing(every_s)
+            self.watch.watchman.shot("Canon", waiting)
+        return self
+
+    def nothing(self, seconds: float, *, there: bool = True) -> Shoot:
+        until = self.one.clock.passed_s + seconds
+        while self.one.clock.passed_s < until:
+            self.one.clock.passed_s = min(self.one.clock.passed_s + max(seconds / 50, 1.0), until)
+            self.watch.watchman.listen("Canon", there=there)
+        return self
+
+    def told(self) -> list[str]:
+        return self.watch.told()
+
+
+def test_a_sequence_that_stops_is_told_once_and_once_when_it_goes_on(bench: Callable[..., Bench]):
+    """Three hundred exposures of three minutes: after a quarter of an hour of nothing, and not again all night."""
+    shoot = Shoot(bench()).shots(40, 180).nothing(899)
+    assert shoot.told() == []
+    shoot.nothing(60)
+    assert shoot.told() == ["No shot of Canon for 15 min; before, one came every 3 min."]
+    shoot.nothing(3 * 3600).shots(1, 10)
+    assert shoot.told()[1:] == ["Shots of Canon come again, the first for 3 h."]
+    shoot.shots(30, 180).nothing(3600)
+    assert [text[:24] for text in shoot.told()] == [
+        "No shot of Canon for 15 ",
+        "Shots of Canon come agai",
+        "No shot of Canon for 16 ",
+    ]
+
+
+def test_short_exposures_may_pause_for_ten_minutes(bench: Callable[..., Bench]):
+    """A mount that turns over, a focus run, clouds: the least time counts, not some seconds."""
+    shoot = Shoot(bench()).shots(60, 10).nothing(595)
+    assert shoot.told() == []
+    shoot.nothing(30)
+    assert shoot.told() == ["No shot of Canon for 10 min; before, one came every 10 s."]
+
+
+def test_who_goes_home_is_told_at_most_once(bench: Callable[..., Bench], inbox: Inbox):
+    """Neither that the battery of the camera left behind is empty, nor the next evening that shots come again."""
+    one = bench(AlertSettings(command=inbox.command, gather_s=0))
+    shoot = Shoot(one).shots(20, 30).nothing(4 * 3600)
+    for _ in range(200):
+        one.clock.passed_s += 60
+        shoot.watch.watchman.source("Canon", "away", "it is switched off")
+        shoot.watch.watchman.listen("Canon", there=False)
+    one.settle()
+    shoot.watch.watchman.source("Canon", "watching", None)
+    shoot.shots(1, 3600)
+    one.later(3600)
+    assert len(inbox.messages()) == 1
+    assert [entry["topic"] for entry in one.alerts.recent()] == ["silence", "source", "source", "silence"]
+
+
+@pytest.mark.parametrize("after_s", [10, 600])
+def test_a_camera_switched_off_is_not_silent(bench: Callable[..., Bench], after_s: float):
+    """That it has gone is told by its source; taking the card out ends the shoot."""
+    shoot = Shoot(bench()).shots(40, 30).nothing(after_s - 1).nothing(5000, there=False).nothing(5000)
+    assert shoot.told() == []
+    shoot.shots(20, 30).nothing(5000)
+    assert [text[:15] for text in shoot.told()] == ["No shot of Cano"]
+
+
+@pytest.mark.parametrize(
+    "shots",
+    [
+        lambda shoot: shoot.shots(9, 60),
+        lambda shoot: shoot.shots(29, 10),
+        lambda shoot: shoot.shots(300, 2, waiting=40),
+        lambda shoot: [shoot.shots(8, 0.2).nothing(pause) for pause in (5, 60, 13, 200, 40, 7, 90, 300)],
+        lambda shoot: [shoot.nothing(pause).shots(1, 1) for pause in (5, 60, 13, 200, 40, 7, 90, 300) * 3],
+    ],
+    ids=["too few", "too short", "a card", "bursts", "by hand"],
+)
+def test_no_shoot_is_no_silence(bench: Callable[..., Bench], shots: Callable[[Shoot], object]):
+    """A card being read, and people who take pictures now and then, may stop without a word."""
+    shoot = Shoot(bench())
+    shots(shoot)
+    assert shoot.nothing(24 * 3600).told() == []
+
+
+def test_silence_can_be_switched_off(bench: Callable[..., Bench]):
+    """By 0."""
+    assert Shoot(bench(AlertSettings(silence_times=0))).shots(40, 30).nothing(7200).told() == []
+
+
+def test_silence_may_be_told_sooner(bench: Callable[..., Bench]):
+    """With a factor and a least time of one's own."""
+    shoot = Shoot(bench(AlertSettings(silence_times=3, silence_least_s=60))).shots(40, 30)
+    assert shoot.nothing(89).told() == []
+    assert len(shoot.nothing(3).told()) == 1
+
+
+def test_silence_goes_over_a_restart(bench: Callable[..., Bench]):
+    """The shoot is known from the ledger's shots, if they came as they were taken; what was told is not told again."""
+    one = bench()
+    taken = [5000.0 + 60 * n for n in range(20)]
+    for of_a_card in (True, False):
+        shoot = Shoot(one)
+        ages = [400.0 + (0.3 if of_a_card else 60.0) * n for n in reversed(range(20))]
+        shoot.watch.watchman.recall("Canon", list(zip(ages, taken, strict=True)))
+        shoot.nothing(150)
+        assert shoot.told() == []
+    shoot.nothing(100)
+    assert shoot.told() == ["No shot of Canon for 10 min; before, one came every 60 s."]
+    again = Shoot(one)
+    ages = [700.0 + 60 * n for n in reversed(range(20))]
+    again.watch.watchman.recall("Canon", list(zip(ages, taken, strict=True)))
+    again.nothing(3600)
+    assert len(again.told()) == 1
+    again.shots(1, 1)
+    assert len(again.told()) == 2
+
+
+def test_the_end_of_a_series_of_darks_is_no_silence(bench: Callable[..., Bench]):
+    """Whoever has ordered thirty darks does not wait for the next one."""
+    shoot = Shoot(bench()).shots(30, 30)
+    shoot.watch.watchman.shoot_ends()
+    assert shoot.nothing(7200).told() == []
+
+
+# --- checkpoints and clocks
+
+
+def test_a_checkpoint_that_does_not_come_is_told(bench: Callable[..., Bench]):
+    """Once, and once when it has come; later where checkpoints are to be rare."""
+    one = bench()
+    watch = Watch(one)
+    for uncovered_s, every_s in ((0, 60), (3599, 60), (3700, 1900), (3700, 60), (9000, 60), (0, 60), (0, 60)):
+        watch.watchman.checkpoint(uncovered_s, every_s)
+    assert [text[:24] for text in watch.told()] == ["No checkpoint for 62 min", "A checkpoint was written"]
+    Watch(one).watchman.checkpoint(0, 60)
+    assert len(watch.told()) == 2
+
+
+def test_a_clock_that_jumps_is_told_but_not_when_the_machine_was_just_started(
+    bench: Callable[..., Bench], inbox: Inbox
+):
+    """A small computer without a clock of its own is set by the network minutes after its start: that is noted only."""
+    one = bench(AlertSettings(command=inbox.command, gather_s=0))
+    watchman = Watch(one).watchman
+    for step_s, booted_s, after_s in (
+        (3e6, 60, 0),
+        (30, 5000, 0),
+        (-7200, 5000, 0),
+        (7200, 5010, 10),
+        (61, 9000, 3600),
+    ):
+        one.clock.passed_s += after_s
+        watchman.clock_step(step_s, booted_s)
+        one.settle()
+    assert [entry["text"] for entry in one.alerts.recent()] == [
+        "This computer's clock was set forward by 35 days.",
+        "This computer's clock was set back by 2 h.",
+        "This computer's clock was set forward by 2 h.",
+        "This computer's clock was set forward by 61 s.",
+    ]
+    assert [message["alerts"][0]["detail"]["step_s"] for message in inbox.messages()] == [-7200, 61]
+
+
+# --- while the ledger cannot be written
+
+
+def test_what_stood_in_is_taken_over(bench: Callable[..., Bench], inbox: Inbox, tmp_path: Path):
+    """Sent without the state's ledger: not sent again; not sent yet: sent under the same id; raised: known."""
+    settings = AlertSettings(command=inbox.command, gather_s=0)
+    one = bench(settings)
+    one.fold(stable(1))
+    one.settle()
+    with closing(Ledger(None)) as memory:
+        stand_in = Alerts(memory, settings, wake=one.woken.set, clock=one.clock, now=one.clock.now, stands_in=True)
+        watchman = Watchman(one.alerts, clock=one.clock)
+        watchman.report_to(stand_in)
+        watchman.full("No space left.")
+        while stand_in.waiting or len(inbox.ids()) < 2:
+            stand_in.work()
+        inbox.broken.touch()
+        watchman.source("/card", "trouble", "x")
+        one.clock.passed_s += 100
+        watchman.source("/card", "trouble", "it cannot be listed")
+        while not any(due.tries for due in stand_in._due.values()):
+            stand_in.work()
+        unsent = composed(*next((n, stand_in._outbox.alerts(n)) for n, _ in stand_in._due)).id
+        assert not watchman.has_room(surely=False)
+        assert watchman.has_room(surely=True)
+        stand_in.close()
+        one.alerts.take_over(stand_in)
+        watchman.report_to(one.alerts)
+    inbox.broken.unlink()
+    one.later(60)
+    one.later(60)
+    assert one.alerts.waiting == 0
+    ids = inbox.ids()
+    assert len(set(ids)) == len(ids) == 4
+    assert unsent in ids
+    assert [entry["topic"] for entry in one.alerts.recent()] == ["stable", "disk", "source", "disk"]
+    # Whether a condition has begun is known from there on, and after a restart.
+    Watch(one).watchman.source("/card", "watching", None)
+    assert one.alerts.recent()[-1]["text"] == "Source /card is watched again."
+
+
+def test_a_disk_that_is_full_again_and_again_is_told_once(bench: Callable[..., Bench]):
+    """Between two tries nothing fails; that is not yet room."""
+    one = bench()
+    watch = Watch(one)
+    for _ in range(20):
+        watch.watchman.full("No space left.")
+        one.clock.passed_s += 60
+        assert not watch.watchman.has_room(surely=False)
+    one.clock.passed_s += 150
+    assert watch.watchman.has_room(surely=False)
+    assert [text[:30] for text in watch.told()] == ["The state's disk is full: No s", "The state's disk is no longer "]
+
+
 @contextmanager
 def full_disk(ledger: Ledger) -> Iterator[None]:
     """Give SQLite no more pages than it has, and have more wait in the ledger than they hold."""

@@ -494,8 +494,8 @@ def test_photos_are_saved_where_the_user_wants_them(loopback, tether, tmp_path):
     one = tether(loopback.port, album=Album(photos, "{serial}-{name}")).ready()
     loopback.shoot()
     one.delivered(2)
-    one.wait(lambda: len(list(photos.iterdir())) == 3)
-    saved = {path.name: key(path.read_bytes()) for path in photos.iterdir()}
+    one.wait(lambda: len(list(photos.glob("[!.]*"))) == 3)
+    saved = {path.name: key(path.read_bytes()) for path in photos.glob("[!.]*")}
     assert saved.pop("LB0001-IMG_0001.CR2") == key(b"somebody's")
     assert set(saved) == {"LB0001-IMG_0001-1.CR2", "LB0001-IMG_0001.JPG"}
     assert set(saved.values()) == digests(loopback)

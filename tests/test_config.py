@@ -322,7 +322,7 @@ alerts:
 metrics:
   listen: localhost:80
 """
-    topics = "stable, recovered, source, refused, scene, disk, clock, damage"
+    topics = "stable, recovered, source, silence, refused, scene, disk, checkpoint, clock, damage"
     assert faults(path, text) == [
         "line 1, column 1: stat is no key; did you mean state?",
         "line 2, column 1: cores must be a whole number from 1 to 256, got 0.",

@@ -22,7 +22,7 @@ import pytest
 
 from conftest import environment, nobody
 from hotpixd.core.frame import ShotKind
-from hotpixd.intake import directory, volumes, walk
+from hotpixd.intake import directory, source, volumes, walk
 from hotpixd.intake.directory import DirectorySettings, DirectorySource
 from hotpixd.intake.files import FoundShot
 
@@ -113,7 +113,9 @@ class Service:
     def read(self, shot: FoundShot) -> bool:
         """Read a shot as the spool does, and report what became of it."""
         try:
-            data = shot.path.read_bytes()
+            with shot.path.open("rb") as file:
+                data = file.read()
+                shot.was_read(os.fstat(file.fileno()))
         except OSError:
             self.source.retry(shot.path)
             return False
@@ -217,7 +219,7 @@ def test_what_the_user_says_of_a_directory_goes_with_each_shot(tmp_path, serve):
     """Darks in one directory, another body in the next."""
     put(tmp_path, "a.fits")
     shot = serve(tmp_path, settle_s=0.1, kind=ShotKind.DARK, camera="attic").next()
-    assert shot == FoundShot(tmp_path / "a.fits", None, ShotKind.DARK, "attic", str(tmp_path))
+    assert shot == FoundShot(tmp_path / "a.fits", None, ShotKind.DARK, "attic", str(tmp_path), below=tmp_path)
 
 
 def test_names_that_are_not_text_are_delivered(tmp_path, serve):
@@ -401,8 +403,8 @@ def test_the_raw_comes_before_its_jpeg_which_names_it(tmp_path, serve, names):
     raw, jpeg = put(tmp_path, *names)
     service = serve(tmp_path, settle_s=0.2)
     assert [one.shot for one in service.deliver(2)] == [
-        FoundShot(raw, source=str(tmp_path)),
-        FoundShot(jpeg, raw, source=str(tmp_path)),
+        FoundShot(raw, source=str(tmp_path), below=tmp_path),
+        FoundShot(jpeg, raw, source=str(tmp_path), below=tmp_path),
     ]
 
 
@@ -525,6 +527,7 @@ def test_a_file_that_changed_while_it_was_taken_is_offered_once_more(tmp_path, s
     shot = service.next()
     shot.path.write_bytes(content(2))
     assert service.delivers_nothing_for(0.5)
+    shot.was_read(shot.path.stat())
     assert service.source.done(shot.path) is None
     assert service.deliver()[0].digest == digest(content(2))
     assert service.delivers_nothing_for(0.5)
@@ -1031,3 +1034,25 @@ def test_no_shot_is_lost_and_none_is_torn_whatever_happens(tmp_path, serve, card
     assert len(remembered) == len(set(remembered)) >= len(wanted)
     # Each once, but for those whose card was swapped between their reading and their report.
     assert len(delivered) - len(remembered) < 50
+
+
+def test_a_directory_that_does_not_answer_is_said_to_hang(tmp_path, serve, monkeypatch):
+    """A dead network drive holds the listing up for ever: its thread cannot say so, and is not asked."""
+    put(tmp_path, "a.jpg")
+    service = serve(tmp_path, settle_s=0.1, scan_every_s=0.1)
+    service.deliver()
+    hung, answers, real = threading.Event(), threading.Event(), directory.snapshot_of
+
+    def snapshot_of(*arguments):
+        hung.set()
+        answers.wait(30)
+        return real(*arguments)
+
+    monkeypatch.setattr(source, "HANGS_AFTER_S", 0.3)
+    monkeypatch.setattr(directory, "snapshot_of", snapshot_of)
+    assert hung.wait(10)
+    service.wait(lambda: service.source.concerns()[0].status == "trouble")
+    assert "has not answered for" in service.source.state().detail
+    assert service.source.take() is None
+    answers.set()
+    service.wait(lambda: service.source.state().status == "watching")

@@ -494,6 +494,127 @@ def test_a_crowd_is_told_that_there_is_no_room(server: FeedServer) -> None:
         assert client.hello["pid"] == os.getpid()
 
 
+OTHER, THIRD = 65534, 12345
+
+
+@contextmanager
+def by_user(uid: int, path: Path) -> Iterator[Callable[[], Raw]]:
+    """Connect as another user, who is let in by the mode of the socket; the kernel notes who connects."""
+    path.parent.chmod(0o755)
+    path.chmod(0o666)
+    with ExitStack() as stack:
+
+        def connect() -> Raw:
+            groups = os.getgroups()
+            os.setgroups([])
+            os.setegid(uid)
+            os.seteuid(uid)
+            try:
+                return stack.enter_context(closing(Raw(path)))
+            finally:
+                os.seteuid(0)
+                os.setegid(0)
+                os.setgroups(groups)
+
+        yield connect
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="being another user takes root")
+
+
+@needs_root
+def test_only_members_of_the_group_have_something_done(folder: Path) -> None:
+    """Others may have been let in to read; the kernel says who asks, and the daemon is not troubled with it."""
+    with served(folder / "feed.sock") as server, by_user(OTHER, server.path) as connect:
+        raw = connect()
+        for name in ("darks", "set", "end-series", "list-cards"):
+            raw.send({"ask": name, "id": name, "name": "iso", "value": "100"})
+        raw.send({"ask": "status", "id": 1})
+        assert next_question(server).name == "status"
+        refused = [raw.read() for _ in range(4)]
+        assert [(one["type"], one["id"]) for one in refused] == [
+            ("error", name) for name in ("darks", "set", "end-series", "list-cards")
+        ]
+        assert "group" in refused[0]["error"]
+        os.chown(server.path, -1, OTHER)
+    with served(folder / "feed.sock") as server:
+        os.chown(server.path, -1, OTHER)
+        server._socket_file = server.path.stat()
+        with by_user(OTHER, server.path) as connect:
+            connect().send({"ask": "darks", "id": 1})
+            assert next_question(server).name == "darks"
+        with closing(Raw(server.path)) as own:
+            own.send({"ask": "set", "id": 1})
+            assert next_question(server).name == "set"
+
+
+@needs_root
+def test_one_user_cannot_keep_the_others_out(server: FeedServer) -> None:
+    """24 connections for each, 56 for all; root and the daemon's own user have the rest."""
+    with (
+        by_user(OTHER, server.path) as one,
+        by_user(THIRD, server.path) as two,
+        by_user(THIRD + 1, server.path) as third,
+    ):
+        for connect, most in ((one, 24), (two, 24), (third, 8)):
+            hellos = [connect().hello for _ in range(30)]
+            assert [hello["type"] for hello in hellos] == ["hello"] * most + ["error"] * (30 - most)
+        with closing(FeedClient(server.path)) as client:
+            assert client.hello["pid"] == os.getpid()
+
+
+@needs_root
+def test_each_user_has_a_turn(server: FeedServer) -> None:
+    """One who asks without end waits for himself."""
+    with by_user(OTHER, server.path) as connect, closing(Raw(server.path)) as own:
+        for _ in range(10):
+            connect().send(*({"ask": "verify", "id": n} for n in range(4)))
+        until(lambda: len(server._waiting) == 40)
+        own.send({"ask": "status", "id": 1})
+        until(lambda: len(server._waiting) == 41)
+        names = [question.name for question, _ in zip(server.questions(), range(4), strict=False)]
+        assert names.index("status") <= 1
+
+
+def test_who_says_nothing_is_dropped_and_who_did_is_not(folder: Path) -> None:
+    """Nor who sends half a line, or one byte now and then; a client that was dropped asks all the same."""
+    with ExitStack() as stack:
+        server = stack.enter_context(served(folder / "feed.sock", silent_s=0.5))
+        client = stack.enter_context(closing(FeedClient(server.path)))
+        silent, half, good = (stack.enter_context(closing(Raw(server.path))) for _ in range(3))
+        good.send({"ask": "watch"})
+        good.read()
+        half.send(b'{"ask":')
+        begin = time.monotonic()
+        while time.monotonic() - begin < 1.0:
+            with suppress(OSError):
+                half.send(b" ")
+            time.sleep(0.05)
+        assert silent.read() is None
+        assert half.read() is None
+        until(lambda: len(server._connections) == 1)
+        server.publish({"a": 1})
+        assert good.read()["set"] == {"a": 1}
+        with answering(server, lambda question: question.answer({"name": question.name})):
+            assert client.ask("status") == {"name": "status"}
+            assert client.ask("defects") == {"name": "defects"}
+
+
+def test_answers_that_nobody_takes_do_not_pile_up(server: FeedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has most of them waiting is dropped; others are answered."""
+    monkeypatch.setattr(feed, "_MOST_REPLY_BYTES", 40_000_000)
+    answer = {"a": "x" * 5_000_000}
+    with ExitStack() as stack, answering(server, lambda question: question.answer(answer)):
+        greedy = [stack.enter_context(closing(Raw(server.path))) for _ in range(8)]
+        for raw in greedy:
+            raw.send(*({"ask": "defects", "id": n} for n in range(4)))
+        until(lambda: len(server._connections) < 8)
+        assert server._reply_bytes <= 40_000_000
+        with closing(FeedClient(server.path)) as client:
+            assert client.ask("status") == answer
+    until(lambda: server._reply_bytes == 0)
+
+
 def test_a_crowd_that_comes_and_goes_leaves_nothing_behind(server: FeedServer) -> None:
     """No descriptor, connection or watcher, be they killed at any point of the conversation."""
     server.publish({"big": BIG * 5})

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "simulate": {"core", "simulate"},
     "feed": {"feed"},
     "alerts": {"alerts", "core", "durable", "store"},
-    "metrics": {"metrics"},
+    "metrics": {"metrics", "scrape"},
+    "scrape": {"scrape"},
     "systemd": {"systemd"},
 }
 """Parts of ours by part; those not named, such as the cli, may import any."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 from typing import Any
 
 import pytest
@@ -92,6 +94,40 @@ def test_prometheus_gets_what_was_counted(counted: Metrics) -> None:
     assert got["hotpixd_sensor_frames", "sensor=fresh"] == 1
     assert not any("sensor=not described yet" in labels for labels in got)
     assert got["process_resident_memory_bytes",] > 0
+
+
+def test_slow_and_many_clients_take_neither_threads_nor_sockets(counted: Metrics) -> None:
+    """A byte now and then, nothing at all, 300 at once: each is hung up on, and a scrape is answered soon after."""
+    counted.serve("127.0.0.1:0")
+    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    with ExitStack() as stack:
+        crowd = [stack.enter_context(socket.create_connection(("127.0.0.1", counted.port or 0))) for _ in range(300)]
+        begin = time.monotonic()
+        while time.monotonic() - begin < 8.0:
+            for number, one in enumerate(crowd):
+                with suppress(OSError):
+                    one.setblocking(False)
+                    one.send(b"GET /metrics HTTP/1.1\r\nX: "[number % 20 : number % 20 + 1])
+            assert threading.active_count() - threads <= 8
+            time.sleep(0.1)
+        assert len(os.listdir("/proc/self/fd")) - descriptors <= 300 + 10  # noqa: PTH208
+    until = time.monotonic() + 15
+    while True:
+        with suppress(OSError):
+            if scraped(counted)["hotpixd_shots_total", "fate=folded"] == 3:
+                break
+        assert time.monotonic() < until, "nobody is answered any more"
+
+
+def test_what_is_no_scrape_is_refused(counted: Metrics) -> None:
+    """Another path, another method, garbage, a line without end: an error or nothing, and no word on stderr."""
+    counted.serve("127.0.0.1:0")
+    for sent in (b"GET /etc/passwd HTTP/1.0\r\n\r\n", b"POST / HTTP/1.0\r\n\r\n", b"\x00\xff\r\n\r\n", b"x" * 100_000):
+        with socket.create_connection(("127.0.0.1", counted.port or 0), 10) as raw, suppress(ConnectionError):
+            raw.sendall(sent)
+            raw.shutdown(socket.SHUT_WR)
+            assert b"hotpixd_shots" not in raw.recv(100_000)
+    assert scraped(counted)["hotpixd_shots_total", "fate=folded"] == 3
 
 
 def test_latencies_are_a_cumulative_histogram(counted: Metrics) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import shutil
 import threading
 from dataclasses import replace
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from conftest import Camera, feed, told
+from hotpixd import archive
 from hotpixd import monitor as monitor_module
 from hotpixd.core.frame import ShotKind
 from hotpixd.intake.files import FoundShot, find_shots
@@ -484,14 +487,14 @@ def test_a_checkpoint_on_a_full_disk_loses_none_of_a_commit(camera, tmp_path):
 def test_a_read_that_hangs_holds_up_its_own_source_only(camera, tmp_path, monkeypatch):
     """A dying card must not keep the shots of another camera waiting."""
     hang, hung = threading.Event(), camera.shots[0]
-    hash_file = Spool.hash_file
+    hold = Spool.hold
 
-    def slow(path):
+    def slow(spool, path, *more):
         if path == hung:
             hang.wait(60)
-        return hash_file(path)
+        return hold(spool, path, *more)
 
-    monkeypatch.setattr(Spool, "hash_file", staticmethod(slow))
+    monkeypatch.setattr(Spool, "hold", slow)
     woken = threading.Event()
     shots = [FoundShot(hung, source="dying"), *(FoundShot(shot, source="alive") for shot in camera.shots[1:4])]
     names: list[str] = []
@@ -505,6 +508,69 @@ def test_a_read_that_hangs_holds_up_its_own_source_only(camera, tmp_path, monkey
                 if len(names) == 3:
                     hang.set()
     assert names == [shot.name for shot in (*camera.shots[1:4], hung)]
+
+
+def test_a_copy_that_hangs_holds_up_its_own_source_only(camera, tmp_path, monkeypatch):
+    """A card that stops answering in the middle of a file that cannot be linked; it is said which one, since when."""
+    hang, hung = threading.Event(), tmp_path / "hung.dng"
+    shutil.copyfile(camera.shots[0], hung)
+    inode, preadv, now = hung.stat().st_ino, os.preadv, [0.0]
+
+    def slow(fd, blocks, at):
+        if os.fstat(fd).st_ino == inode:
+            hang.wait(60)
+        return preadv(fd, blocks, at)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    woken = threading.Event()
+    shots = [FoundShot(hung, source="dying"), *(FoundShot(shot, source="alive") for shot in camera.shots[1:4])]
+    names: list[str] = []
+    with State(tmp_path / "state") as state, Monitor(state, clock=lambda: now[0]) as monitor:
+        state.spool._device += 1  # nothing is on the spool's own disk
+        for outcome in monitor.follow(shots, wake=woken.set):
+            if outcome is None:
+                woken.wait(5)
+                woken.clear()
+                continue
+            names.append(outcome.path.name)
+            if len(names) == 3:
+                now[0] = 100.0
+                assert {name: (r.path, r.moved_at) for name, r in monitor.readings().items()} == {"dying": (hung, 0.0)}
+                # A checkpoint meanwhile drops nothing that is on its way.
+                monitor.checkpoint()
+                hang.set()
+        assert monitor.readings() == {}
+        assert [path.suffix for path in state.spool.folder.iterdir()] == [""] * 4
+        monitor.checkpoint()
+    assert names == [shot.name for shot in camera.shots[1:4]] + ["hung.dng"]
+    feed(tmp_path / "scanned", *camera.shots[1:4], hung)
+    assert told(tmp_path / "state")["digests"] == told(tmp_path / "scanned")["digests"]
+
+
+def test_a_full_disk_during_the_replay_is_waited_out(camera, scanned, tmp_path, monkeypatch):
+    """It goes on where it was, however often the disk is full, and ends as if it had never been."""
+    root = tmp_path / "state"
+    with State(root) as state, Monitor(state) as monitor:
+        for _, _ in zip(range(9), monitor.process(find_shots([str(camera.folder)]).shots), strict=False):
+            pass
+        state.ledger.commit()
+    with State(root) as state, Monitor(state, checkpoint_every_shots=2) as monitor:
+        save, failures = archive.save, [1, 2]
+
+        def full(state, kept):
+            if kept.last_seq >= 2 * len(failures) and failures:
+                failures.pop()
+                raise StateFull("No space left.")
+            return save(state, kept)
+
+        monkeypatch.setattr(archive, "save", full)
+        for _ in range(3):
+            with contextlib.suppress(StateFull):
+                list(monitor.replay())
+        assert not failures
+        list(monitor.process(find_shots([str(camera.folder)]).shots))
+        monitor.checkpoint()
+    assert told(root) == told(scanned)
 
 
 def test_a_double_in_one_batch_is_known_after_the_first_has_its_row(camera, tmp_path):

@@ -13,14 +13,22 @@ import socket
 import subprocess
 import time
 import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
 from conftest import HOTPIXD, Camera, environment, feed, run, told
 from daemons import eventually
+from hotpixd import service as service_module
+from hotpixd.config import Config
 from hotpixd.feed import find_sockets
+from hotpixd.intake.source import SourceState
+from hotpixd.monitor import Reading
 from hotpixd.store.ledger import Ledger
 from hotpixd.store.spool import Spool
 from ptpip_camera import LoopbackCamera
@@ -306,23 +314,176 @@ def test_metrics_are_served_and_in_the_status(camera: Camera, tmp_path, start):
 def test_a_full_disk_is_survived(camera: Camera, tmp_path, start):
     """It stays up, says so, acknowledges nothing, and goes on by itself when there is room."""
     disk = tmp_path / "state"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", disk]).returncode:
-        pytest.skip("no tmpfs can be mounted here")
-    try:
+    with small_disk(disk, "700k") as resize:
         daemon = start("watch", camera.folder)
         eventually(lambda: "No space left" in daemon.log, "the full disk is said")
         with contextlib.closing(daemon.client()) as client:
             live = next(iter(client.watch()))
             assert "No space left" in (live["daemon"]["degraded"] or live["daemon"]["activity"])
         assert daemon.process.poll() is None
-        subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+        resize("100m")
         daemon.wait_folded(12, within_s=90)
         assert daemon.stop() == 0
         feed(tmp_path / "scanned", camera.folder)
         assert told(disk) == told(tmp_path / "scanned")
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Callable[[str], None]]:
+    """Mount a disk of this size; yields what changes that."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
     finally:
-        subprocess.run(["umount", "-l", disk], check=False)
+        subprocess.run(["umount", "-l", folder], check=False)
+
+
+def noting(tmp_path: Path) -> tuple[dict[str, object], Callable[[], list[dict[str, Any]]]]:
+    """Return settings of alerts whose command notes each message, and what returns those messages."""
+    told_to = tmp_path / "told.jsonl"
+    command = ["sh", "-c", f"cat >> '{told_to}'; echo >> '{told_to}'"]
+
+    def messages() -> list[dict[str, Any]]:
+        lines = told_to.read_text().splitlines() if told_to.exists() else []
+        return [json.loads(line) for line in lines if line]
+
+    return {"command": command, "gather_s": 0, "topics": ["disk", "source", "damage"], "disk_free_mb": 0}, messages
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+@pytest.mark.parametrize("size", ["4k", "100k"])
+def test_a_disk_full_before_the_ledger_can_be_made_is_waited_out(camera: Camera, tmp_path, start, size):
+    """It is up, answers why it does nothing, alerts without a ledger, once, and goes on when there is room."""
+    alerts, messages = noting(tmp_path)
+    config = configured(tmp_path, sources=[{"directory": str(camera.folder)}], alerts=alerts)
+    with small_disk(tmp_path / "state", size) as resize:
+        daemon = start("run", "--config", config, wait=False)
+        (message,) = eventually(messages, "the alert is sent", 60)
+        assert [alert["text"][:28] for alert in message["alerts"]] == ["The state's disk is full: No"]
+        with contextlib.closing(daemon.client()) as client:
+            live = next(iter(client.watch()))
+            assert "No space left" in live["daemon"]["degraded"]
+            assert [alert["topic"] for alert in live["alerts"]] == ["disk"]
+        time.sleep(8)  # the next try
+        assert daemon.process.poll() is None
+        assert len(messages()) == 1
+        resize("100m")
+        eventually(lambda: daemon.log.count("folded frame") == 12, "the shots are folded", 90)
+        eventually(lambda: len(messages()) == 2, "its end is told")
+        assert "no longer full" in messages()[1]["body"]
+        assert [alert["text"][:20] for alert in daemon.ask_alerts()] == ["The state's disk is ", "The state's disk is "]
+        assert daemon.stop() == 0
+        again = start("run", "--config", config)
+        time.sleep(2)
+        assert again.stop() == 0
+        assert len(messages()) == len({one["id"] for one in messages()}) == 2
+        feed(tmp_path / "scanned", camera.folder)
+        assert told(tmp_path / "state") == told(tmp_path / "scanned")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_disk_full_during_the_replay_is_waited_out(camera: Camera, tmp_path, start):
+    """Killed amid the shots, started with not a byte free: it says so and ends as if it had been undisturbed."""
+    alerts, messages = noting(tmp_path)
+    shared = {"sources": [{"directory": str(camera.folder)}], "alerts": alerts}
+    config = configured(tmp_path, **shared)
+    state = tmp_path / "state"
+    with small_disk(state, "100m") as resize:
+        daemon = start("run", "--config", config)
+        eventually(lambda: daemon.log.count("folded frame") >= 5, "some shots are folded")
+        daemon.stop(signal.SIGKILL)
+        with contextlib.suppress(OSError), (state / "ballast").open("wb", buffering=0) as ballast:
+            while ballast.write(bytes(4096)):
+                pass
+        configured(tmp_path, **shared, checkpoint={"every_shots": 2})
+        again = start("run", "--config", config, wait=False)
+        eventually(lambda: "No space left" in again.log, "the full disk is said", 60)
+        eventually(messages, "the alert is sent")
+        with contextlib.closing(again.client()) as client:
+            assert client.ask("status")["daemon"]["degraded"]
+        assert again.process.poll() is None
+        (state / "ballast").unlink()
+        resize("200m")
+        again.wait_folded(12, within_s=90)
+        assert again.stop() == 0
+        feed(tmp_path / "scanned", camera.folder)
+        assert told(state) == told(tmp_path / "scanned")
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_a_disk_that_fails_ends_it_in_a_sentence(camera: Camera, tmp_path, start):
+    """EIO from fsync must not be asked again: exit code 3, no traceback, and the next start loses nothing."""
+    for number, name in ((4, "fsync"), (9, "fsync"), (3, "fdatasync")):
+        state = tmp_path / f"{name}{number}"
+        fault = f"inject={name}:error=EIO:when={number}+"
+        command = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={name}", "-e", fault, *HOTPIXD]
+        env = environment(XDG_RUNTIME_DIR=str(tmp_path))
+        done = subprocess.run(
+            [*command, "watch", "--plain", camera.folder, "--state", state], env=env, capture_output=True, timeout=120
+        )
+        said = done.stderr.decode()
+        assert done.returncode == 3, said
+        assert "Traceback" not in said
+        assert "fails" in said.splitlines()[-1]
+        feed(state, camera.folder)
+        if not (tmp_path / "scanned").exists():
+            feed(tmp_path / "scanned", camera.folder)
+        assert told(state) == told(tmp_path / "scanned")
+
+
+class Told:
+    """A watchman who notes what he is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *what, **more: self.calls.append((name, *what, *more.values()))
+
+
+def test_a_read_that_hangs_shows_in_status_and_alerts(monkeypatch):
+    """After a minute in which nothing more was read, once, and once when it goes on; the loop is not held up."""
+    now = [1000.0]
+    service = service_module._Service(Config(), Config, service_module.Wake(), service_module.Orders(lambda: None))
+    reading = Reading(Path("/card/IMG_1.CR2"), 1000.0)
+    readings = {"/card": reading}
+    service._monitor = SimpleNamespace(readings=lambda: readings)
+    service._watchman = told = Told()
+    state = SourceState("/card", "watching", "3 files", 3, 2, 0.0)
+    for after_s, trouble in ((59, False), (61, True), (62, True)):
+        now[0] = 1000.0 + after_s
+        shown = service._moving(state, now[0])
+        assert (shown.status == "trouble") == trouble
+        assert ("IMG_1.CR2" in shown.detail) == trouble
+    assert service._moving(replace(state, name="/other"), now[0]).status == "watching"
+    reading.moved_at = now[0]
+    assert service._moving(state, now[0]) == state
+    assert service._moving(state, now[0]) == state
+    assert [(call[0], call[1], call[3] is None) for call in told.calls] == [
+        ("stuck", "/card", False),
+        ("stuck", "/card", False),
+        ("stuck", "/card", True),
+    ]
+
+
+def test_jumps_of_the_clock_and_old_checkpoints_are_noticed(monkeypatch):
+    """The wall clock is compared with one that goes on in sleep; a checkpoint is as old as what it leaves out."""
+    wall, boot = [1e9], [5000.0]
+    monkeypatch.setattr(service_module.time, "time", lambda: wall[0])
+    monkeypatch.setattr(service_module.time, "clock_gettime", lambda _: boot[0])
+    service = service_module._Service(Config(), Config, service_module.Wake(), service_module.Orders(lambda: None))
+    service._monitor = monitor = SimpleNamespace(uncovered=0, in_flight=0, checkpointed_at=0.0)
+    service._watchman = told = Told()
+    for passed_s, set_by_s, uncovered in ((0, 0, 0), (3600, 0, 3), (1, -500, 3), (100, 0, 0), (9, 0.5, 1)):
+        wall[0] += passed_s + set_by_s
+        boot[0] += passed_s
+        monitor.uncovered = uncovered
+        service._look_at_clocks(boot[0])
+    steps = [call[1] for call in told.calls if call[0] == "clock_step"]
+    assert steps == pytest.approx([0, -500, 0, 0.5])
+    assert [call[1] for call in told.calls if call[0] == "checkpoint"] == [0, 0, 1, 0, 0]
 
 
 def test_wrong_use_is_a_sentence(tmp_path):

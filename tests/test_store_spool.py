@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import stat
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blake3 import blake3
@@ -105,6 +107,76 @@ def test_a_symlink_is_followed_to_its_file(spool: Spool, shot: Path, tmp_path: P
     taken = spool.take(way, spool.hash_file(way))
     assert not taken.is_symlink()
     assert taken.samefile(shot)
+
+
+def test_no_symlink_is_followed_below_a_folder(spool: Spool, shot: Path, tmp_path: Path) -> None:
+    """Nor a folder that was put in the place of another one after the listing, nor a way out of it."""
+    card = tmp_path / "card"
+    (card / "DCIM").mkdir(parents=True)
+    inside = card / "DCIM" / "IMG_2.CR3"
+    inside.write_bytes(CONTENT)
+    spool.release(spool.hold(inside, card))
+    (card / "way.CR3").symlink_to(shot)
+    elsewhere = tmp_path / "elsewhere"
+    (card / "DCIM").rename(elsewhere)
+    (card / "DCIM").symlink_to(elsewhere)
+    assert inside.read_bytes() == CONTENT
+    for path in (inside, card / "way.CR3", card / ".." / shot.name, card / "gone.CR3"):
+        with pytest.raises(SpoolError, match=path.name):
+            spool.hold(path, card)
+        with pytest.raises(SpoolError, match=path.name):
+            spool.hash_file(path, card)
+    assert list(spool.folder.iterdir()) == []
+
+
+def test_what_is_no_file_is_not_opened_below_a_folder(
+    spool: Spool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening a FIFO, a socket or a device may do something to it: their sort is asked for before."""
+    opened: list[object] = []
+    real = os.open
+
+    def noting(path: str, *more: Any, **options: Any) -> int:
+        opened.append(path)
+        return real(path, *more, **options)
+
+    monkeypatch.setattr(os, "open", noting)
+    os.mkfifo(tmp_path / "fifo.CR3")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket.CR3"))
+        for name in ("fifo.CR3", "socket.CR3"):
+            opened.clear()
+            with pytest.raises(SpoolError, match=name):
+                spool.hold(tmp_path / name, tmp_path)
+            assert opened == [tmp_path]
+
+
+def test_what_is_held_is_not_in_custody_yet(spool: Spool, shot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link or a copy: no key tells of it, it is read once, and it can be let go of without a trace."""
+    read: list[int] = []
+    real = os.preadv
+
+    def noting(fd: int, blocks: Any, at: int) -> int:
+        read.append(at)
+        return real(fd, blocks, at)
+
+    monkeypatch.setattr(os, "preadv", noting)
+    here = spool._device
+    for device in (here, here + 1):
+        spool._device = device
+        for end in (spool.release, spool.keep):
+            read.clear()
+            held = spool.hold(shot)
+            assert held.key == blake3(CONTENT).hexdigest()
+            assert list(spool.keys()) == []
+            end(held)
+            # Each block once, and the end.
+            assert len(read) == len(set(read)) == len(CONTENT) // (256 * 1024) + 2
+        assert [path.name for path in spool.folder.iterdir()] == [held.key]
+        assert spool.verify(held.key)
+        assert spool.path(held.key).samefile(shot) == (device == here)
+        spool.release(held)
+        spool.drop([held.key])
 
 
 def test_taking_again_changes_nothing(spool: Spool, shot: Path) -> None:

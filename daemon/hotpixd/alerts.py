@@ -22,11 +22,12 @@ import os
 import random
 import re
 import signal
+import statistics
 import subprocess
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -44,7 +45,7 @@ from hotpixd.store.outbox import Alert, Outbox
 
 log = logging.getLogger(__name__)
 
-TOPICS = ("stable", "recovered", "source", "refused", "scene", "disk", "clock", "damage")
+TOPICS = ("stable", "recovered", "source", "silence", "refused", "scene", "disk", "checkpoint", "clock", "damage")
 """Sorts of alerts, in the order in which a message tells of them."""
 
 _OF_DEFECTS = ("stable", "recovered")
@@ -81,6 +82,36 @@ _CLOCK_AHEAD = timedelta(hours=26)
 _CLOCK_RESET = datetime(2000, 1, 2, tzinfo=UTC)
 """Cameras whose clock was never set start at 1980 or 2000."""
 
+_SHOOT_SHOTS = 10
+"""Shots in a row after which a shoot is on."""
+
+_SHOOT_LASTS_S = 300.0
+"""How long a shoot must have lasted: somebody who takes a burst is no intervalometer."""
+
+_SHOOT_REMEMBERED = 20
+"""Intervals that say what is usual."""
+
+_SHOOT_EVEN = 0.75
+"""Share of the intervals that must lie within half and twice their median: then a timer releases, not a finger."""
+
+_SHOOT_LEAST_S = 1.0
+"""Median interval below which shots are a burst."""
+
+_SHOOT_OVER_S = 6 * 3600.0
+"""A longer silence was the end of the shoot: the next shot is no news."""
+
+_ALONE = 4
+"""Shots that may wait at a source when one comes by itself. Of more, as on a card, the intervals say nothing."""
+
+_FULL_OVER_S = 150.0
+"""A disk that was full and is not said to be any more for so long has room again: twice the pause between two tries."""
+
+_BOOTED_S = 900.0
+"""Time since the machine was started in which its clock may be set without a word: many have none that goes on."""
+
+_STEPS_APART_S = 3600.0
+"""Between two alerts about a clock that jumps again and again."""
+
 _TELL_SECRETS = ("apprise", "urllib3", "requests_oauthlib", "oauthlib")
 """Loggers that write URLs and tokens, some even at level ERROR."""
 
@@ -115,6 +146,18 @@ class AlertSettings:
 
     disk_free_mb: float = 500.0
     """Free space of the state's disk below which that is alerted."""
+
+    silence_times: float = 5.0
+    """No shot for so many times the usual interval is alerted, while a shoot is on. 0: never."""
+
+    silence_least_s: float = 600.0
+    """But not before this."""
+
+    checkpoint_after_min: float = 60.0
+    """Shots that no checkpoint has covered for so long are alerted. 0: never."""
+
+    clock_step_s: float = 60.0
+    """A jump of this computer's clock by more than this is alerted. 0: never."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +242,8 @@ class Alerts:
     wake : called from other threads when `work` has something to do
     clock : monotonic, s
     now : wall clock, aware
+    stands_in : whether this is for the time in which the state's own ledger cannot be written: the ledger is one in
+        memory, and `take_over` of the real one is handed this in the end
     """
 
     def __init__(
@@ -209,10 +254,13 @@ class Alerts:
         wake: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        stands_in: bool = False,
     ) -> None:
         """Take up what an earlier process left unsent."""
         self._ledger = ledger
-        self._outbox = Outbox(ledger)
+        self._stands_in = stands_in
+        # Numbers that no other message has, nor will have: they, and so the ids, stay the same when it is taken over.
+        self._outbox = Outbox(ledger, below=-int(now().timestamp()) if stands_in else None)
         self._wake = wake
         self._clock = clock
         self._now = now
@@ -262,6 +310,11 @@ class Alerts:
         """Return how long ago something was raised, as the wall clock says; not below 0."""
         return max((self._now() - datetime.fromisoformat(at)).total_seconds(), 0.0)
 
+    def age_of(self, subject: str) -> float:
+        """Return how long ago the latest alert about a subject was raised, s; inf if there was none."""
+        last = self.last(subject)
+        return math.inf if last is None else self.age_s(last.at)
+
     # --- raising
 
     def folded(self, sensor: str, description: str, layout: SensorLayout, report: FoldReport, seq: int) -> None:
@@ -285,7 +338,16 @@ class Alerts:
                 alerts.append(self._of_transition(t, sensor, description, layout, seq))
         self._add(alerts)
 
-    def raise_(self, topic: str, subject: str, key: str, text: str, detail: Mapping[str, Any] | None = None) -> None:
+    def raise_(
+        self,
+        topic: str,
+        subject: str,
+        key: str,
+        text: str,
+        detail: Mapping[str, Any] | None = None,
+        *,
+        quietly: bool = False,
+    ) -> None:
         """Raise an alert, unless one of this key was raised before. If the disk is full it is written later.
 
         Parameters
@@ -294,13 +356,36 @@ class Alerts:
         subject : see `Alert`
         text : a sentence
         detail : of strings, numbers and None
+        quietly : only note it
         """
-        self._add([self._alert(topic, subject, key, text, detail or {})])
+        self._add([self._alert(topic, subject, key, text, detail or {})], quietly=quietly)
+
+    def take_over(self, stand_in: Alerts) -> None:
+        """Write down what was raised, sent and not sent by the one that stood in for this; it must be closed.
+
+        What it has sent is not sent again, the rest is, under the same ids.
+        """
+        while not stand_in._results.empty():
+            result = stand_in._results.get()
+            if isinstance(result, _Tried):
+                stand_in._record(result)
+        messages = self._outbox.take_over(stand_in._outbox)
+        self._due.update({key: due for key, due in stand_in._due.items() if key[0] in messages})
+        if self._gathering_since is None and stand_in._gathering_since is not None:
+            self._gathering_since = stand_in._gathering_since
+        self._unsaved = True
+        if not self._opening and self._channels:
+            known = {channel.id for channel in self._channels.values()}
+            for message, gone in [key for key in self._due if key[1] not in known]:
+                self._redirect(message, gone, self._channels)
 
     def _alert(self, topic: str, subject: str, key: str, text: str, detail: Mapping[str, Any]) -> Alert:
         # Names of files are in these: they may hold anything.
         clean = {name: _plain(value) for name, value in detail.items()}
         at = self._now().astimezone(UTC).isoformat(timespec="milliseconds")
+        if self._stands_in:
+            # Of a condition, keys are only different within one ledger; and the id is made of the key.
+            key = f"{key} {at}"
         return Alert(_printable(key), at, topic, _printable(subject), _printable(text), clean)
 
     def _of_transition(self, t: Transition, sensor: str, description: str, layout: SensorLayout, seq: int) -> Alert:
@@ -331,15 +416,15 @@ class Alerts:
         except StateFull:
             return {}
 
-    def _add(self, alerts: Sequence[Alert]) -> None:
+    def _add(self, alerts: Sequence[Alert], *, quietly: bool = False) -> None:
         if not alerts:
             return
-        topics = self.settings.topics if self._anyone_to_tell else frozenset()
+        topics = self.settings.topics if self._anyone_to_tell and not quietly else frozenset()
         new = self._outbox.add(alerts, send=topics)
         if self._gathering_since is None and any(alert.topic in topics for alert in new):
             self._gathering_since = self._clock()
         for line in _lines(new):
-            log.warning("%s", line)
+            log.log(logging.INFO if quietly else logging.WARNING, "%s", line)
 
     # --- sending
 
@@ -528,7 +613,7 @@ def composed(number: int, alerts: Sequence[Alert]) -> Message:
     alerts : in the order in which they were raised, at least one
     """
     first = f"{alerts[0].key}\n{alerts[0].at}"
-    id_ = f"{hashlib.sha256(first.encode()).hexdigest()[:8]}-{number}"
+    id_ = f"{hashlib.sha256(first.encode()).hexdigest()[:8]}-{abs(number)}"
     topics = Counter(alert.topic for alert in alerts)
     title = "hotpixd: " + ", ".join(_heading(topic, topics[topic]) for topic in TOPICS if topics[topic])
     times = sorted({alert.at[:19].replace("T", " ") for alert in alerts})
@@ -540,7 +625,8 @@ def composed(number: int, alerts: Sequence[Alert]) -> Message:
 def _heading(topic: str, count: int) -> str:
     if topic in _OF_DEFECTS:
         return f"{count} {topic} {'defect' if count == 1 else 'defects'}"
-    return {"refused": "shots refused", "clock": "camera clock", "damage": "damaged state"}.get(topic, topic)
+    words = {"refused": "shots refused", "clock": "clock", "damage": "damaged state", "silence": "no shots"}
+    return words.get(topic, topic)
 
 
 def _lines(alerts: Iterable[Alert]) -> list[str]:
@@ -713,18 +799,28 @@ class Watchman:
         self._away_since: dict[str, float] = {}
         self._runs: dict[str, tuple[int, float]] = {}
         self._not_counted: Counter[str] = Counter()
+        self._shoots: dict[str, _Shoot] = {}
+        self._full_at: float | None = None
+        self._stepped_at = -math.inf
+
+    def report_to(self, alerts: Alerts) -> None:
+        """Raise alerts there from now on. What has begun is known to have."""
+        self._alerts = alerts
 
     def source(self, name: str, status: str, detail: str | None) -> None:
         """Tell how a source is: "starting", "watching", "away" or "trouble"; again and again."""
         subject = f"source:{name}"
+        # Whoever left a silent camera on was told, and knows when its battery is empty.
+        quietly = self._begun.get(f"silence:{name}", False)
         if status == "watching":
             self._away_since.pop(name, None)
-            self._turn("source", subject, False, f"Source {name} is watched again.")
+            self._turn("source", subject, False, f"Source {name} is watched again.", quietly=quietly)
         elif status in ("away", "trouble"):
             since = self._away_since.setdefault(name, self._clock())
             if self._clock() - since > self._source_after_s:
                 state = "is away" if status == "away" else "is in trouble"
-                self._turn("source", subject, True, f"Source {name} {state}" + (f": {detail}" if detail else "."))
+                text = f"Source {name} {state}" + (f": {detail}" if detail else ".")
+                self._turn("source", subject, True, text, quietly=quietly)
 
     def outcome(self, path: Path, fate: str, reason: str | None) -> None:
         """Tell what became of a shot. Of a run of refusals the first is alerted, the tenth, the hundredth, ..."""
@@ -784,11 +880,121 @@ class Watchman:
             text = f"{description}: the camera's clock is right again."
         self._turn("clock", f"clock:{sensor}", wrong, text)
 
+    def full(self, why: str) -> None:
+        """Tell that the state's disk is full: shots are not taken."""
+        self._full_at = self._clock()
+        text = f"The state's disk is full: {why} Shots stay where they are until there is room."
+        self._turn("disk", "full", True, text)
+
+    def has_room(self, *, surely: bool) -> bool:
+        """Tell that the state's disk does not seem full, or surely is not; return whether it counts as full no more."""
+        if self._full_at is None:
+            return True
+        if not surely and self._clock() - self._full_at < _FULL_OVER_S:
+            return False
+        self._full_at = None
+        self._turn("disk", "full", False, "The state's disk is no longer full: shots are taken again.")
+        return True
+
+    def stuck(self, name: str, what: str, since_s: float | None) -> None:
+        """Tell that something of a source has not moved on for so long, or (None) that it does."""
+        text = f"Source {name} {what}, and has not moved on for {_duration(since_s or 0.0)}; it is waited for."
+        if since_s is None:
+            text = f"Source {name} moves on again."
+        self._turn("source", f"stuck:{name}", since_s is not None, text)
+
+    def shot(self, source: str, waiting: int) -> None:
+        """Tell that a new shot of a source has come, and how many wait there."""
+        shoot = self._shoots.setdefault(source, _Shoot())
+        now = self._clock()
+        gap_s = self._alerts.age_of(f"silence:{source}") if shoot.last_at is None else now - shoot.last_at
+        over = gap_s > _SHOOT_OVER_S
+        text = f"Shots of {source} come again, the first for {_duration(gap_s)}."
+        self._turn("silence", f"silence:{source}", False, text, quietly=over)
+        if over or waiting > _ALONE:
+            shoot.forget()
+        shoot.add(now, self._silent_after_s(shoot))
+
+    def recall(self, source: str, shots: Sequence[tuple[float, float | None]]) -> None:
+        """Tell what is known of the last shots of a source, after a restart.
+
+        Only those count that came as they were taken, which their own times tell: those of a card came at once.
+
+        Parameters
+        ----------
+        shots : how long ago each one was received, s, and when it was taken by any clock, s; oldest first
+        """
+        shoot = self._shoots.setdefault(source, _Shoot())
+        now = self._clock()
+        taken_before: float | None = None
+        for age_s, taken in shots:
+            at = now - age_s
+            if shoot.last_at is not None:
+                gap_s = at - shoot.last_at
+                apart = None if taken is None or taken_before is None else taken - taken_before
+                if gap_s > _SHOOT_OVER_S or apart is None or abs(gap_s - apart) > 2.0 + 0.25 * abs(apart):
+                    shoot.forget()
+            shoot.add(at, self._silent_after_s(shoot))
+            taken_before = taken
+
+    def listen(self, source: str, *, there: bool) -> None:
+        """Tell, again and again, whether a source is there; alerts if one is that has fallen silent.
+
+        One that was taken away, or switched off, has ended its shoot: that it is away is told by `source`.
+        """
+        shoot = self._shoots.get(source)
+        if shoot is None:
+            return
+        if not there:
+            shoot.forget()
+            return
+        after_s = self._silent_after_s(shoot)
+        silent_s = 0.0 if shoot.last_at is None else self._clock() - shoot.last_at
+        if after_s is not None and silent_s > after_s:
+            text = f"No shot of {source} for {_duration(silent_s)}; before, one came every {_duration(shoot.usual_s)}."
+            self._turn("silence", f"silence:{source}", True, text)
+
+    def shoot_ends(self) -> None:
+        """Tell that whoever released the shutter has ended: that nothing comes is no news."""
+        self._shoots.clear()
+
+    def _silent_after_s(self, shoot: _Shoot) -> float | None:
+        settings = self._alerts.settings
+        if not settings.silence_times or not shoot.is_on:
+            return None
+        return max(settings.silence_times * shoot.usual_s, settings.silence_least_s)
+
+    def checkpoint(self, uncovered_s: float, every_s: float) -> None:
+        """Tell how long there have been shots that no checkpoint covers, and how often there is to be one."""
+        least_s = self._alerts.settings.checkpoint_after_min * 60
+        if not uncovered_s:
+            self._turn("checkpoint", "checkpoint", False, "A checkpoint was written: it covers all shots.")
+        elif least_s and uncovered_s > max(least_s, 2 * every_s):
+            text = f"No checkpoint for {_duration(uncovered_s)}: a crash would cost as much work. No shot is in danger."
+            self._turn("checkpoint", "checkpoint", True, text)
+
+    def clock_step(self, step_s: float, booted_s: float) -> None:
+        """Tell that this computer's clock was set.
+
+        Parameters
+        ----------
+        step_s : by how much; below 0: back
+        booted_s : how long ago the machine was started. Then it may be set once it knows better
+        """
+        least_s = self._alerts.settings.clock_step_s
+        if not least_s or abs(step_s) <= least_s:
+            return
+        text = f"This computer's clock was set {'forward' if step_s > 0 else 'back'} by {_duration(abs(step_s))}."
+        quietly = booted_s < _BOOTED_S or self._clock() - self._stepped_at < _STEPS_APART_S
+        if not quietly:
+            self._stepped_at = self._clock()
+        self._raise("clock", "clock of this computer", text, {"step_s": round(step_s, 1)}, quietly=quietly)
+
     def damage(self, sentence: str) -> None:
         """Tell of damage found and worked around; each sentence is alerted once."""
         self._alerts.raise_("damage", "damage", f"damage:{sentence}", sentence)
 
-    def _turn(self, topic: str, subject: str, begun: bool, text: str) -> None:
+    def _turn(self, topic: str, subject: str, begun: bool, text: str, *, quietly: bool = False) -> None:
         """Raise an alert if a condition begins or ends with this."""
         if subject not in self._begun:
             last = self._alerts.last(subject)
@@ -796,7 +1002,7 @@ class Watchman:
         if self._begun[subject] != begun:
             # Should the disk be full now, the alerts are asked again.
             del self._begun[subject]
-            self._raise(topic, subject, text, {"begun": begun})
+            self._raise(topic, subject, text, {"begun": begun}, quietly=quietly)
             self._begun[subject] = begun
 
     def _run_before_restart(self, fate: str) -> tuple[int, float]:
@@ -806,6 +1012,54 @@ class Watchman:
             return 0, -math.inf
         return int(last.detail["count"]), self._clock() - self._alerts.age_s(last.at)
 
-    def _raise(self, topic: str, subject: str, text: str, detail: Mapping[str, Any]) -> None:
+    def _raise(self, topic: str, subject: str, text: str, detail: Mapping[str, Any], *, quietly: bool = False) -> None:
         last = self._alerts.last(subject)
-        self._alerts.raise_(topic, subject, f"{subject}:{0 if last is None else last.id}", text, detail)
+        key = f"{subject}:{0 if last is None else last.id}"
+        self._alerts.raise_(topic, subject, key, text, detail, quietly=quietly)
+
+
+class _Shoot:
+    """What the last shots of a source say of when the next one is to be expected."""
+
+    def __init__(self) -> None:
+        self.last_at: float | None = None
+        self._intervals: deque[float] = deque(maxlen=_SHOOT_REMEMBERED)
+        self._lasted_s = 0.0
+        self._shots = 0
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.last_at = None
+        self._intervals.clear()
+        self._lasted_s = 0.0
+        self._shots = 0
+
+    def add(self, at: float, longest_s: float | None) -> None:
+        """Include a shot. A silence longer than `longest_s` is no interval."""
+        if self.last_at is not None and (longest_s is None or at - self.last_at <= longest_s):
+            self._intervals.append(at - self.last_at)
+            self._lasted_s += at - self.last_at
+        self.last_at = at
+        self._shots += 1
+
+    @property
+    def usual_s(self) -> float:
+        """Median of the intervals."""
+        return statistics.median(self._intervals) if self._intervals else math.inf
+
+    @property
+    def is_on(self) -> bool:
+        """Whether shots come as from a timer, and have for a while."""
+        if self._shots < _SHOOT_SHOTS or self._lasted_s < _SHOOT_LASTS_S:
+            return False
+        usual_s = self.usual_s
+        even = sum(usual_s / 2 <= interval <= 2 * usual_s for interval in self._intervals)
+        return usual_s >= _SHOOT_LEAST_S and even >= _SHOOT_EVEN * len(self._intervals)
+
+
+def _duration(seconds: float) -> str:
+    """Say how long something lasts, in words of reasonable size."""
+    for unit, word in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.0f} {word}"
+    return f"{seconds:.0f} s"

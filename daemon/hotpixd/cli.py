@@ -652,12 +652,12 @@ def _leave_hung_reads(code: int) -> None:
 
 def _log_to(level: str) -> None:
     """Log to the journal if that is where stderr goes, else with the time to stderr."""
-    from hotpixd.systemd import log_to_journal
+    from hotpixd.systemd import PlainFormatter, log_to_journal
 
     handler = log_to_journal(os.environ)
     if handler is None:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 

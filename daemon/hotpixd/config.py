@@ -166,7 +166,9 @@ _Template: TypeAlias = Annotated[
         " {serial}, with {name} or {stem} in it"
     ),
 ]
-_Topic: TypeAlias = Literal["stable", "recovered", "source", "refused", "scene", "disk", "clock", "damage"]
+_Topic: TypeAlias = Literal[
+    "stable", "recovered", "source", "silence", "refused", "scene", "disk", "checkpoint", "clock", "damage"
+]
 _Kind: TypeAlias = Literal["hot", "warm", "bright", "stuck", "dead", "dim", "unstable"]
 
 
@@ -354,6 +356,18 @@ class AlertsSection(_Section):
 
     disk_free_mb: Annotated[float, Field(ge=0, le=1e9)] = 500.0
     """Free space below which an alert is raised; MB. 0: never."""
+
+    silence_times: Annotated[float, Field(ge=0, le=1000)] = 5.0
+    """Usual intervals without a shot after which an alert is raised, while a shoot is on. 0: never."""
+
+    silence_least_s: Annotated[float, Field(ge=0, le=86_400)] = 600.0
+    """Seconds without a shot before which none is."""
+
+    checkpoint_after_min: Annotated[float, Field(ge=0, le=100_000)] = 60.0
+    """Minutes that a shot may be without a checkpoint that covers it. 0: no alert about that."""
+
+    clock_step_s: Annotated[float, Field(ge=0, le=1e9)] = 60.0
+    """Jump of this computer's clock above which an alert is raised; s. 0: never."""
 
     def settings(self) -> AlertSettings:
         """Return what sends the alerts takes."""

@@ -13,7 +13,13 @@ that stops. Unknown fields and types are to be ignored; `proto` changes when tha
 closing, even if it is only its writing side.
 
 A client that reads slowly gets fewer and newer changes: what it misses is never queued, since a change is made up
-from what the client has when it can take one. The mode of the socket file decides who may connect.
+from what the client has when it can take one. The mode of the socket file decides who may connect, and read; the
+kernel says who that is. What changes anything (`CHANGING`) is refused to all but root, the daemon's own user and the
+members of the socket's group, should others be let in as well.
+
+A hostile client costs the daemon little: connections are few, per user and in all, and are accepted at a limited rate;
+who says nothing whole is dropped, and so is who does not take what it has asked for; each user's questions have their
+turn one by one.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ import grp
 import json
 import logging
 import os
+import pwd
 import socket
 import stat
 import struct
@@ -52,6 +59,21 @@ _LONGEST_LINE = 64 * 1024
 """Bytes of a line from a client, and of a hello."""
 
 _MOST_CONNECTIONS = 64
+
+_MOST_OF_A_USER, _MOST_OF_OTHERS = 24, 56
+"""Connections of one user, and of all: root and the daemon's own user can always have those that are left."""
+
+_ACCEPTED_PER_S, _ACCEPTED_AT_ONCE = 200.0, 64
+"""Rate at which connections are accepted, and how many more may come at once: each costs time of the whole process."""
+
+_SILENT_S = 60.0
+"""Who has not said one whole line after so long is dropped."""
+
+_MOST_REPLY_BYTES = 64 * 1024 * 1024
+"""Of answers that wait for their clients to take them, in all. Whoever lets more pile up is dropped."""
+
+CHANGING = frozenset(("darks", "set", "end-series", "list-cards"))
+"""Questions that have something done."""
 
 _MOST_UNANSWERED = 4
 """Questions of one connection that wait at the same time. It is not read on before one is answered."""
@@ -98,7 +120,7 @@ class _Published(NamedTuple):
     """By key: the number of the change that set it, and ``"key":value`` as JSON."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Question:
     """What a client wants to know. To be answered or refused once, from any thread; the client may have gone."""
 
@@ -111,6 +133,11 @@ class Question:
     """The client's id for it, as JSON. Encoded on arrival: a hostile one must not fail where it is answered."""
 
     _asker: _Connection
+
+    @property
+    def is_allowed(self) -> bool:
+        """Whether who asks may ask that."""
+        return self.name not in CHANGING or self._asker.may_change
 
     def answer(self, answer: Mapping[str, Any]) -> None:
         """Send the answer."""
@@ -132,6 +159,7 @@ class FeedServer:
     group : name of the group that may connect. None: leave it to the system
     stuck_s : a client that takes nothing for so long is dropped
     heartbeat_s : silence after which an empty change is sent
+    silent_s : a client that has not said one whole line by then is dropped
     """
 
     def __init__(
@@ -143,8 +171,11 @@ class FeedServer:
         group: str | None = None,
         stuck_s: float = 30.0,
         heartbeat_s: float = 5.0,
+        silent_s: float = _SILENT_S,
     ) -> None:
         self.path = path
+        self._silent_s = silent_s
+        self._uid = os.geteuid()
         self._wake = wake
         self._stuck_s = stuck_s
         self._heartbeat_s = heartbeat_s
@@ -152,6 +183,9 @@ class FeedServer:
         self._hello = _encoded({**greeting, **hello}) + b"\n"
         self._published = _Published(0, {})
         self._waiting: deque[Question] = deque()
+        self._served: dict[int, int] = {}
+        """How many questions of each user were taken, while any wait."""
+        self._reply_bytes = 0
         self._watching: set[_Connection] = set()
         self._group = group
         self._publishing = threading.Lock()
@@ -220,8 +254,15 @@ class FeedServer:
         """Number of clients that watch."""
         return len(self._watching)
 
+    @property
+    def asked(self) -> bool:
+        """Whether any question waits."""
+        return bool(self._waiting)
+
     def questions(self) -> Iterator[Question]:
-        """Take the questions that wait, but for those of clients that have gone.
+        """Take the questions that wait, but for those of clients that have gone: of each user one in turn.
+
+        Those who may not ask what they do are refused here.
 
         Raises
         ------
@@ -231,9 +272,27 @@ class FeedServer:
         if self._fault is not None:
             raise RuntimeError(f"The feed at {self.path} has broken down: {self._fault!r}.") from self._fault
         for _ in range(len(self._waiting)):
-            question = self._waiting.popleft()
-            if not question._asker.gone:
+            question = self._next_question()
+            if question is None:
+                return
+            if question.is_allowed:
                 yield question
+            else:
+                question.refuse(f"{question.name!r} is for members of the socket's group only.")
+
+    def _next_question(self) -> Question | None:
+        """Take the oldest question of the user of whom the fewest were taken lately."""
+        waiting = list(self._waiting)
+        for question in [question for question in waiting if question._asker.gone]:
+            waiting.remove(question)
+            self._waiting.remove(question)
+        if not waiting:
+            self._served.clear()
+            return None
+        question = min(waiting, key=lambda question: self._served.get(question._asker.uid, 0))
+        self._waiting.remove(question)
+        self._served[question._asker.uid] = self._served.get(question._asker.uid, 0) + 1
+        return question
 
     def _call(self, function: Callable[[], None]) -> None:
         if self._loop is not None:
@@ -273,7 +332,15 @@ class FeedServer:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         failing = False
+        credit, counted_at = float(_ACCEPTED_AT_ONCE), loop.time()
         while True:
+            now = loop.time()
+            credit = min(credit + (now - counted_at) * _ACCEPTED_PER_S, float(_ACCEPTED_AT_ONCE))
+            counted_at = now
+            if credit < 1.0:
+                # Those who come meanwhile wait in the kernel's queue, which costs nothing.
+                await asyncio.sleep((1.0 - credit) / _ACCEPTED_PER_S)
+                continue
             try:
                 accepted, _ = await loop.sock_accept(listener)
             except OSError as error:
@@ -283,18 +350,43 @@ class FeedServer:
                 await asyncio.sleep(_ACCEPT_AGAIN_S)
                 continue
             failing = False
-            if len(self._connections) >= _MOST_CONNECTIONS:
-                with accepted, suppress(OSError):
-                    accepted.send(_complaint(f"{_MOST_CONNECTIONS} clients are connected already; there is no room."))
-                continue
+            credit -= 1.0
             peer = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-            pid, uid, _ = struct.unpack("3i", peer)
+            pid, uid, gid = struct.unpack("3i", peer)
+            if (refusal := self._refusal(uid)) is not None:
+                with accepted, suppress(OSError):
+                    accepted.setblocking(False)
+                    accepted.send(_complaint(refusal))
+                continue
             log.debug("process %d of user %d connected to %s", pid, uid, self.path)
             reader, writer = await asyncio.open_unix_connection(sock=accepted, limit=_LONGEST_LINE)
-            connection = _Connection(self, reader, writer)
+            connection = _Connection(self, reader, writer, uid, self._may_change(uid, gid))
             task = asyncio.create_task(connection.run())
             self._connections[task] = connection
             task.add_done_callback(self._ended)
+
+    def _may_change(self, uid: int, gid: int) -> bool:
+        """Tell whether a user may have something done: root, the daemon's own, or one of the socket's group."""
+        if uid in (0, self._uid):
+            return True
+        if self._socket_file is None:
+            return False
+        group = self._socket_file.st_gid
+        try:
+            return group == gid or group in os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
+        except (KeyError, OSError):
+            return False
+
+    def _refusal(self, uid: int) -> str | None:
+        """Say why one more connection of a user is not served; None if it is."""
+        most = _MOST_CONNECTIONS
+        if uid not in (0, self._uid):
+            most = _MOST_OF_OTHERS
+            if sum(connection.uid == uid for connection in self._connections.values()) >= _MOST_OF_A_USER:
+                return f"{_MOST_OF_A_USER} clients of this user are connected already; there is no room."
+        if len(self._connections) >= most:
+            return f"{most} clients are connected already; there is no room."
+        return None
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._connections[task]
@@ -306,9 +398,20 @@ class FeedServer:
 class _Connection:
     """One client, in the feed's thread, but for `reply`."""
 
-    def __init__(self, server: FeedServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        server: FeedServer,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        uid: int,
+        may_change: bool,
+    ) -> None:
         self.news = asyncio.Event()
         self.gone = False
+        self.uid = uid
+        self.may_change = may_change
+        self._has_spoken = False
+        self._reply_bytes = 0
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._reader = reader
@@ -333,6 +436,7 @@ class _Connection:
             for task in tasks:
                 task.cancel()
             ends = await asyncio.gather(*tasks, return_exceptions=True)
+            self._server._reply_bytes -= self._reply_bytes
             self._writer.transport.abort()
         for end in ends:
             if isinstance(end, Exception) and not isinstance(end, ConnectionError | TimeoutError):
@@ -341,7 +445,25 @@ class _Connection:
     def reply(self, line: bytes) -> None:
         """Send a line when its turn comes; from any thread."""
         with suppress(RuntimeError):  # the loop is closed: the server was stopped
-            self._loop.call_soon_threadsafe(self._replies.put_nowait, line)
+            self._loop.call_soon_threadsafe(self._put_reply, line)
+
+    def _put_reply(self, line: bytes) -> None:
+        if self.gone:
+            return
+        self._replies.put_nowait(line)
+        self._count_reply(len(line))
+        server = self._server
+        while server._reply_bytes > _MOST_REPLY_BYTES:
+            worst = max(server._connections.values(), key=lambda connection: connection._reply_bytes)
+            if worst._reply_bytes <= _MOST_REPLY_BYTES // 4:
+                return
+            log.debug("a client of %s does not take its answers and is dropped", server.path)
+            worst._count_reply(-worst._reply_bytes)
+            worst._writer.transport.abort()
+
+    def _count_reply(self, length: int) -> None:
+        self._reply_bytes += length
+        self._server._reply_bytes += length
 
     async def say_goodbye(self) -> None:
         """Send the last line, and wait for it a moment."""
@@ -353,9 +475,14 @@ class _Connection:
     async def _read(self) -> None:
         while True:
             try:
-                line = await self._reader.readuntil()
+                async with asyncio.timeout(None if self._has_spoken else self._server._silent_s):
+                    line = await self._reader.readuntil()
                 asked, id_, arguments = _understood(line)
+                self._has_spoken = True
             except asyncio.IncompleteReadError:
+                return
+            except TimeoutError:
+                log.debug("a client of %s has said nothing and is dropped", self._server.path)
                 return
             except (asyncio.LimitOverrunError, _NotUnderstood) as error:
                 too_long = isinstance(error, asyncio.LimitOverrunError)
@@ -375,9 +502,11 @@ class _Connection:
 
     async def _send_replies(self) -> None:
         while True:
-            self._writer.write(await self._replies.get())
+            reply = await self._replies.get()
+            self._writer.write(reply)
             # Only then is there room for another question, or a client that does not read could pile up answers.
             await self._drained()
+            self._count_reply(-min(len(reply), self._reply_bytes))
             self._room.release()
 
     async def _send_changes(self) -> None:
@@ -542,6 +671,10 @@ class FeedClient:
         with self._asking:
             self._asked += 1
             id_ = self._asked
+            if self._line.has_ended() and not self._closed:
+                # Who has not asked anything for a minute is dropped.
+                before, self._line = self._line, self._connect()
+                self._disconnect(before)
             self._line.send({**arguments, "ask": name, "id": id_}, timeout_s)
             while True:
                 message = self._line.read(timeout_s)
@@ -671,6 +804,17 @@ class _Line:
         if message["type"] == "error" and "id" not in message:
             raise FeedError(f"The daemon at {self._path} refuses: {message.get('error')}")
         return message
+
+    def has_ended(self) -> bool:
+        """Tell whether the other side has closed the connection."""
+        try:
+            # With a time limit, recv would wait for something to come.
+            self._socket.setblocking(False)
+            return not self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def hang_up(self) -> None:
         """End the connection from any thread. The socket stays, so that no reader finds another's in its place."""

@@ -11,14 +11,15 @@ import bisect
 import ipaddress
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hotpixd import __version__
 
 if TYPE_CHECKING:
-    from wsgiref.simple_server import WSGIServer
-
     from prometheus_client.core import Metric
+    from prometheus_client.registry import Collector
+
+    from hotpixd.scrape import ScrapeServer
 
 FATES = ("folded", "refused", "known", "companion", "unreadable")
 """What can become of a shot. All are told from the start: a counter that appears with its first event hides it."""
@@ -51,7 +52,7 @@ class Metrics:
             "sources": dict.fromkeys(STATUSES, 0),
             "sensors": {},
         }
-        self._server: WSGIServer | None = None
+        self._server: ScrapeServer | None = None
 
     def shot(self, fate: str, latency_s: float | None, size: int) -> None:
         """Count a shot.
@@ -147,7 +148,9 @@ class Metrics:
         MetricsError
             If that is no address, or cannot be had.
         """
-        from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+        from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+
+        from hotpixd.scrape import ScrapeServer
 
         try:
             host, _, port = listen.rpartition(":")
@@ -156,13 +159,14 @@ class Metrics:
         except ValueError as error:
             raise MetricsError(f"The metrics cannot be served at {listen!r}: that is no address and port.") from error
         registry = CollectorRegistry()
-        registry.register(self)
+        registry.register(cast("Collector", self))
         ProcessCollector(registry=registry)
         try:
-            self._server, _ = start_http_server(number, str(address), registry)
+            self._server = ScrapeServer((str(address), number), lambda: generate_latest(registry))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise MetricsError(f"The metrics cannot be served at {listen!r}: {reason}.") from error
+        threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
 
     @property
     def port(self) -> int | None:

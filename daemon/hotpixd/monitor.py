@@ -8,6 +8,7 @@ ledger order, so a replay after a crash ends in the same state.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -29,11 +30,14 @@ from hotpixd.intake.decode import DecodeError, keep_large_buffers
 from hotpixd.intake.decoders import Decoders, memory_bytes
 from hotpixd.intake.files import FoundShot
 from hotpixd.store.ledger import Received, ShotRow, TransitionRow
-from hotpixd.store.spool import Spool, SpoolError
+from hotpixd.store.spool import Held, Spool, SpoolError
 from hotpixd.store.state import State
 
 HASHING = "hash"
 """Prefix of the names of threads that read shots: the only ones that may never end."""
+
+_READ_LAST = 8
+"""Files of which a source's thread remembers what it has read: the raw file of the next JPEG is among them."""
 
 _HASH_AHEAD = 6
 """Files whose content is being hashed ahead of time."""
@@ -116,6 +120,29 @@ class _Waiting:
     found: FoundShot
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What a source's thread made of a shot."""
+
+    held: Held
+
+    raw_key: str | None = None
+    """The key of its raw file's content. None if there is none, or no longer."""
+
+    raw_failure: SpoolError | None = None
+    """Why its raw file could not be read."""
+
+
+@dataclass(slots=True)
+class Reading:
+    """A file that a source's thread is reading."""
+
+    path: Path
+
+    moved_at: float
+    """When something of it was read last, by the monitor's clock."""
+
+
 class Monitor:
     """Folds shots into the sensors of an open state directory.
 
@@ -159,6 +186,11 @@ class Monitor:
         self.decoders = decoders or Decoders(cores)
         self._owns_decoders = decoders is None
         self._decoding = ThreadPoolExecutor(cores, "decode")
+        self._reading: dict[str, Reading] = {}
+        self._read_last: dict[str, OrderedDict[Path, tuple[os.stat_result, str]]] = {}
+        self._unsettled: set[Future[_Read]] = set()
+        """Reads whose shots are neither kept nor let go of."""
+        self._to_replay: deque[ShotRow] | None = None
         self._folders = ThreadPoolExecutor(cores, "fold")
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._covered_by_older: dict[str, int] = {}
@@ -175,6 +207,7 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._let_go()
         for hasher in self._hashers.values():
             # Not waited for: a read of a dying card or a network that has gone may never end.
             hasher.shutdown(wait=False, cancel_futures=True)
@@ -189,19 +222,21 @@ class Monitor:
         """Fold again what was received but is in no generation, after an interruption.
 
         Must be run to its end before `process`: the order of folding is the order of the ledger. If `stop` ends it
-        early, only `checkpoint` may follow; the next replay does the rest.
+        early, only `checkpoint` may follow; the next replay does the rest. If a full disk ends it (`StateFull`), call
+        it again when there is room: it goes on where it was.
         """
-        covers = archive.covers(self._state)
-        rows = self._ledger.rows_to_replay(covers)
-        for id_ in {row.sensor_id for row in rows if row.sensor_id in covers}:
-            if id_ is not None:
-                self._ledger.delete_derived_after(id_, covers[id_])
-        for row in rows:
-            if stop():
-                break
-            self._waiting.append(self._decode(row, FoundShot(Path(row.path)), replayed=True))
-            if len(self._waiting) > _DECODE_AHEAD:
+        if self._to_replay is None:
+            covers = archive.covers(self._state)
+            rows = self._ledger.rows_to_replay(covers)
+            for id_ in {row.sensor_id for row in rows if row.sensor_id in covers}:
+                if id_ is not None:
+                    self._ledger.delete_derived_after(id_, covers[id_])
+            self._to_replay = deque(rows)
+        while self._to_replay and not stop():
+            while len(self._waiting) > _DECODE_AHEAD:
                 yield from self._next_concluded()
+            row = self._to_replay.popleft()
+            self._waiting.append(self._decode(row, FoundShot(Path(row.path)), replayed=True))
         while self._waiting:
             yield from self._next_concluded()
 
@@ -229,7 +264,9 @@ class Monitor:
         """
         self._wake = wake
         source = iter(shots)
-        hashed: deque[tuple[FoundShot, Future[str]]] = deque()
+        # What an earlier call has read is offered again.
+        self._let_go()
+        hashed: deque[tuple[FoundShot, Future[_Read]]] = deque()
         more = True
         while True:
             yield from self._begun()
@@ -261,18 +298,71 @@ class Monitor:
             else:
                 yield None
 
-    def _hash(self, shot: FoundShot, wake: Callable[[], None] | None) -> Future[str]:
+    def _hash(self, shot: FoundShot, wake: Callable[[], None] | None) -> Future[_Read]:
         if shot.source not in self._hashers:
             self._hashers[shot.source] = ThreadPoolExecutor(1, HASHING)
-        future = self._hashers[shot.source].submit(Spool.hash_file, shot.path)
+            self._read_last[shot.source] = OrderedDict()
+        future = self._hashers[shot.source].submit(self._hold, shot)
+        self._unsettled.add(future)
         if wake is not None:
             future.add_done_callback(lambda _: wake())
         return future
 
-    def _read(self, hashed: deque[tuple[FoundShot, Future[str]]], *, wait: bool) -> list[tuple[FoundShot, Future[str]]]:
+    def _hold(self, shot: FoundShot) -> _Read:
+        """Read a shot, on its source's thread: the only one that touches the source's disk."""
+        reading = self._reading[shot.source] = Reading(shot.path, self._clock())
+
+        def progress() -> None:
+            reading.moved_at = self._clock()
+
+        try:
+            held = self._state.spool.hold(shot.path, shot.below, progress)
+            if shot.was_read is not None:
+                shot.was_read(held.status)
+            last = self._read_last[shot.source]
+            last[shot.path] = held.status, held.key
+            if len(last) > _READ_LAST:
+                last.popitem(last=False)
+            if shot.raw is None or shot.raw_key is not None:
+                return _Read(held, shot.raw_key)
+            reading.path = shot.raw
+            try:
+                return _Read(held, self._key_of(shot.raw, shot, progress))
+            except SpoolError as error:
+                gone = isinstance(error.__cause__, FileNotFoundError)
+                return _Read(held, raw_failure=None if gone else error)
+        finally:
+            del self._reading[shot.source]
+
+    def _key_of(self, raw: Path, shot: FoundShot, progress: Callable[[], None]) -> str:
+        """Return the key of a companion's raw file; it is not read again if that was done a moment ago."""
+        known = self._read_last[shot.source].get(raw)
+        if known is not None:
+            with contextlib.suppress(OSError):
+                if _is_unchanged(known[0], raw.stat(follow_symlinks=shot.below is None)):
+                    return known[1]
+        return Spool.hash_file(raw, shot.below, progress)
+
+    def readings(self) -> dict[str, Reading]:
+        """Return which file of each source is being read now, by the source's name."""
+        return dict(self._reading)
+
+    def _let_go(self, *settled: Future[_Read]) -> None:
+        """Release what these reads, or all, hold and is not kept; those that still go on do so when they end."""
+        for future in settled or tuple(self._unsettled):
+            self._unsettled.discard(future)
+            future.add_done_callback(self._release)
+
+    def _release(self, future: Future[_Read]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            self._state.spool.release(future.result().held)
+
+    def _read(
+        self, hashed: deque[tuple[FoundShot, Future[_Read]]], *, wait: bool
+    ) -> list[tuple[FoundShot, Future[_Read]]]:
         """Take some of those off that are read: in their order, the first one at least, if it is to be waited for."""
         if wait:
-            ready: Iterator[tuple[FoundShot, Future[str]]] = takewhile(
+            ready: Iterator[tuple[FoundShot, Future[_Read]]] = takewhile(
                 lambda pair: pair[1].done() or pair is hashed[0], hashed
             )
         else:
@@ -299,6 +389,11 @@ class Monitor:
         """Shots folded since the last checkpoint."""
         return self._since_checkpoint
 
+    @property
+    def checkpointed_at(self) -> float:
+        """When the last checkpoint was written, or this was made, by the clock."""
+        return self._checkpointed_at
+
     def sensor(self, id_: str) -> Kept:
         """Return a sensor of the ledger, loaded if it is not in memory."""
         kept = self._kept.get(id_)
@@ -320,12 +415,13 @@ class Monitor:
         self._since_checkpoint = 0
         return written
 
-    def _received(self, together: list[tuple[FoundShot, Future[str]]]) -> Iterator[Outcome]:
+    def _received(self, together: list[tuple[FoundShot, Future[_Read]]]) -> Iterator[Outcome]:
         """Acknowledge shots: their bytes are in the spool and their rows on the disk when this yields them."""
         taken: dict[str, FoundShot] = {}
         for shot, future in together:
             try:
-                key = future.result()
+                read = future.result()
+                key = read.held.key
                 if shot.raw is not None:
                     # Its raw file decides: it has to be on its way before this one is looked at.
                     yield from self._acknowledged(taken)
@@ -337,19 +433,21 @@ class Monitor:
                     taken = {}
                     row = self._ledger.find(key)
                 if row is not None:
+                    self._let_go(future)
                     yield self._known(shot, row)
                     continue
-                self._state.spool.take(shot.path, key, partial(self._decode_early, shot, key))
+                self._state.spool.keep(read.held, partial(self._decode_early, shot, key))
             except SpoolError as error:
+                self._let_go(future)
                 yield Outcome(shot.path, Fate.UNREADABLE, str(error), origin=shot.origin)
                 continue
+            self._let_go(future)
             if shot.raw is not None:
-                try:
-                    folded = self._is_folded(shot.raw, shot.raw_key)
-                except SpoolError as error:
-                    yield Outcome(shot.path, Fate.UNREADABLE, f"the raw file of {shot.path.name} comes first: {error}")
+                if read.raw_failure is not None:
+                    reason = f"the raw file of {shot.path.name} comes first: {read.raw_failure}"
+                    yield Outcome(shot.path, Fate.UNREADABLE, reason)
                     continue
-                if folded:
+                if self._is_folded(shot.raw, read.raw_key):
                     # With its verdict in the same commit: without it, a replay would fold the companion.
                     received = self._received_now(shot, key)
                     self._ledger.receive([replace(received, companion_of=shot.raw.name)])
@@ -401,22 +499,12 @@ class Monitor:
 
         Parameters
         ----------
-        key : of its content, if it is known. The file is not looked at then
-
-        Raises
-        ------
-        SpoolError
-            If it is there, but cannot be read.
+        key : of its content. None if it is gone
         """
         for shot in self._waiting:
             if shot.row.key == key or Path(shot.row.path) == raw.absolute():
                 return shot.frame.exception() is None
-        try:
-            row = self._ledger.find(key or Spool.hash_file(raw))
-        except SpoolError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                return False
-            raise
+        row = None if key is None else self._ledger.find(key)
         return row is not None and row.verdict == "folded"
 
     def _known(self, shot: FoundShot, row: ShotRow | None) -> Outcome:
@@ -582,6 +670,15 @@ def _bits(frame: Frame) -> int | None:
 
 def _woken(wake: Callable[[], None], _: Future[Frame]) -> None:
     wake()
+
+
+def _is_unchanged(before: os.stat_result, now: os.stat_result) -> bool:
+    return (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns) == (
+        now.st_dev,
+        now.st_ino,
+        now.st_size,
+        now.st_mtime_ns,
+    )
 
 
 def _utc(moment: datetime) -> str:

@@ -7,6 +7,7 @@ through queues; whoever has something for the loop wakes it.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -18,11 +19,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from hotpixd import __version__
 from hotpixd.alerts import Alerts, Watchman
@@ -38,6 +39,7 @@ from hotpixd.intake.source import Seen, SourceState
 from hotpixd.live import Live
 from hotpixd.metrics import Metrics
 from hotpixd.monitor import Fate, Monitor, Outcome
+from hotpixd.store.durable import FULL
 from hotpixd.store.ledger import Ledger
 from hotpixd.store.state import State, StateError, StateFull, default_state_dir
 from hotpixd.systemd import Notifier
@@ -57,6 +59,21 @@ _DISK_EVERY_S = 10.0
 _COMMIT_AFTER_S = 0.5
 """Quiet time after which derived rows are committed. Earlier, the next shot's own commit would take them along."""
 
+_ANSWERING_S = 0.1
+"""How long questions are answered before the next shot is looked for."""
+
+_ANSWERING_SHARE, _ANSWERING_SHARE_IDLE = 0.2, 0.5
+"""Of the loop's time, for answers, while there are shots to fold, and while there are none."""
+
+_STUCK_AFTER_S = 60.0
+"""A file of which nothing more was read for so long hangs: that is said, and waited for."""
+
+_SHOTS_RECALLED = 64
+"""Shots of the last run from which it is seen whether a shoot was going on."""
+
+_DISK_FAILS = frozenset((errno.EIO, errno.EROFS, errno.EUCLEAN, errno.ENODEV, errno.ENXIO))
+"""What the system says where the state's disk is broken, gone or read-only. Sources' errors do not come so far."""
+
 _FULL_RETRY_S = (5.0, 60.0)
 """First and longest pause before a full disk is tried again."""
 
@@ -71,6 +88,8 @@ _PATIENCE_S = 180.0
 
 
 _ORDER_KEYS = frozenset(field.name for field in fields(SeriesOrder))
+
+_T = TypeVar("_T")
 
 _Settings = DirectorySettings | CameraSettings
 _Source = DirectorySource | CameraSource
@@ -152,7 +171,17 @@ def serve(config: Config, load: Callable[[], Config], *, reloadable: bool) -> in
     wake = Wake()
     orders = Orders(wake)
     with orders.obeyed(reloadable=reloadable):
-        return _Service(config, load, wake, orders).run()
+        service = _Service(config, load, wake, orders)
+        try:
+            return service.run()
+        except OSError as error:
+            if error.errno not in _DISK_FAILS:
+                raise
+            # On purpose: what the kernel could not write it will not write if it is asked again.
+            raise StateError(
+                f"The disk of the state {service.root} fails: {error.strerror}. Every shot that was acknowledged is on"
+                " it; the others stay where they are. The next start goes on from there."
+            ) from error
 
 
 class _Service:
@@ -168,9 +197,23 @@ class _Service:
         self._unreadable: set[Path] = set()
         self._statuses: dict[str, tuple[str, str]] = {}
         self._started_at = answers.now()
+        self.root = config.state or default_state_dir()
+        """Of the state."""
+        self._feed: FeedServer | None = None
+        self._live: Live | None = None
         self._degraded: str | None = None
+        self._stand_in: Alerts | None = None
+        """Sends alerts while the ledger cannot be written."""
+        self._memory: Ledger | None = None
+        """What it keeps them in."""
+        self._uncovered_at: float | None = None
+        self._clock_offset_s: float | None = None
         self._reload_failed = False
         self._watching = False
+        self._answer_at = 0.0
+        """When questions may be answered again."""
+        self._stuck: set[str] = set()
+        """Sources of which a file has been read for long without getting on."""
         self._quiet_since: float | None = None
         self._ticked_at = 0.0
         self._disk_at = -_DISK_EVERY_S
@@ -184,50 +227,88 @@ class _Service:
     def run(self) -> int:
         config = self._config
         with ExitStack() as stack:
-            self._state = state = stack.enter_context(State(config.state or default_state_dir()))
+            state = self._opened(stack)
+            if state is None:
+                return 0
+            self._state = state
             self._ledger: Ledger = state.ledger
-            self._feed = self._open_feed(state)
-            stack.callback(self._feed.stop)
-            if config.metrics.listen:
-                self._metrics.serve(config.metrics.listen)
-                stack.callback(self._metrics.close)
+            state.announce(self._listen(stack).path)
             self._alerts = Alerts(self._ledger, config.alerts.settings(), wake=self._wake)
             stack.callback(self._alerts.close)
-            self._watchman = Watchman(self._alerts)
+            if self._stand_in is None:
+                self._watchman = Watchman(self._alerts)
             self._monitor = stack.enter_context(self._make_monitor(state))
             self._seen = self._ledger.seen_files()
-            self._live = Live(state, self._monitor, self._feed.publish)
+            live = self._despite_full_disk(lambda: Live(state, self._monitor, self._listen(stack).publish))
+            if live is None:
+                return 0
+            self._live = live
             self._activity = "starting; the first start compiles the kernels, which takes up to half a minute"
-            self._tick()
+            self._despite_full_disk(self._tick)
             log.info("%s", self._activity)
             self._orders.nothing_held = True
             with self._patience("compiling the kernels"):
-                warm_up()
+                self._despite_full_disk(warm_up)
             self._orders.nothing_held = False
             self._replay()
-            self._live.recount()
+            live.recount()
             if not self._orders.stop:
                 stack.callback(self._stop_sources)
-                self._start_sources()
+                self._recall_shoots()
+                self._despite_full_disk(self._start_sources)
                 self._watching = True
                 while self._early:
                     self._answer(self._early.pop(0))
-                self._tick()
+                self._despite_full_disk(self._tick)
                 self._notifier.ready(self._activity)
                 log.info("hotpixd %s: %s; state in %s", __version__, self._activity, state.root)
                 self._watch()
             return self._finish()
 
+    def _opened(self, stack: ExitStack) -> State | None:
+        """Open the state, waiting for room if its disk is full; None if the daemon is told to stop meanwhile."""
+
+        def opened() -> State:
+            return stack.enter_context(State(self.root))
+
+        def listening() -> None:
+            # Whoever looks is told why there is nothing to see yet.
+            if self._stand_in is None:
+                self._watchman = Watchman(self._stood_in())
+                self._listen(stack)
+
+        return self._despite_full_disk(opened, listening)
+
     # --- the loop
+
+    def _despite_full_disk(self, step: Callable[[], _T], prepare: Callable[[], None] = lambda: None) -> _T | None:
+        """Do something as often as it takes until the disk has room for it; None if the daemon is told to stop."""
+        pause = _FULL_RETRY_S[0]
+        while True:
+            try:
+                return step()
+            except (StateFull, OSError) as error:
+                if isinstance(error, OSError) and error.errno not in FULL:
+                    raise
+                prepare()
+                self._wait_for_room(str(error), pause)
+                pause = min(2 * pause, _FULL_RETRY_S[1])
+                if self._orders.stop:
+                    return None
 
     def _replay(self) -> None:
         count = 0
-        for outcome in self._monitor.replay(self._stop_asked):
-            count += 1
-            self._notifier.extend(_PATIENCE_S)
-            self._activity = f"taking up {count} shots from where the last run was interrupted"
-            self._after(outcome)
-            self._tick()
+
+        def replay() -> None:
+            nonlocal count
+            for outcome in self._monitor.replay(self._stop_asked):
+                count += 1
+                self._notifier.extend(_PATIENCE_S)
+                self._activity = f"taking up {count} shots from where the last run was interrupted"
+                self._after(outcome)
+                self._tick()
+
+        self._despite_full_disk(replay)
         if count:
             log.info("took up %d shots from where the last run was interrupted", count)
 
@@ -240,7 +321,10 @@ class _Service:
                         self._rest()
                     else:
                         self._after(outcome)
-                        self._degraded, pause = None, _FULL_RETRY_S[0]
+                        if outcome.fate not in (Fate.KNOWN, Fate.UNREADABLE):
+                            # It was acknowledged.
+                            self._recover(surely=True)
+                            pause = _FULL_RETRY_S[0]
                     self._tick()
             except StateFull as error:
                 self._wait_for_room(str(error), pause)
@@ -277,13 +361,17 @@ class _Service:
         quiet = now - self._quiet_since
         if (self._ledger.waits and quiet >= _COMMIT_AFTER_S) or self._degraded is not None:
             self._ledger.commit()
-            self._degraded = None
+            self._recover(surely=False)
         if self._monitor.uncovered and quiet >= self._config.checkpoint.idle_s:
             self._monitor.checkpoint()
-        self._wake.wait(_COMMIT_AFTER_S if self._ledger.waits else _TICK_S)
+        pause = _COMMIT_AFTER_S if self._ledger.waits else _TICK_S
+        if self._listening.asked:
+            pause = min(pause, max(self._answer_at - time.monotonic(), 0.0))
+        self._wake.wait(pause)
 
     def _after(self, outcome: Outcome) -> None:
         """Tell everyone what became of a shot."""
+        assert self._live is not None
         self._quiet_since = None
         source, since = self._taken.pop(outcome.path, (None, None))
         if outcome.fate is Fate.UNREADABLE and source is not None:
@@ -300,10 +388,39 @@ class _Service:
             self._series.folded(outcome.origin, outcome.kind, changed=self._may_change(outcome))
         self._live.include(outcome)
         if not outcome.replayed and not outcome.again:
+            if source is not None and outcome.fate in (Fate.FOLDED, Fate.REFUSED):
+                self._tell_shot(source, outcome)
             self._watchman.outcome(outcome.shown, str(outcome.fate), outcome.reason)
             latency = None if since is None or outcome.report is None else time.monotonic() - since
             self._metrics.shot(str(outcome.fate), latency, outcome.size)
         self._log(outcome)
+
+    def _tell_shot(self, source: _Source, outcome: Outcome) -> None:
+        """Tell the watchman of a new shot, unless a series is being shot, which says itself how it gets on."""
+        if self._series is not None and not self._series.ended:
+            self._watchman.shoot_ends()
+            return
+        states = source.states()
+        # A camera's shots begin with its name.
+        named = [state for state in states if outcome.origin is not None and outcome.origin.startswith(state.name)]
+        for state in named or states[:1]:
+            self._watchman.shot(state.name, state.waiting)
+
+    def _recall_shoots(self) -> None:
+        """Tell the watchman which shots came last: a shoot may have been going on when the last run ended."""
+        now = datetime.now(UTC)
+        by_source: dict[str, list[tuple[float, float | None]]] = {}
+        named = [str(source.directory) for source in self._config.sources]
+        for path, received_at, taken_at in self._ledger.last_times(_SHOTS_RECALLED):
+            within = [name for name in named if path.startswith(f"{name}/")]
+            # "Canon EOS R6 0123/store_00010001/DCIM/..." is of a camera.
+            name = max(within, key=len) if within else None if path.startswith("/") else path.partition("/")[0]
+            if name:
+                age_s = max((now - datetime.fromisoformat(received_at)).total_seconds(), 0.0)
+                taken = None if taken_at is None else datetime.fromisoformat(taken_at).timestamp()
+                by_source.setdefault(name, []).append((age_s, taken))
+        for name, shots in by_source.items():
+            self._watchman.recall(name, shots)
 
     def _may_change(self, outcome: Outcome) -> bool:
         """Tell whether a shot has changed the map of defects, or there are too few yet for anything to be on it."""
@@ -315,6 +432,7 @@ class _Service:
         return young or any(t.change in ("stable", "recovered") for t in report.transitions)
 
     def _log(self, outcome: Outcome) -> None:
+        assert self._live is not None
         name, reason = printable(outcome.shown.name), printable(outcome.reason or "")
         if outcome.fate is Fate.FOLDED and outcome.sensor_id is not None:
             sensor = self._live.sensors[outcome.sensor_id]
@@ -354,17 +472,20 @@ class _Service:
     def _tick(self) -> None:
         """Keep everyone informed. Called after every shot, and about once per second without one."""
         self._notifier.beat()
+        assert self._feed is not None
+        assert self._live is not None
         for source in self._sources.values():
             for seen in source.notes():
                 self._remember(seen)
         if self._orders.reload and self._watching:
             self._orders.reload = False
             self._reload()
-        for question in self._feed.questions():
-            self._answer(question)
+        self._answer_those_asked()
         while self._monitor.warnings:
             self._watchman.damage(self._monitor.warnings.pop(0))
         self._alerts.work()
+        if self._stand_in is not None:
+            self._stand_in.work()
         self._live.refresh(watched=self._feed.watchers > 0)
         now = time.monotonic()
         if now - self._ticked_at < _TICK_S / 4:
@@ -373,9 +494,14 @@ class _Service:
         self._look_around(now)
 
     def _look_around(self, now: float) -> None:
-        states = [state for source in self._sources.values() for state in source.states()]
+        assert self._feed is not None
+        assert self._live is not None
+        states = [self._moving(state, now) for source in self._sources.values() for state in source.states()]
         for concern in (state for source in self._sources.values() for state in source.concerns()):
             self._watchman.source(concern.name, concern.status, concern.detail)
+        for state in states:
+            self._watchman.listen(state.name, there=state.status == "watching")
+        self._look_at_clocks(now)
         before, self._statuses = self._statuses, {state.name: (state.condition, state.status) for state in states}
         for state in states:
             if before.get(state.name) != (state.condition, state.status):
@@ -386,6 +512,8 @@ class _Service:
             self._disk_at = now
             self._disk_free = shutil.disk_usage(self._state.root).free
             self._watchman.disk(self._disk_free)
+            if self._degraded is None:
+                self._recover(surely=False)
         queued = sum(state.waiting for state in states) or self._monitor.in_flight
         if self._watching:
             self._activity = self._degraded or _activity(states, queued, self._live)
@@ -398,7 +526,9 @@ class _Service:
         self._feed.publish({"series": series})
         described = [asdict(state) for state in states]
         self._live.daemon(self._facts(), described, queued)
-        self._feed.publish({"alerts": self._alerts.recent()})
+        if not shooting and self._series is not None:
+            self._watchman.shoot_ends()
+        self._feed.publish({"alerts": self._recent_alerts()})
         darks = f"darks: {series['detail']}; " if shooting and series is not None else ""
         self._notifier.status(darks + self._activity)
         self._metrics.update(
@@ -413,27 +543,104 @@ class _Service:
         return {
             "version": __version__,
             "pid": os.getpid(),
-            "state": str(self._state.root),
+            "state": str(self.root),
             "started_at": self._started_at,
             "activity": self._activity,
             "degraded": self._degraded,
         }
 
+    def _moving(self, state: SourceState, now: float) -> SourceState:
+        """Return how a source is, with what hangs while one of its files is read."""
+        reading = self._monitor.readings().get(state.name)
+        silent_s = 0.0 if reading is None else now - reading.moved_at
+        if reading is None or silent_s < _STUCK_AFTER_S:
+            if state.name in self._stuck:
+                self._stuck.discard(state.name)
+                self._watchman.stuck(state.name, "", None)
+            return state
+        self._stuck.add(state.name)
+        self._watchman.stuck(state.name, f"hangs while {reading.path.name} is read", silent_s)
+        detail = f"it does not answer: {reading.path.name} has been read for {silent_s:.0f} s; {state.detail}"
+        return replace(state, status="trouble", detail=detail)
+
+    def _look_at_clocks(self, now: float) -> None:
+        """Notice jumps of the wall clock, and how long there has been no checkpoint."""
+        # Not the monotonic clock, which stands still while a laptop sleeps.
+        booted_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        offset_s, before_s = time.time() - booted_s, self._clock_offset_s
+        self._clock_offset_s = offset_s
+        if before_s is not None:
+            self._watchman.clock_step(offset_s - before_s, booted_s)
+        if not self._monitor.uncovered and not self._monitor.in_flight:
+            self._uncovered_at = None
+        elif self._uncovered_at is None:
+            self._uncovered_at = now
+        since = self._uncovered_at
+        uncovered_s = 0.0 if since is None else now - max(since, self._monitor.checkpointed_at)
+        self._watchman.checkpoint(max(uncovered_s, 0.0), self._config.checkpoint.every_s)
+
+    def _recent_alerts(self) -> list[dict[str, Any]]:
+        try:
+            known = self._alerts.recent()
+        except StateFull:
+            known = []
+        return known if self._stand_in is None else [*known, *self._stand_in.recent()]
+
     def _wait_for_room(self, why: str, pause: float) -> None:
         """Stay up while the disk is full: nothing is acknowledged meanwhile, and nothing is lost."""
-        log.error("%s Shots stay where they are until there is room.", why)
+        log.error("%s Shots stay where they are until there is room.", printable(why))
         self._degraded = why
+        self._watchman.report_to(self._stood_in())
+        self._watchman.full(why)
         for source in self._sources.values():
             source.forget_taken()
         self._taken.clear()
+        if not self._watching:
+            self._activity = why
+            # It is up, and says what it waits for: whoever started it need not wait as well.
+            self._notifier.ready(why)
         until = time.monotonic() + pause
         while not self._orders.stop and time.monotonic() < until:
             self._notifier.beat()
-            for question in self._feed.questions():
-                self._answer(question)
-            with suppress(StateFull):  # whatever would be written down of what it sees
-                self._look_around(time.monotonic())
+            self._stood_in().work()
+            if self._live is None:
+                self._tell_waiting(why)
+            else:
+                self._answer_those_asked()
+                with suppress(StateFull):  # whatever would be written down of what it sees
+                    self._look_around(time.monotonic())
             self._wake.wait(_TICK_S)
+
+    def _tell_waiting(self, why: str) -> None:
+        """Say that the state cannot be opened yet."""
+        self._notifier.status(why)
+        feed = self._listening
+        for question in feed.questions():
+            question.refuse(f"The state cannot be opened yet. {why}")
+        daemon = {**self._facts(), "queue": 0, "rate": 0.0, "shots": {}}
+        shown: dict[str, Any] = {"daemon": daemon, "sources": [], "sensors": [], "series": None}
+        feed.publish({**shown, "alerts": self._stood_in().recent()})
+
+    def _stood_in(self) -> Alerts:
+        """Return what sends alerts while the ledger cannot be written."""
+        if self._stand_in is None:
+            self._memory = Ledger(None)
+            settings = self._config.alerts.settings()
+            self._stand_in = Alerts(self._memory, settings, wake=self._wake, stands_in=True)
+        return self._stand_in
+
+    def _recover(self, *, surely: bool) -> None:
+        """Go back to normal: the disk has taken something, or (surely) a shot."""
+        self._degraded = None
+        if self._stand_in is None or not self._watchman.has_room(surely=surely):
+            return
+        self._stand_in.close()
+        self._alerts.take_over(self._stand_in)
+        self._watchman.report_to(self._alerts)
+        if self._memory is not None:
+            self._memory.close()
+        self._stand_in = self._memory = None
+        log.info("the disk has room again")
 
     def _finish(self) -> int:
         self._notifier.stopping("writing a checkpoint")
@@ -448,13 +655,24 @@ class _Service:
 
     # --- parts
 
-    def _open_feed(self, state: State) -> FeedServer:
-        config = self._config.feed
-        path = config.socket or default_socket(state.root, os.environ)
-        feed = FeedServer(path, {"version": __version__, "state": str(state.root)}, self._wake, group=config.group)
-        feed.start()
-        state.announce(path)
-        return feed
+    def _listen(self, stack: ExitStack) -> FeedServer:
+        """Return the feed, and serve it and the metrics from now on."""
+        if self._feed is None:
+            config = self._config.feed
+            path = config.socket or default_socket(self.root, os.environ)
+            feed = FeedServer(path, {"version": __version__, "state": str(self.root)}, self._wake, group=config.group)
+            feed.start()
+            stack.callback(feed.stop)
+            self._feed = feed
+            if self._config.metrics.listen:
+                self._metrics.serve(self._config.metrics.listen)
+                stack.callback(self._metrics.close)
+        return self._feed
+
+    @property
+    def _listening(self) -> FeedServer:
+        assert self._feed is not None
+        return self._feed
 
     def _make_monitor(self, state: State) -> Monitor:
         config = self._config
@@ -482,7 +700,13 @@ class _Service:
             log.info("no longer watching %s", printable(source.name))
         for settings in wanted:
             if settings not in self._sources and not self._sources_changed:
-                self._sources[settings] = source = self._source(settings)
+                try:
+                    source = self._source(settings)
+                except StateFull:
+                    # Of the folder for what a camera brings: tried again at the next look around.
+                    self._sources_changed = self._watching
+                    raise
+                self._sources[settings] = source
                 source.start()
 
     def _source(self, settings: _Settings) -> _Source:
@@ -524,11 +748,26 @@ class _Service:
         self._config = new
         logging.getLogger().setLevel(new.log_level.upper())
         self._alerts.change_settings(new.alerts.settings())
+        if self._stand_in is not None:
+            self._stand_in.change_settings(new.alerts.settings())
         self._monitor.checkpoint_every_s = new.checkpoint.every_s
         self._monitor.checkpoint_every_shots = new.checkpoint.every_shots
         self._start_sources()
         log.info("the configuration is reloaded")
         self._notifier.ready("the configuration is reloaded")
+
+    def _answer_those_asked(self) -> None:
+        """Answer questions, but not so many that shots wait for whoever asks without end."""
+        started = time.monotonic()
+        if started < self._answer_at:
+            return
+        for question in self._listening.questions():
+            self._answer(question)
+            spent_s = time.monotonic() - started
+            share = _ANSWERING_SHARE if self._monitor.in_flight else _ANSWERING_SHARE_IDLE
+            self._answer_at = started + spent_s / share
+            if spent_s > _ANSWERING_S:
+                break
 
     def _answer(self, question: Question) -> None:
         """Answer who asks over the socket what the reading commands would read themselves."""
@@ -556,6 +795,7 @@ class _Service:
         if name in ("darks", "series", "end-series"):
             return self._series_answer(name, arguments)
         if name == "around":
+            assert self._live is not None
             return self._live.around(str(arguments["sensor"]), int(arguments["site"]), int(arguments.get("reach", 8)))
         if name == "verify":
             # It looks at what is on the disk.
@@ -565,7 +805,11 @@ class _Service:
         if name == "status":
             answer.update(
                 daemon=self._facts(),
-                sources=[asdict(state) for source in self._sources.values() for state in source.states()],
+                sources=[
+                    asdict(self._moving(state, time.monotonic()))
+                    for source in self._sources.values()
+                    for state in source.states()
+                ],
                 metrics=self._metrics.as_dict(),
                 series=None if self._series is None else self._series.state(),
             )

@@ -71,7 +71,7 @@ class Notifier:
 
     def _as_status(self, sentence: str) -> str:
         # On one line: what follows a line break would be read as a message of its own.
-        return "STATUS=" + " ".join(sentence.split())
+        return "STATUS=" + "".join(c if c.isprintable() else _escaped(c) for c in " ".join(sentence.split()))
 
     def _send(self, *lines: str) -> None:
         if self._socket is None:
@@ -98,7 +98,24 @@ def _watchdog(environ: Mapping[str, str]) -> float | None:
     return interval_us / 1e6 if interval_us > 0 and is_ours else None
 
 
-class _JournalFormatter(logging.Formatter):
+class PlainFormatter(logging.Formatter):
+    """Writes no control character but line breaks, and begins no line with what is not its own.
+
+    Names of files and what cameras say of themselves are escaped where they are logged; here it is made sure of.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        lines = super().format(record).split("\n")
+        return "\n    ".join(
+            "".join(c if c.isprintable() or c == "\t" else _escaped(c) for c in line) for line in lines
+        )
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+class _JournalFormatter(PlainFormatter):
     """Begins each line with its level, as sd-daemon(3) has it: a traceback is one record of many lines.
 
     There is no time in it; the journal knows when a line came.

@@ -11,8 +11,8 @@ import errno
 import itertools
 import os
 import stat
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,9 @@ from hotpixd.store.durable import failpoint, fsync_folder, write_all
 _LONGEST_VALUE = 60
 """Characters of what a file says of its camera: a name has room for 255 bytes."""
 
+_LONGEST_NAME = 255
+"""Bytes."""
+
 _BLOCK = 1 << 20
 _NO_LINKS = (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EACCES)
 
@@ -39,7 +42,7 @@ class Album:
     """Absolute. It is not made: a disk that is not mounted must not be filled below its mount point."""
 
     template: str = "{name}"
-    """Path below the folder; see `naming`."""
+    """Path below the folder; see `naming`. A symlink among the folders there is not followed."""
 
     def save(self, arrived: Path, file: CameraFile) -> Path:
         """Put a file that has arrived into the folder, durably; return where it is there.
@@ -51,21 +54,22 @@ class Album:
         """
         if not self.folder.is_dir():
             raise FileNotFoundError(errno.ENOENT, "the folder is missing", str(self.folder))
-        wanted = self.folder / self._name(arrived, file)
-        _make_folders(self.folder, wanted.parent)
-        for number in itertools.count():
-            path = wanted if not number else wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
-            if os.path.lexists(path):
-                if _is_same(arrived, path):
+        name = self._name(arrived, file)
+        with _folder_below(self.folder, name.parent.parts) as inside:
+            for number in itertools.count():
+                step = _fitting(name.name, f"-{number}" if number else "")
+                path = inside / step
+                if os.path.lexists(path):
+                    if not _is_same(arrived, path):
+                        continue
                     # Whoever put it there may have died before its own sync.
-                    fsync_folder(path.parent)
-                    return path
-                continue
-            with suppress(FileExistsError):
-                _place(arrived, path)
-                fsync_folder(path.parent)
-                failpoint("after_album")
-                return path
+                    fsync_folder(inside)
+                    return self.folder / name.parent / step
+                with suppress(FileExistsError):
+                    _place(arrived, path)
+                    fsync_folder(inside)
+                    failpoint("after_album")
+                    return self.folder / name.parent / step
         raise AssertionError("numbers do not end")
 
     def _name(self, arrived: Path, file: CameraFile) -> Path:
@@ -93,15 +97,47 @@ def _moment(mtime: int) -> datetime:
         return datetime.fromtimestamp(0, UTC)
 
 
-def _make_folders(top: Path, folder: Path) -> None:
-    missing = []
-    while folder != top and not folder.is_dir():
-        missing.append(folder)
-        folder = folder.parent
-    for each in reversed(missing):
-        each.mkdir(exist_ok=True)
-        _open_up(each, stat.S_IMODE(each.parent.stat().st_mode) & 0o777)
-        fsync_folder(each.parent)
+@contextmanager
+def _folder_below(top: Path, steps: tuple[str, ...]) -> Iterator[Path]:
+    """Open a folder below another one, making what is missing of it; yields a path that leads to this very folder.
+
+    Below `top` no symlink is followed, whoever may have put it there, and nothing that is put in the place of a folder
+    meanwhile.
+
+    Raises
+    ------
+    OSError
+        If something else has the name of a folder.
+    """
+    at = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for step in steps:
+            step = _fitting(step)
+            try:
+                os.mkdir(step, dir_fd=at)
+            except FileExistsError:
+                pass
+            else:
+                mode = stat.S_IMODE(os.fstat(at).st_mode) & 0o777
+                _open_up(Path(f"/proc/self/fd/{at}", step), mode)
+                os.fsync(at)
+            try:
+                inner = os.open(step, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+            except NotADirectoryError as error:
+                raise NotADirectoryError(errno.ENOTDIR, f"{step!r} in it is a symlink, or no folder") from error
+            os.close(at)
+            at = inner
+        yield Path(f"/proc/self/fd/{at}")
+    finally:
+        os.close(at)
+
+
+def _fitting(name: str, more: str = "") -> str:
+    """Return a name with something more before its ending, as short as file systems need it."""
+    stem, ending = os.path.splitext(name)  # noqa: PTH122 - of a part of a path
+    room = _LONGEST_NAME - len(os.fsencode(more)) - len(os.fsencode(ending[:_LONGEST_VALUE]))
+    short = os.fsencode(stem)[:room].decode("utf-8", "ignore")
+    return f"{short}{more}{ending[:_LONGEST_VALUE]}"
 
 
 def _open_up(path: Path, mode: int) -> None:

@@ -47,7 +47,8 @@ from hotpixd.intake.arrivals import Arrivals, CameraFile, content_digest
 from hotpixd.intake.doctor import Finding, classify, error_finding, usb_findings
 from hotpixd.intake.files import PICTURES, FoundShot
 from hotpixd.intake.link import Link
-from hotpixd.intake.source import Seen, SourceState, Status
+from hotpixd.intake.naming import on_one_line
+from hotpixd.intake.source import HANGS_AFTER_S, Seen, SourceState, Status, Step
 
 log = logging.getLogger("hotpixd")
 
@@ -110,7 +111,7 @@ _REFUSALS = 3
 _AGAIN_S = 10.0
 """Until a file that could not be saved or fetched is tried again."""
 
-_DESCRIBE_EVERY_S = 0.2
+_DESCRIBE_EVERY_S, _DESCRIBE_ANYWAY_S = 0.2, 30.0
 
 _RAW_QUALITY = re.compile(r"raw|nef|dng|pef", re.IGNORECASE)
 """What the name of an image quality contains if a raw file is part of it."""
@@ -191,6 +192,7 @@ class _Arrived:
     saved: bool = False
     save_at: float = 0.0
     saving: bool = False
+    saving_since: float = 0.0
     body: _Body | None = None
 
 
@@ -313,6 +315,7 @@ class CameraSource:
         self.exposing = False
         """Whether a series is being shot, which no listing must interrupt."""
 
+        self._step = Step()
         self._interrupted = False
         self._relist: threading.Event | None = None
         self._changed = True
@@ -332,6 +335,7 @@ class CameraSource:
         self._usb_at = 0.0
         self._described_at = -math.inf
         self._save_trouble: str | None = None
+        self._saved_at = -math.inf
         self._fetch_trouble: str | None = None
 
     # --- for the service
@@ -417,11 +421,11 @@ class CameraSource:
 
     def states(self) -> list[SourceState]:
         """Say how each camera is."""
-        return self._states
+        return [self._step.shown(state) for state in self._states]
 
     def concerns(self) -> list[SourceState]:
         """Return the states that alerts are about: each camera once it was met, and the source itself until then."""
-        states = self._states
+        states = self.states()
         known = [state for state in states if state.name in self._met]
         if not known:
             worst = states[0] if states else None
@@ -526,7 +530,8 @@ class CameraSource:
                     os.eventfd_read(self._bell)
                 elif self._usb is not None and self._usb.drain():
                     self._usb_at = 0.0
-            self._round()
+            with self._step.of("the cameras being looked after"):
+                self._round()
 
     def _idle_s(self) -> float:
         due = [self._usb_at, self._describe_due()]
@@ -554,7 +559,8 @@ class CameraSource:
         return due
 
     def _describe_due(self) -> float:
-        return self._described_at + (_DESCRIBE_EVERY_S if self._changed else 3600.0)
+        # Without a change as well: what hangs says nothing.
+        return self._described_at + (_DESCRIBE_EVERY_S if self._changed else _DESCRIBE_ANYWAY_S)
 
     def _round(self) -> None:
         now = time.monotonic()
@@ -654,7 +660,8 @@ class CameraSource:
         body.tries = 0
         body.opened = True
         body.facts = facts
-        serial = facts["serial"] = facts["serial"].encode("utf-8", "replace").decode()
+        serial = facts["serial"] = on_one_line(facts["serial"])
+        facts["model"] = on_one_line(facts["model"])
         # A port on USB is another one each time.
         nameless = facts["model"] if body.port.startswith("usb:") else f"{facts['model']} at {body.port}"
         body.camera = serial or nameless
@@ -987,7 +994,7 @@ class CameraSource:
             body.pending.pop(file.digest, None)
             return
         # Deleted, announced by mistake, or remembered wrongly: a listing says.
-        log.info("%s: %r could not be fetched: %s", body.name, file.path, error["text"])
+        log.info("%s: %r could not be fetched: %s", body.name, file.path, on_one_line(error["text"]))
         digest = file.digest
         body.refused[digest] = body.refused.get(digest, 0) + 1
         if body.refused[digest] >= _REFUSALS:
@@ -1008,7 +1015,7 @@ class CameraSource:
                 body.files -= 1
                 self._note(Seen(file.digest, gone=True), Seen(_saved(file.digest), gone=True))
             elif error is not None:
-                log.warning("%s: %r could not be deleted: %s", body.name, file.path, error["text"])
+                log.warning("%s: %r could not be deleted: %s", body.name, file.path, on_one_line(error["text"]))
 
         body.link.order("delete", deleted, folder=file.folder, name=file.name, size=file.size)
 
@@ -1031,7 +1038,7 @@ class CameraSource:
             try:
                 key = content_digest(path)
             except OSError as error:
-                log.error("%s cannot be read and is left there: %s", path, error.strerror)
+                log.error("%s cannot be read and is left there: %s", on_one_line(str(path)), error.strerror)
                 continue
             arrived = _Arrived(file, path, key, file.camera, self.settings.kind)
             if file.is_rendered:
@@ -1161,6 +1168,7 @@ class CameraSource:
             due = [a for a in self._arrived.values() if not a.saved and not a.saving and now >= a.save_at]
         for arrived in due:
             arrived.saving = True
+            arrived.saving_since = now
             # Elsewhere: a network drive may hang.
             future = self._saver.submit(album.save, arrived.path, arrived.file)
             future.add_done_callback(partial(self._saved, arrived))
@@ -1171,6 +1179,7 @@ class CameraSource:
         error = future.exception()
         with self._lock:
             arrived.saving = False
+            self._saved_at = time.monotonic()
             if isinstance(error, OSError | ValueError):
                 arrived.save_at = time.monotonic() + _AGAIN_S
                 folder = "" if self.settings.album is None else self.settings.album.folder
@@ -1200,7 +1209,7 @@ class CameraSource:
 
     def _describe(self) -> None:
         now = time.monotonic()
-        if not self._changed or now < self._described_at + _DESCRIBE_EVERY_S:
+        if now < self._describe_due():
             return
         self._changed = False
         self._described_at = now
@@ -1214,6 +1223,15 @@ class CameraSource:
         if states != self._states:
             self._states = states
             self._wake()
+
+    def _save_hangs(self) -> str | None:
+        """Say that the user's folder does not answer; None if nothing has waited for long."""
+        with self._lock:
+            since = min((a.saving_since for a in self._arrived.values() if a.saving), default=math.inf)
+        silent_s = time.monotonic() - max(since, self._saved_at)
+        if self.settings.album is None or silent_s < HANGS_AFTER_S:
+            return None
+        return f"photos cannot be saved in {self.settings.album.folder}: it has not answered for {silent_s:.0f} s"
 
     def _describe_one(self, body: _Body) -> SourceState:
         with self._lock:
@@ -1231,7 +1249,7 @@ class CameraSource:
         battery = body.facts.get("battery_percent")
         if body.opened and battery is not None and battery <= 20:
             said.append(f"battery {battery} %")
-        trouble = self._fetch_trouble or self._save_trouble
+        trouble = self._fetch_trouble or self._save_trouble or self._save_hangs()
         status = _STATUS[body.condition]
         if trouble is not None:
             said.insert(0, trouble)

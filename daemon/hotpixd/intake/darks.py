@@ -665,7 +665,7 @@ class DarkSeries:
         first: str | None = None
         while (came := self._next_file(within_s if first is None else _MATES_WITHIN_S)) is not None:
             if self._strays and came.shot not in self._counted | self._broken_off and self._amiss(came) is not None:
-                log.info("darks: %s is of an exposure that was broken off", came.name)
+                log.info("darks: %r is of an exposure that was broken off", came.name)
                 self._strays -= 1
                 self._broken_off.add(came.shot)
             if came.shot in self._broken_off:

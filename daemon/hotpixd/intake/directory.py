@@ -31,6 +31,7 @@ from collections import deque
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from hotpixd.core.frame import ShotKind
 from hotpixd.intake.complete import Look, look_at
 from hotpixd.intake.files import RAW, RENDERED, FoundShot, natural, stem_of
 from hotpixd.intake.hints import Hint, Hints
-from hotpixd.intake.source import Seen, SourceState, Status
+from hotpixd.intake.source import Seen, SourceState, Status, Step
 from hotpixd.intake.volumes import MOUNT_TABLE, Volume
 from hotpixd.intake.walk import MovingError, Picture, Place, Snapshot, place_of, snapshot_of
 
@@ -154,6 +155,9 @@ class _File:
     due: float = 0.0
     """When it is looked at next, monotonic s."""
 
+    read_as: os.stat_result | None = None
+    """Its status after it was read, set by whoever read it."""
+
     problem: str | None = None
     """Why it could not be looked at the last time."""
 
@@ -207,6 +211,8 @@ class DirectorySource:
         self._count = itertools.count()
         self._state = SourceState(self.name, "starting", "not listed yet", 0, 0, time.time())
 
+        self._step = Step()
+
         # Of the source's thread alone.
         self._told: deque[Hint] = deque()
         self._hints = Hints(self._hear)
@@ -259,12 +265,19 @@ class DirectorySource:
                     file.stage = _Stage.TAKEN
                     path = self._path(file)
                     self._taken[path] = file
-                    companion_of = None if raw is None else self._path(raw)
-                    return FoundShot(path, companion_of, self._settings.kind, self._settings.camera, self.name)
+                    return FoundShot(
+                        path,
+                        None if raw is None else self._path(raw),
+                        self._settings.kind,
+                        self._settings.camera,
+                        self.name,
+                        below=self._settings.directory,
+                        was_read=partial(_note_status, file),
+                    )
         return None
 
     def done(self, path: Path) -> Seen | None:
-        """Note that the shot taken from `path` is in the ledger, whatever became of it.
+        """Note that the shot taken from `path` is in the ledger, whatever became of it. Never waits for the disk.
 
         Returns
         -------
@@ -277,12 +290,10 @@ class DirectorySource:
                 return None
             file.stage = _Stage.DONE
         self._ring()
-        try:
-            now = path.stat(follow_symlinks=False)
-        except OSError:
+        if file.read_as is None or file.signature is None:
             return None
-        same = Picture.of(now, file.picture.volume).is_same_as(file.picture)
-        return Seen(file.signature) if same and file.signature is not None else None
+        same = Picture.of(file.read_as, file.picture.volume).is_same_as(file.picture)
+        return Seen(file.signature) if same else None
 
     def retry(self, path: Path) -> None:
         """Note that the shot taken from `path` could not be read; it is offered again later."""
@@ -307,15 +318,15 @@ class DirectorySource:
 
     def state(self) -> SourceState:
         """Say how the source is."""
-        return self._state
+        return self._step.shown(self._state)
 
     def states(self) -> list[SourceState]:
         """Say how the source is: a directory is one."""
-        return [self._state]
+        return [self.state()]
 
     def concerns(self) -> list[SourceState]:
         """Return the states that alerts are about."""
-        return [self._state]
+        return [self.state()]
 
     def notes(self) -> list[Seen]:
         """Return what is to be remembered besides: nothing."""
@@ -357,9 +368,10 @@ class DirectorySource:
                 events = dict(poller.poll(math.ceil(1000 * self._idle_s())))
                 if self._bell in events:
                     os.eventfd_read(self._bell)
-                if table.fileno() in events:
-                    self._heed_mounts()
-                self._round()
+                with self._step.of("the directory being looked at"):
+                    if table.fileno() in events:
+                        self._heed_mounts()
+                    self._round()
 
     def _idle_s(self) -> float:
         """How long nothing needs to be done if nothing happens."""
@@ -721,6 +733,10 @@ class DirectorySource:
         self._state = SourceState(self.name, status, detail, len(self._files), waiting, since)
         if self._state != before:
             self._wake()
+
+
+def _note_status(file: _File, status: os.stat_result) -> None:
+    file.read_as = status
 
 
 def _is_valid(check: _Check) -> bool:

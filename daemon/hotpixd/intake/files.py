@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 
@@ -56,6 +56,12 @@ class FoundShot:
 
     raw_key: str | None = None
     """The key of the raw file's content, if it is known: the file itself may be gone."""
+
+    below: Path | None = None
+    """A folder in which it lies; on the way from there no symlink is followed. None: wherever the path leads."""
+
+    was_read: Callable[[os.stat_result], None] | None = field(default=None, compare=False, repr=False)
+    """To be called, in whatever thread, with the status of the very file that was read."""
 
 
 @dataclass(frozen=True, slots=True)

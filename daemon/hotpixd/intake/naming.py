@@ -48,6 +48,11 @@ def check_template(template: str) -> None:
     filled(template, {**sample, "date": datetime(2026, 1, 1, tzinfo=UTC)})
 
 
+def on_one_line(text: str) -> str:
+    """Return what a camera says of itself without control characters and broken UTF-8, which are written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _plain(value: str) -> str:
     """Return a value that is one part of a path: what a camera says of itself is not to be trusted."""
     plain = "".join("_" if c in "/\\\0" or not c.isprintable() else c for c in value).strip()

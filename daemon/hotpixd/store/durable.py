@@ -11,11 +11,13 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What the system says where there is no room for more."""
 
 
 class StateError(Exception):
@@ -70,9 +72,44 @@ def full_disk_as_state_full(doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise StateFull(f"No space left {doing}: {error.strerror}.") from error
         raise
+
+
+def open_for_reading(path: Path | str, below: Path | None = None) -> int:
+    """Open a file for reading only and return its descriptor; opening neither waits for anything nor starts anything.
+
+    Parameters
+    ----------
+    below : a folder that the file lies in. On the way from there to the file no symlink is followed, so that a folder
+        put in the place of another one after it was listed does not lead elsewhere. None: symlinks are followed.
+
+    Raises
+    ------
+    OSError
+        If it cannot be opened, or a symlink is on its way.
+    """
+    # O_NONBLOCK: a FIFO with a picture's name must not stop the daemon.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+    if below is None:
+        return os.open(path, flags)
+    *folders, name = Path(path).relative_to(below).parts
+    if ".." in (*folders, name):
+        raise OSError(errno.EXDEV, "the path leads out of its folder", os.fspath(path))
+    at = os.open(below, os.O_PATH | os.O_DIRECTORY)
+    try:
+        for folder in folders:
+            inner = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+            os.close(at)
+            at = inner
+        # What is no regular file is not opened at all: opening a device may have effects. Should something else be put
+        # there in between, it is opened without waiting, and found out by who looks at the descriptor.
+        if not stat.S_ISREG(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
+        return os.open(name, flags | os.O_NOFOLLOW, dir_fd=at)
+    finally:
+        os.close(at)
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:

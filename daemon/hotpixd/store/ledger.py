@@ -14,6 +14,7 @@ NORMAL may lose the last commits when the power goes.
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -252,8 +253,8 @@ class Ledger:
     Derived rows wait in memory: where many come without a `receive` (a replay), call `commit` now and then.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open the ledger or make a new one.
+    def __init__(self, path: Path | None) -> None:
+        """Open the ledger or make a new one; without a path one in memory, gone with this process.
 
         Raises
         ------
@@ -263,10 +264,11 @@ class Ledger:
         self.path = path
         # Derived writes since the last commit, and how many of them are in the open transaction. Kept, so
         # that a commit which failed on a full disk, and was rolled back, can be tried again.
+        self._failed = False
         self._pending: list[tuple[str, Sequence[Sequence[object]]]] = []
         self._applied = 0
         with self._in_plain_words():
-            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db = sqlite3.connect(":memory:" if path is None else path, isolation_level=None)
         try:
             with self._in_plain_words():
                 self._open()
@@ -296,7 +298,8 @@ class Ledger:
                 f"BEGIN;{_SCHEMA}{_SCHEMA_2}{_SCHEMA_3}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;"
             )
             # SQLite fsyncs the folder for its log, not for the database itself.
-            fsync_folder(self.path.parent)
+            if self.path is not None:
+                fsync_folder(self.path.parent)
             return
         for older in range(version, SCHEMA_VERSION):
             self._db.executescript(f"BEGIN;{_MIGRATIONS[older]}PRAGMA user_version = {older + 1};COMMIT;")
@@ -304,7 +307,9 @@ class Ledger:
     def close(self) -> None:
         """Commit what waits and close."""
         try:
-            self.commit()
+            # Nothing is tried again on a disk that has failed: a second fsync may lie.
+            if not self._failed:
+                self.commit()
         finally:
             with self._in_plain_words():
                 self._db.close()
@@ -528,6 +533,12 @@ class Ledger:
         rows = self.rows(query, (last,))
         return [dict(zip(("id", "at", "topic", "text"), row, strict=True)) for row in reversed(rows)]
 
+    def last_times(self, last: int) -> list[tuple[str, str, str | None]]:
+        """Return path, time of receipt and time of taking (UTC, ISO 8601) of the latest shots, oldest first."""
+        query = "SELECT path, received_at, taken_at FROM shot WHERE verdict != 'companion' ORDER BY seq DESC LIMIT ?"
+        rows = self.rows(query, (last,))
+        return [(os.fsdecode(path), received_at, taken_at) for path, received_at, taken_at in reversed(rows)]
+
     # --- files seen
 
     def seen_files(self) -> dict[bytes, bytes | None]:
@@ -649,13 +660,23 @@ class Ledger:
 
     def _sentence(self, error: sqlite3.DatabaseError) -> StateError:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code == sqlite3.SQLITE_FULL:
+        if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_CANTOPEN and self._has_no_room()):
             return StateFull(f"No space left for the ledger {self.path}.")
+        if code == sqlite3.SQLITE_IOERR:
+            self._failed = True
+            return StateError(f"The disk of the ledger {self.path} fails: {error}.")
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             return StateError(f"The ledger {self.path} is damaged: {error}.")
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return StateError(f"The ledger {self.path} is open in another program: {error}.")
         return StateError(f"The ledger {self.path} cannot be used: {error}.")
+
+    def _has_no_room(self) -> bool:
+        """Whether its log cannot be made for want of space or of inodes."""
+        if self.path is None:
+            return False
+        found = os.statvfs(self.path.parent)
+        return not found.f_bavail or bool(found.f_files and not found.f_favail)
 
 
 def _file_text(text: str) -> str | bytes:

@@ -2,7 +2,8 @@
 
 An alert is raised once per key, however often a replay raises it. Its column
 `message` says what becomes of it: NULL while it is being gathered, 0 if it is
-not to be sent, else the message it is part of. What a message consists of and
+not to be sent, else the message it is part of (below 0: one composed while this
+ledger could not be written). What a message consists of and
 where it goes is committed before it is sent, so that it is sent again after a
 crash under the same id and with the same text.
 
@@ -64,10 +65,16 @@ class Delivery:
 
 
 class Outbox:
-    """The outbox of a ledger. Use it from the ledger's thread."""
+    """The outbox of a ledger. Use it from the ledger's thread.
 
-    def __init__(self, ledger: Ledger) -> None:
+    Parameters
+    ----------
+    below : messages are numbered downwards from this negative number. None: upwards from 1
+    """
+
+    def __init__(self, ledger: Ledger, *, below: int | None = None) -> None:
         self._ledger = ledger
+        self._below = below
 
     def add(self, alerts: Iterable[Alert], *, send: Collection[str]) -> list[Alert]:
         """Write the alerts whose key is new, and return those.
@@ -105,10 +112,25 @@ class Outbox:
 
     def compose(self, channels: Iterable[str]) -> int:
         """Make one message of all alerts gathered, due on these channels, and return its number."""
-        ((message,),) = self._ledger.rows("SELECT coalesce(max(message), 0) + 1 FROM alert")
+        if self._below is not None:
+            self._below -= 1
+            message = self._below
+        else:
+            ((message,),) = self._ledger.rows("SELECT max(coalesce(max(message), 0), 0) + 1 FROM alert")
         self._ledger.later("UPDATE alert SET message = ? WHERE message IS NULL", [(message,)])
         self.add_deliveries(message, channels)
         return int(message)
+
+    def take_over(self, other: Outbox) -> set[int]:
+        """Write all that is in another outbox into this one as well; return the numbers of its messages."""
+        columns = "raised_at, topic, subject, text, detail, message"
+        alerts = other._ledger.rows(f"SELECT key, {columns} FROM alert ORDER BY id")
+        deliveries = other._ledger.rows("SELECT message, channel, tries, state FROM delivery")
+        self._ledger.later(f"INSERT OR IGNORE INTO alert(key, {columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", alerts)
+        self._ledger.later(
+            "INSERT OR IGNORE INTO delivery(message, channel, tries, state) VALUES (?, ?, ?, ?)", deliveries
+        )
+        return {message for message, *_ in deliveries}
 
     def add_deliveries(self, message: int, channels: Iterable[str]) -> None:
         """Make a message due on further channels."""

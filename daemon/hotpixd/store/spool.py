@@ -6,6 +6,11 @@ is the same, custody is a hard link: it costs no space, and the user may delete
 the original. Elsewhere (a card, FAT) it is a copy. Nothing is ever written
 beside the source, which may be a read-only card.
 
+A shot comes in two steps. `hold` reads the source, once: the key of its content
+is known then, and what cannot be linked is in a temporary file here. It may
+wait for a dying card for ever, so it is called on a thread of its own. `keep`
+gives the content its name, durably; it touches the state's disk only.
+
 BLAKE3, not SHA-256: hashing is on the way of every shot, and a 40 MB file
 takes 11 ms instead of 35. Read into a buffer, not mapped: mapped it would take
 9 ms, but a file cut short while mapped kills the process with SIGBUS (both
@@ -15,12 +20,13 @@ measured on one core of a Xeon VM, file in the page cache).
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import stat
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
@@ -31,6 +37,7 @@ from hotpixd.store.durable import (
     fsync_folder,
     full_disk_as_state_full,
     make_folder,
+    open_for_reading,
     replace_durably,
     write_all,
 )
@@ -62,6 +69,26 @@ class SpoolError(Exception):
     """One shot's file cannot be taken or read. The state is unharmed, and other shots can go on."""
 
 
+@dataclass(slots=True)
+class Held:
+    """A file that was read, on its way into the spool."""
+
+    key: str
+    """BLAKE3 of its content, hex."""
+
+    status: os.stat_result
+    """Of the very file that was read, after that."""
+
+    path: str
+    """Where it was found, for people."""
+
+    fd: int | None = None
+    """Open still, if it is of the spool's own file system: most likely it can be linked."""
+
+    copy: Path | None = None
+    """A copy of it in the spool, under a name that is no key. One of the two there is, until it is kept or released."""
+
+
 class Spool:
     """The folder of shots in custody, one file per shot, named by its key.
 
@@ -74,11 +101,18 @@ class Spool:
         self.folder = folder
         for leftover in folder.glob("*.tmp"):
             leftover.unlink()
+        self._device = folder.stat().st_dev
+        self._copies = itertools.count()
         self._found = set(self.keys())
 
     @staticmethod
-    def hash_file(path: Path | str) -> str:
+    def hash_file(path: Path | str, below: Path | None = None, progress: Callable[[], object] = lambda: None) -> str:
         """Return the BLAKE3 digest of a file's content in hex, the shot's key. Releases the GIL.
+
+        Parameters
+        ----------
+        below : see `open_for_reading`
+        progress : called for each block that was read
 
         Raises
         ------
@@ -86,8 +120,13 @@ class Spool:
             If the file cannot be read, or is no regular file.
         """
         digest = blake3()
-        with _source(path) as fd:
-            _each_block(fd, path, digest.update)
+
+        def look_at(block: memoryview) -> None:
+            digest.update(block)
+            progress()
+
+        with _source(path, below) as fd:
+            _each_block(fd, path, look_at)
         return digest.hexdigest()
 
     def path(self, key: str) -> Path:
@@ -96,24 +135,85 @@ class Spool:
             raise ValueError(f"a shot's key is 64 hex digits, got {key!r}")
         return self.folder / key
 
-    def take(self, path: Path | str, key: str, placed: Callable[[], object] = lambda: None) -> Path:
-        """Take custody of a file whose content has this key; when this returns, its bytes are on the disk.
+    def hold(self, path: Path | str, below: Path | None = None, progress: Callable[[], object] = lambda: None) -> Held:
+        """Read a file once, and have its content ready to be kept. To be followed by `keep` or `release`.
 
-        A linked file is not hashed again: `verify` does so before it is used. A copy is. `placed` is called as soon
-        as the file can be read in its place, before it is durable.
+        Nothing is durable yet, nor is anything here that `keys` would tell of: of a shot that turns out to be known
+        nothing needs to reach the disk. May be called from any thread.
+
+        Parameters
+        ----------
+        below : see `open_for_reading`
+        progress : called for each block that was read
 
         Raises
         ------
         SpoolError
-            If the file cannot be read, or is copied and no longer has this content.
+            If the file cannot be read, or is no regular file.
         StateFull
-            If the copy does not fit.
+            If it has to be copied, and the copy does not fit.
         """
-        final = self._place(path, key, placed)
+        digest = blake3()
+
+        def look_at(block: memoryview) -> None:
+            digest.update(block)
+            progress()
+
+        with _source(path, below) as fd:
+            if os.fstat(fd).st_dev == self._device:
+                _each_block(fd, path, look_at)
+                return Held(digest.hexdigest(), os.fstat(fd), os.fspath(path), fd=os.dup(fd))
+            with full_disk_as_state_full(f"to keep {os.fspath(path)!r} in {self.folder}"):
+                copy = self._copy(fd, path, look_at)
+            return Held(digest.hexdigest(), os.fstat(fd), os.fspath(path), copy=copy)
+
+    def keep(self, held: Held, placed: Callable[[], object] = lambda: None) -> Path:
+        """Take custody of what is held; when this returns, its bytes are on the disk.
+
+        A linked file is not hashed again: `verify` does so before it is used. `placed` is called as soon as the file
+        can be read in its place, which may be before it is durable.
+
+        Raises
+        ------
+        SpoolError
+            If the file cannot be linked after all, and no longer has this content.
+        StateFull
+            If there is no room for it.
+        """
+        try:
+            final = self._place(held, placed)
+        finally:
+            self.release(held)
         failpoint("after_link")
         fsync_folder(self.folder)
         failpoint("after_spool")
         return final
+
+    def release(self, held: Held) -> None:
+        """Let go of what is held, if that was not done yet; what was kept stays."""
+        if held.fd is not None:
+            os.close(held.fd)
+            held.fd = None
+        if held.copy is not None:
+            held.copy.unlink(missing_ok=True)
+            held.copy = None
+
+    def take(self, path: Path | str, key: str, placed: Callable[[], object] = lambda: None) -> Path:
+        """Take custody of a file whose content has this key: `hold` and `keep` in one.
+
+        Raises
+        ------
+        SpoolError
+            If the file cannot be read, or no longer has this content.
+        StateFull
+            If there is no room for it.
+        """
+        self.path(key)
+        held = self.hold(path)
+        if held.key != key:
+            self.release(held)
+            raise SpoolError(f"{os.fspath(path)!r} is not what it was when its key was taken.")
+        return self.keep(held, placed)
 
     def verify(self, key: str) -> bool:
         """Tell whether the shot is there with the content of its name.
@@ -140,48 +240,53 @@ class Spool:
             self._found.discard(key)
             failpoint("after_spool_drop")
 
-    def _place(self, path: Path | str, key: str, placed: Callable[[], object]) -> Path:
-        final = self.path(key)
-        self._found.discard(key)
-        with _source(path) as fd:
-            if final.exists():
-                if os.path.samestat(os.fstat(fd), final.stat()) or self.verify(key):
-                    placed()
-                    # Whoever put it here may have died before its own fsync.
-                    fsync_file(final)
-                    return final
-                # Torn by a power cut before its row was written, or edited through another link.
-                final.unlink()
-            with full_disk_as_state_full(f"to keep {os.fspath(path)!r} in {self.folder}"):
-                if _link(fd, final):
-                    placed()
-                    # Link and source are one file, of the state's own disk: EIO here ends the process.
-                    os.fsync(fd)
-                else:
-                    self._copy(fd, path, key)
-                    placed()
+    def _place(self, held: Held, placed: Callable[[], object]) -> Path:
+        final = self.path(held.key)
+        self._found.discard(held.key)
+        if final.exists():
+            if (held.fd is not None and os.path.samestat(os.fstat(held.fd), final.stat())) or self.verify(held.key):
+                placed()
+                # Whoever put it here may have died before its own fsync.
+                fsync_file(final)
+                return final
+            # Torn by a power cut before its row was written, or edited through another link.
+            final.unlink()
+        with full_disk_as_state_full(f"to keep {held.path!r} in {self.folder}"):
+            if held.fd is not None and _link(held.fd, final):
+                placed()
+                # Link and source are one file, of the state's own disk: EIO here ends the process.
+                os.fsync(held.fd)
+                return final
+            if held.fd is not None:
+                # The same disk, but no link is to be had: a file of another owner, FAT.
+                digest = blake3()
+                held.copy = self._copy(held.fd, held.path, digest.update)
+                if digest.hexdigest() != held.key:
+                    raise SpoolError(f"{held.path!r} is not what it was when its key was taken.")
+            assert held.copy is not None
+            replace_durably(held.copy, final, step="copy")
+            held.copy = None
+            placed()
         return final
 
-    def _copy(self, source: int, path: Path | str, key: str) -> None:
-        tmp = self.folder / f"{key}.{threading.get_ident()}.tmp"
-        digest = blake3()
+    def _copy(self, source: int, path: Path | str, use: Callable[[memoryview], object]) -> Path:
+        """Copy an open file to a temporary one, handing each block to `use` as well."""
+        tmp = self.folder / f"{os.getpid()}-{next(self._copies)}.tmp"
         try:
-            fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             try:
 
                 def keep(block: memoryview) -> None:
-                    digest.update(block)
+                    use(block)
                     write_all(fd, block)
 
                 _each_block(source, path, keep)
             finally:
                 os.close(fd)
-            if digest.hexdigest() != key:
-                raise SpoolError(f"{os.fspath(path)!r} is not what it was when its key was taken.")
-            replace_durably(tmp, self.folder / key, step="copy")
         except BaseException:
             tmp.unlink(missing_ok=True)
             raise
+        return tmp
 
 
 def _link(fd: int, final: Path) -> bool:
@@ -203,11 +308,10 @@ def _link(fd: int, final: Path) -> bool:
 
 
 @contextmanager
-def _source(path: Path | str) -> Iterator[int]:
-    """Open a regular file for reading only."""
+def _source(path: Path | str, below: Path | None = None) -> Iterator[int]:
+    """Open a regular file for reading only; see `open_for_reading`."""
     try:
-        # O_NONBLOCK: a FIFO with a picture's name must not stop the daemon.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        fd = open_for_reading(path, below)
     except OSError as error:
         raise SpoolError(f"{os.fspath(path)!r} cannot be opened: {error.strerror}.") from error
     try:

@@ -31,7 +31,7 @@ def print_defects(
     if not answer["sensors"]:
         console.print("No sensor is known yet.")
     for sensor in answer["sensors"]:
-        console.print(f"\n[bold]{escape(sensor_name(sensor))}[/bold]  {_frames(sensor)}")
+        console.print(f"\n[bold]{escape(sensor_name(sensor))}[/bold]  {_frames(sensor)}", soft_wrap=True)
         for reason, count in (not_counted or {}).get(sensor["id"], {}).items():
             console.print(f"  {count} {_plural(count, 'frame')} not counted: {escape(reason)}")
         found = sensor["defects"]
@@ -78,13 +78,13 @@ def print_status(answer: Answer) -> None:
     shots = answer["shots"]
     console.print(", ".join(f"{n} {word}" for word, n in shots.items() if n) or "No shot yet.")
     for sensor in answer["sensors"]:
-        console.print(f"\n[bold]{escape(sensor_name(sensor))}[/bold]  {_frames(sensor)}")
+        console.print(f"\n[bold]{escape(sensor_name(sensor))}[/bold]  {_frames(sensor)}", soft_wrap=True)
         console.print(f"  {sensor['stable']} stable, {sensor['candidate']} candidates, {sensor['recovered']} recovered")
         for reason, count in sensor["not_counted"].items():
             console.print(f"  {count} {_plural(count, 'frame')} not counted: {escape(reason)}")
         last = sensor["last_shot"]
         if last:
-            console.print(f"  last shot {escape(printable(last['name']))}: {escape(_settings(last))}")
+            console.print(f"  last shot {escape(printable(last['name']))}: {escape(_settings(last))}", soft_wrap=True)
     if answer["alerts"]:
         console.print("\nLatest alerts:")
         for alert in answer["alerts"][-_ALERTS_SHOWN:]:
@@ -102,7 +102,7 @@ def print_least_variance(answer: Answer) -> None:
     if not answer["sensors"]:
         console.print("No sensor is known yet.")
     for sensor in answer["sensors"]:
-        console.print(f"\n[bold]{escape(sensor_name(sensor))}[/bold]  {_frames(sensor)}")
+        console.print(f"\n[bold]{escape(sensor_name(sensor))}[/bold]  {_frames(sensor)}", soft_wrap=True)
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
         for title in ("x", "y", "colour", "M2", "mean"):
             table.add_column(title, justify="left" if title == "colour" else "right")
@@ -122,6 +122,9 @@ def print_verify(answer: Answer) -> None:
         console.print(f"[bold red]damaged[/bold red] {escape(printable(problem))}", soft_wrap=True)
     if answer["ok"]:
         console.print("Everything that was written can be believed.")
+
+
+# Texts from outside are printed with soft_wrap: broken by us, they could begin a line with what looks like one of ours.
 
 
 def _console() -> Console:

@@ -447,10 +447,14 @@ def least_variance(
 
 @app.command()
 def verify(state: StateOption = None, as_json: JsonOption = False) -> None:
-    """Check every digest of the state."""
-    from hotpixd.views import tables
+    """Say in one line whether all that was written can be believed, and if not, what to do."""
+    from hotpixd.store.state import StateDamaged
+    from hotpixd.views import answers, tables
 
-    answer = _asked(state, "verify")
+    try:
+        answer = _asked(state, "verify")
+    except StateDamaged as error:
+        answer = answers.damaged(error)
     _print_json(answer) if as_json else tables.print_verify(answer)
     raise typer.Exit(DONE if answer["ok"] else STATE_UNUSABLE)
 
@@ -519,7 +523,7 @@ def _state_dir(state: Path | None) -> Path:
 
 def _asked(state: Path | None, question: str, **arguments: Any) -> dict[str, Any]:
     """Answer from the state, or have the daemon answer that has it open."""
-    from hotpixd.store.state import State, StateError, StateLocked
+    from hotpixd.store.state import State, StateDamaged, StateError, StateLocked
 
     try:
         with State(_state_dir(state), create=False) as opened:
@@ -531,6 +535,8 @@ def _asked(state: Path | None, question: str, **arguments: Any) -> dict[str, Any
         if locked.feed is None:
             raise
         socket = locked.feed
+    except StateDamaged:
+        raise
     except StateError:
         # Another user's: a service may have it open and answer those it lets in.
         found = _others_socket(state)

@@ -8,6 +8,7 @@ a replay after a crash ends in the same state.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -27,9 +28,9 @@ from hotpixd.core.frame import Frame, SensorIdentity, ShotInfo, ShotKind
 from hotpixd.core.sensor import DetectionSettings, FoldReport, Transition
 from hotpixd.intake.decode import DecodeError, decode, keep_large_buffers
 from hotpixd.intake.files import FoundShot
-from hotpixd.store.ledger import Received, ShotRow, TransitionRow
+from hotpixd.store.ledger import LOST, Received, ShotRow, TransitionRow
 from hotpixd.store.spool import Spool, SpoolError
-from hotpixd.store.state import State
+from hotpixd.store.state import State, StateFull
 
 HASHING = "hash"
 """Prefix of the names of threads that read shots: the only ones that may never end."""
@@ -42,6 +43,9 @@ _DECODE_AHEAD = 3
 
 _RECEIVE_TOGETHER = 4
 """Shots acknowledged with one commit, when that many are hashed already."""
+
+_LOST_NAMED = 20
+"""Shots that a sentence about those lost names."""
 
 _RESIDENT_BYTES = 1 << 30
 """Accumulators of sensors not in use are kept in memory up to this size."""
@@ -155,6 +159,7 @@ class Monitor:
         self._covered_by_older: dict[str, int] = {}
         self._checkpointed_at = clock()
         self._since_checkpoint = 0
+        self._lost: list[str] = []
         self.warnings: list[str] = []
         """Sentences about damage found and worked around."""
 
@@ -178,6 +183,7 @@ class Monitor:
         Must be run to its end before `process`: the order of folding is the order of the ledger. If `stop` ends it
         early, only `checkpoint` may follow; the next replay does the rest.
         """
+        self.warnings.extend(archive.set_aside_unusable(self._state))
         covers = archive.covers(self._state)
         rows = self._ledger.rows_to_replay(covers)
         for id_ in {row.sensor_id for row in rows if row.sensor_id in covers}:
@@ -191,6 +197,14 @@ class Monitor:
                 yield from self._next_concluded()
         while self._waiting:
             yield from self._next_concluded()
+        if self._lost:
+            named = ", ".join(self._lost[:_LOST_NAMED])
+            more = f" and {len(self._lost) - _LOST_NAMED} more" if len(self._lost) > _LOST_NAMED else ""
+            self.warnings.append(
+                f"Shots that were folded or received cannot be folded again, as neither their copies in the spool nor"
+                f" the originals are there as they were: {named}{more}. If you have their files, scan them: they are"
+                " then folded anew."
+            )
 
     def process(self, shots: Iterable[FoundShot], stop: Callable[[], bool] = lambda: False) -> Iterator[Outcome]:
         """Take shots in and fold them, yielding what became of each.
@@ -318,7 +332,10 @@ class Monitor:
                     yield from self._acknowledged(taken)
                     taken = {}
                     row = self._ledger.find(key)
-                if row is not None:
+                if row is not None and row.is_lost:
+                    # As if it had never come: a later row, since its frame is folded after all the others.
+                    self._ledger.forget(key)
+                elif row is not None:
                     yield self._known(shot, row)
                     continue
                 self._state.spool.take(shot.path, key, partial(self._decode_early, shot, key))
@@ -408,16 +425,20 @@ class Monitor:
 
     def _decode_again(self, row: ShotRow, kind: ShotKind | None) -> Frame:
         spool = self._state.spool
+        kept, original = spool.path(row.key), Path(row.path)
         if spool.verify(row.key):
-            return decode(spool.path(row.key), kind)
-        original = Path(row.path)
-        with contextlib.suppress(SpoolError):
-            if Spool.hash_file(original) == row.key:
-                return decode(original, kind)
-        raise DecodeError(
-            "it was received, but its copy in the spool is gone or was changed, and so is the original: it cannot"
-            " be folded again"
-        )
+            return decode(kept, kind)
+        with contextlib.suppress(StateFull, FileNotFoundError):
+            self._state.set_aside(kept)
+        try:
+            if Spool.hash_file(original) != row.key:
+                raise DecodeError(LOST)
+            return decode(spool.take(original, row.key), kind)
+        except SpoolError:
+            raise DecodeError(LOST) from None
+        except StateFull:
+            # No room for another copy; the next replay may not find it any more.
+            return decode(original, kind)
 
     def _next_concluded(self) -> Iterator[Outcome]:
         outcome = self._conclude(self._waiting[0])
@@ -435,6 +456,9 @@ class Monitor:
             frame = shot.frame.result()
         except DecodeError as error:
             self._ledger.conclude(row.seq, verdict="refused", reason=str(error))
+            if str(error) == LOST:
+                self._lost.append(row.name)
+                self._ledger.forget_seen_shot(row.key)
             return Outcome(
                 found.path, Fate.REFUSED, str(error), replayed=shot.replayed, size=row.size, origin=found.origin
             )
@@ -442,7 +466,7 @@ class Monitor:
             frame = replace(frame, sensor=replace(frame.sensor, serial=row.camera_given))
         kept = self._sensor_of(frame)
         report = kept.sensor.fold(frame, row.seq)
-        kept.last_seq = row.seq
+        kept.fold_in(row)
         digest = report.fingerprint
         if row.samples_digest not in (None, digest):
             self.warnings.append(

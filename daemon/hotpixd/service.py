@@ -195,7 +195,6 @@ class _Service:
             stack.callback(self._alerts.close)
             self._watchman = Watchman(self._alerts)
             self._monitor = stack.enter_context(self._make_monitor(state))
-            self._seen = self._ledger.seen_files()
             self._live = Live(state, self._monitor, self._feed.publish)
             self._activity = "starting; the first start compiles the kernels, which takes up to half a minute"
             self._tick()
@@ -205,6 +204,8 @@ class _Service:
                 warm_up()
             self._orders.nothing_held = False
             self._replay()
+            # Not before: a shot that a replay finds lost is wanted again.
+            self._seen = self._ledger.seen_files()
             self._live.recount()
             if not self._orders.stop:
                 stack.callback(self._stop_sources)

@@ -13,6 +13,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -20,6 +21,21 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 class StateError(Exception):
     """The state directory cannot be used. The message is a sentence for people."""
+
+
+class StateDamaged(StateError):  # noqa: N818 - a condition, not a fault
+    """What the ledger says can no longer be believed. Nothing was changed; the message says what is wrong and what cures it.
+
+    Not begun anew by itself: shots were acknowledged that may be nowhere else.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} Nothing of it is used or changed. If you have a backup: hotpixd restore FILE; else, from the"
+            " pictures: hotpixd rebuild FOLDER... Both keep the old state beside the new one."
+        )
+        self.what = what
+        """The same without what cures it."""
 
 
 class StateFull(StateError):  # noqa: N818 - a condition, not a fault
@@ -127,3 +143,17 @@ def make_folder(folder: Path) -> None:
             fsync_folder(folder.parent)
         return
     fsync_folder(folder.parent)
+
+
+def set_aside(path: Path, folder: Path) -> Path:
+    """Move a damaged file (or whatever is in its place) into a folder for evidence, durably; return where it is now."""
+    make_folder(folder)
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    for number in range(1, 1000):
+        kept = folder / f"{path.name}-{stamp}{'' if number == 1 else f'-{number}'}"
+        if not os.path.lexists(kept):
+            break
+    path.rename(kept)
+    fsync_folder(folder)
+    fsync_folder(path.parent)
+    return kept

@@ -73,7 +73,8 @@ class Spool:
         make_folder(folder)
         self.folder = folder
         for leftover in folder.glob("*.tmp"):
-            leftover.unlink()
+            with suppress(IsADirectoryError):
+                leftover.unlink()
         self._found = set(self.keys())
 
     @staticmethod
@@ -118,10 +119,12 @@ class Spool:
     def verify(self, key: str) -> bool:
         """Tell whether the shot is there with the content of its name.
 
-        A linked original may have been edited in place since.
+        A linked original may have been edited in place since. What cannot be read, or is no file, is not there.
         """
-        path = self.path(key)
-        return path.exists() and self.hash_file(path) == key
+        try:
+            return self.hash_file(self.path(key)) == key
+        except SpoolError:
+            return False
 
     def keys(self) -> Iterator[str]:
         """Go through the keys of all shots in custody, in no order."""
@@ -136,7 +139,9 @@ class Spool:
     def drop(self, keys: Iterable[str]) -> None:
         """Give up custody. Not fsynced: what comes back after a power cut is dropped once more."""
         for key in keys:
-            self.path(key).unlink(missing_ok=True)
+            # A folder in its place is none of ours.
+            with suppress(IsADirectoryError):
+                self.path(key).unlink(missing_ok=True)
             self._found.discard(key)
             failpoint("after_spool_drop")
 
@@ -144,13 +149,15 @@ class Spool:
         final = self.path(key)
         self._found.discard(key)
         with _source(path) as fd:
-            if final.exists():
-                if os.path.samestat(os.fstat(fd), final.stat()) or self.verify(key):
+            if os.path.lexists(final):
+                if self._is(fd, final) or self.verify(key):
                     placed()
                     # Whoever put it here may have died before its own fsync.
                     fsync_file(final)
                     return final
                 # Torn by a power cut before its row was written, or edited through another link.
+                if final.is_dir():
+                    raise SpoolError(f"{final} is in the way of a shot: it is a folder. Move it away.")
                 final.unlink()
             with full_disk_as_state_full(f"to keep {os.fspath(path)!r} in {self.folder}"):
                 if _link(fd, final):
@@ -161,6 +168,13 @@ class Spool:
                     self._copy(fd, path, key)
                     placed()
         return final
+
+    @staticmethod
+    def _is(fd: int, path: Path) -> bool:
+        try:
+            return os.path.samestat(os.fstat(fd), path.stat())
+        except OSError:  # a link to nothing
+            return False
 
     def _copy(self, source: int, path: Path | str, key: str) -> None:
         tmp = self.folder / f"{key}.{threading.get_ident()}.tmp"

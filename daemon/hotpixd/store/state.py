@@ -7,6 +7,7 @@
     spool/<key>                 shots not yet covered by the older of the two generations kept
     sensors/<id>/gen-<n>.hpx    the statistic of a sensor
     incoming/<port>/            files of cameras, until they are in the ledger
+    damaged/                    evidence: what was found damaged and is no longer used. Nothing here removes it
 """
 
 from __future__ import annotations
@@ -25,11 +26,18 @@ from typing import Any, Self
 from numpy.typing import NDArray
 
 from hotpixd.store import checkpoint
-from hotpixd.store.durable import StateError, StateFull, full_disk_as_state_full, make_folder
+from hotpixd.store.durable import (
+    StateDamaged,
+    StateError,
+    StateFull,
+    full_disk_as_state_full,
+    make_folder,
+    set_aside,
+)
 from hotpixd.store.ledger import Ledger
 from hotpixd.store.spool import Spool
 
-__all__ = ["State", "StateError", "StateFull", "StateLocked", "StateMissing", "default_state_dir"]
+__all__ = ["State", "StateDamaged", "StateError", "StateFull", "StateLocked", "StateMissing", "default_state_dir"]
 
 _SENSOR_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
 
@@ -71,10 +79,13 @@ class State:
             If another process has it open; the message names it.
         StateMissing
             If there is none and `create` is false.
+        StateDamaged
+            If its ledger cannot be believed, or is gone.
         StateError
             If it cannot be made, written or read.
         """
         self.root = Path(root)
+        _look_for_ledger(self.root)
         if not create and not (self.root / "ledger.sqlite").exists():
             raise StateMissing(f"There is no state in {self.root} yet: no shot was ever watched or scanned.")
         try:
@@ -86,7 +97,8 @@ class State:
                     make_folder(self.root / "sensors")
                     make_folder(self.root / "incoming")
                     for unfinished in self.root.glob("sensors/*/*.tmp"):
-                        unfinished.unlink()
+                        with suppress(IsADirectoryError):
+                            unfinished.unlink()
                     self.spool = Spool(self.root / "spool")
                     self.ledger = Ledger(self.root / "ledger.sqlite")
                 except BaseException:
@@ -133,13 +145,21 @@ class State:
             raise ValueError(f"a sensor's id is made of letters, digits and ._+-, got {sensor_id!r}")
         folder = self.root / "sensors" / sensor_id
         with full_disk_as_state_full(f"for the sensor {sensor_id} in {self.root}"):
-            make_folder(folder)
+            try:
+                make_folder(folder)
+            except FileExistsError:
+                raise StateError(f"{folder} is no folder, but in the place of a sensor's. Move it away.") from None
         return folder
+
+    def set_aside(self, path: Path) -> Path:
+        """Keep a damaged file of this state as evidence, where nothing uses it; return where it is now."""
+        with full_disk_as_state_full(f"to keep {path} in {self.root}"):
+            return set_aside(path, self.root / "damaged")
 
     def checkpoint(
         self, sensor_id: str, number: int, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
     ) -> Path:
-        """Write a sensor's next generation and remove all but the two newest.
+        """Write a sensor's next generation and remove all but the two newest that are whole.
 
         The ledger is committed first: a generation must never cover a shot whose verdict could still be lost,
         or a replay would fold that shot twice.
@@ -147,11 +167,12 @@ class State:
         folder = self.sensor_folder(sensor_id)
         self.ledger.commit()
         written = checkpoint.write_generation(folder, number, header, arrays)
-        for passed_over in checkpoint.generations(folder):
-            # A newer one was found damaged, or `number` would be higher; it must not count as one of the two.
-            if passed_over > written:
-                passed_over.unlink()
-        checkpoint.prune(folder)
+        # Newer ones were passed over when the sensor was loaded: they must not count as one of the two.
+        for path in checkpoint.generations(folder):
+            if path > written:
+                self.set_aside(path)
+        for path in checkpoint.prune(folder):
+            self.set_aside(path)
         return written
 
     def settle_spool(self, covered_by_older: Mapping[str, int]) -> int:
@@ -179,6 +200,27 @@ class State:
                 done.append(key)
         self.spool.drop(done)
         return len(done)
+
+
+def _look_for_ledger(root: Path) -> None:
+    """Raise `StateDamaged` if there is no ledger, or an empty one, beside what only a ledger's shots can have left."""
+    ledger = root / "ledger.sqlite"
+    try:
+        if ledger.is_symlink() or ledger.stat().st_size:
+            return
+        gone = "is empty"
+    except FileNotFoundError:
+        gone = "is gone"
+    except OSError as error:
+        if isinstance(error, NotADirectoryError):
+            return  # said by whoever opens it
+        raise StateError(f"The state {root} cannot be used: {error}.") from error
+    try:
+        left = next(root.glob("sensors/*/gen-*.hpx"), None) or next(root.glob("spool/*"), None)
+    except OSError:
+        left = None
+    if left is not None:
+        raise StateDamaged(f"The ledger {ledger} {gone}, but {left.relative_to(root)} is there.")
 
 
 def _locked(path: Path) -> int:

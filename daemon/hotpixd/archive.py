@@ -170,8 +170,8 @@ def _belongs(state: State, id_: str, path: Path, header: Mapping[str, Any]) -> N
 def _another_version(path: Path, error: Exception) -> StateError:
     # Its digest is right, so it was written so: it must not be passed over as damaged.
     return StateError(
-        f"Generation {path} is of another version of hotpixd: {error}. Use that version, or make the state anew from the"
-        " pictures: hotpixd rebuild FOLDER..."
+        f"Generation {path} is of another version of hotpixd: {error}. Use that version, or make the state anew from"
+        " the pictures: hotpixd rebuild FOLDER..."
     )
 
 
@@ -189,4 +189,5 @@ def set_aside_unusable(state: State) -> Iterator[str]:
     """Put generations that cannot be used where nothing uses them, and yield a sentence for each."""
     for id_ in state.ledger.sensors():
         for path, sentence in look(state, id_).unusable:
-            yield f"{sentence} It is kept as {state.set_aside(path)}; its frames are folded again as far as they are there."
+            kept = state.set_aside(path)
+            yield f"{sentence} It is kept as {kept}; its frames are folded again as far as they are there."

@@ -8,7 +8,6 @@ a replay after a crash ends in the same state.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator

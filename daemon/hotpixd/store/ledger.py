@@ -325,7 +325,8 @@ class Ledger:
         Raises
         ------
         StateDamaged
-            If anything in it that decides about shots, sensors or alerts can no longer be believed. It is left as it is.
+            If anything in it that decides about shots, sensors or alerts can no longer be believed. It is left as it
+            is.
         StateError
             If it is not a ledger, or is of a newer hotpixd. It is left as it is.
         """
@@ -351,7 +352,7 @@ class Ledger:
             raise
 
     def _look_at_files(self) -> None:
-        """See what SQLite would not say: nothing but files may be here, and no acknowledged shot be dropped from the log."""
+        """See what SQLite would not say: these are files, and no acknowledged shot would be dropped from the log."""
         log = self._log_path
         for path in (self.path, log):
             try:
@@ -423,8 +424,10 @@ class Ledger:
             raise StateDamaged(f"The ledger {self.path} is damaged: its tables are not as they were made.")
         for table, (keys, others) in _SEALED.items():
             self._find(f"PRAGMA integrity_check({table})")
-            query = f"SELECT count(*), min({keys[0]}) FROM {table} NOT INDEXED WHERE seal IS NOT sealed({', '.join([*keys, *others])})"
-            count, first = self._db.execute(query).fetchone()
+            sealed = f"sealed({', '.join([*keys, *others])})"
+            count, first = self._db.execute(
+                f"SELECT count(*), min({keys[0]}) FROM {table} NOT INDEXED WHERE seal IS NOT {sealed}"
+            ).fetchone()
             if count:
                 raise StateDamaged(
                     f"The ledger {self.path} is damaged: of the table {table}, {count}"
@@ -459,6 +462,19 @@ class Ledger:
         finally:
             with self._in_plain_words():
                 self._db.close()
+
+    def copy_to(self, path: Path) -> None:
+        """Write a copy of all that is committed, and of what waits, to a new file; not fsynced."""
+        self.commit()
+        with self._in_plain_words():
+            copy = sqlite3.connect(path, isolation_level=None)
+            try:
+                # Nobody reads it before it is whole; and with a log of its own it would be written twice.
+                copy.execute("PRAGMA synchronous = OFF")
+                copy.execute("PRAGMA journal_mode = OFF")
+                self._db.backup(copy)
+            finally:
+                copy.close()
 
     def check(self) -> None:
         """Read the whole database and raise `StateDamaged` if anything in it is damaged."""

@@ -12,13 +12,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import os
 import re
 import shlex
+import shutil
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,6 +34,7 @@ from hotpixd.store.durable import (
     StateDamaged,
     StateError,
     StateFull,
+    fsync_folder,
     full_disk_as_state_full,
     make_folder,
     set_aside,
@@ -68,10 +73,15 @@ def default_state_dir() -> Path:
 class State:
     """An open state directory. One process at a time has it open, for writing or for reading."""
 
-    def __init__(self, root: Path | str, create: bool = True) -> None:
+    def __init__(self, root: Path | str, create: bool = True, *, locked: bool = False) -> None:
         """Lock and open the state, making what is missing of it.
 
         The lock is inherited by forks that do not exec: start worker processes by spawning.
+
+        Parameters
+        ----------
+        create : whether a state is made if there is none
+        locked : whether the caller has the lock: see `held`
 
         Raises
         ------
@@ -92,13 +102,15 @@ class State:
             with full_disk_as_state_full(f"for the state in {self.root}"):
                 self.root.parent.mkdir(parents=True, exist_ok=True)
                 make_folder(self.root)
-                self._lock = _locked(self.root / "lock")
+                self._lock = os.open(os.devnull, os.O_RDONLY) if locked else _locked(self.root / "lock")
                 try:
                     make_folder(self.root / "sensors")
                     make_folder(self.root / "incoming")
                     for unfinished in self.root.glob("sensors/*/*.tmp"):
                         with suppress(IsADirectoryError):
                             unfinished.unlink()
+                    for left in self.root.glob("backup-*.tmp"):
+                        shutil.rmtree(left, ignore_errors=True)
                     self.spool = Spool(self.root / "spool")
                     self.ledger = Ledger(self.root / "ledger.sqlite")
                 except BaseException:
@@ -200,6 +212,66 @@ class State:
                 done.append(key)
         self.spool.drop(done)
         return len(done)
+
+
+@contextmanager
+def held(root: Path) -> Iterator[bool]:
+    """Keep every process from a state, whatever is in it, while this lasts; tells whether there is one at all.
+
+    Raises
+    ------
+    StateLocked
+        If a process has it open.
+    """
+    if not root.exists():
+        yield False
+        return
+    lock = _locked(root / "lock")
+    try:
+        yield True
+    finally:
+        os.close(lock)
+
+
+def swap_in(made: Path, root: Path) -> Path | None:
+    """Put a finished state, which nobody has open, into the place of another, in one step and durably.
+
+    Returns
+    -------
+    Where the one that was there is kept now, None if there was none.
+    """
+    if not os.path.lexists(root):
+        made.rename(root)
+        fsync_folder(root.parent)
+        return None
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    old = root.with_name(f"{root.name}.old-{stamp}")
+    number = 1
+    while os.path.lexists(old):
+        number += 1
+        old = root.with_name(f"{root.name}.old-{stamp}-{number}")
+    if _exchange(made, root):
+        made.rename(old)
+    else:
+        root.rename(old)
+        made.rename(root)
+    fsync_folder(root.parent)
+    return old
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change names in one step; False if this system or file system cannot."""
+    at_cwd, exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    if renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def _look_for_ledger(root: Path) -> None:

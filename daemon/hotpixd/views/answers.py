@@ -158,8 +158,8 @@ def verify(state: State) -> Answer:
         covers[id_] = kept.covers
         keys = state.ledger.frame_keys(id_, kept.covers)
         problems += [
-            f"{sentence} The next scan or start of the daemon keeps it as evidence, and folds its frames again as far as"
-            " they are there."
+            f"{sentence} The next scan or start of the daemon keeps it as evidence, and folds its frames again as far"
+            " as they are there."
             for _, sentence in archive.look(state, id_).unusable
         ]
         sensors.append({**describe(kept), "digest": kept.sensor.digest(keys)})

@@ -15,6 +15,9 @@ Answer = Mapping[str, Any]
 
 _ALERTS_SHOWN = 5
 
+_NAMED = 3
+"""Sensors that one line names."""
+
 
 def print_defects(
     answer: Answer, *, most: int = 1_000_000, not_counted: Mapping[str, Mapping[str, int]] | None = None
@@ -122,6 +125,9 @@ def print_verify(answer: Answer) -> None:
     sensors = answer["sensors"]
     frames = sum(sensor["frames"] for sensor in sensors)
     words = f"{frames} {_plural(frames, 'frame')} of {len(sensors)} {_plural(len(sensors), 'sensor')}"
+    if sensors:
+        named = "; ".join(sensor_name(sensor) for sensor in sensors[:_NAMED])
+        words += f" ({escape(named)}{'; ...' if len(sensors) > _NAMED else ''})"
     if answer["waiting"]:
         words += f"; {answer['waiting']} shots received but not folded, which the next run folds"
     _console().print(f"[bold]ok:[/bold] everything that was written can be believed, {words}.", soft_wrap=True)

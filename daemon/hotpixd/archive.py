@@ -14,7 +14,7 @@ from hotpixd.core.accumulator import EachSlab
 from hotpixd.core.frame import SampleKind, SensorIdentity, SensorLayout
 from hotpixd.core.sensor import DetectionSettings, Sensor
 from hotpixd.store import checkpoint
-from hotpixd.store.durable import StateError
+from hotpixd.store.durable import StateDamaged, StateError
 from hotpixd.store.ledger import ShotRow, link_of_chain
 from hotpixd.store.state import State
 
@@ -185,9 +185,43 @@ def covers(state: State) -> dict[str, int]:
     return {id_: covers_of(state, id_) for id_ in state.ledger.sensors()}
 
 
+def check_sensors(state: State) -> None:
+    """Raise `StateDamaged` if shots are of a sensor that the ledger does not know."""
+    strange = state.ledger.strange_sensors()
+    if strange:
+        raise StateDamaged(
+            f"The ledger {state.ledger.path} is damaged: shots of it are of {strange[0]}, which is not among its sensors."
+        )
+
+
 def set_aside_unusable(state: State) -> Iterator[str]:
-    """Put generations that cannot be used where nothing uses them, and yield a sentence for each."""
+    """Put what this ledger knows nothing of where nothing uses or removes it, and yield sentences about it.
+
+    Raises
+    ------
+    StateDamaged
+        If the ledger knows too little of itself to go on.
+    """
+    check_sensors(state)
+    strange = False
     for id_ in state.ledger.sensors():
         for path, sentence in look(state, id_).unusable:
             kept = state.set_aside(path)
+            strange = True
             yield f"{sentence} It is kept as {kept}; its frames are folded again as far as they are there."
+    if state.forgotten:
+        strange = True
+        yield (
+            f"The ledger {state.ledger.path} lacks the last {state.forgotten} of the shots that were acknowledged: its"
+            " end was lost. Those whose files are still where they came from are taken again."
+        )
+    # Otherwise they are shots whose acknowledgement a crash kept from coming, and their sources offer them again.
+    orphans = state.orphans() if strange else []
+    for key in orphans:
+        state.set_aside(state.spool.path(key))
+    if orphans:
+        yield (
+            f"{len(orphans)} {'shot' if len(orphans) == 1 else 'shots'} in the spool of which the ledger knows nothing"
+            f" {'is' if len(orphans) == 1 else 'are'} kept in {state.root / 'damaged'}; if they are not taken again,"
+            " scan them there."
+        )

@@ -467,7 +467,8 @@ class Monitor:
         report = kept.sensor.fold(frame, row.seq)
         kept.fold_in(row)
         digest = report.fingerprint
-        if row.samples_digest not in (None, digest):
+        # It depends on the frames before it, too: on their defects.
+        if row.samples_digest not in (None, digest) and not self._lost:
             self.warnings.append(
                 f"{row.name} decodes to other samples than when it was first folded; a decoder was changed in between"
             )

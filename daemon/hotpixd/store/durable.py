@@ -24,7 +24,7 @@ class StateError(Exception):
 
 
 class StateDamaged(StateError):  # noqa: N818 - a condition, not a fault
-    """What the ledger says can no longer be believed. It is left as it is; the message says what is wrong and what to do.
+    """The ledger can no longer be believed. It is left as it is; the message says what is wrong and what to do.
 
     Not begun anew by itself: shots were acknowledged that may be nowhere else.
     """

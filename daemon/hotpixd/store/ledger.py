@@ -28,7 +28,7 @@ import shutil
 import sqlite3
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -319,8 +319,12 @@ class Ledger:
     Derived rows wait in memory: where many come without a `receive` (a replay), call `commit` now and then.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, acknowledged: Callable[[int, int], None] = lambda _tag, _seq: None) -> None:
         """Open the ledger or make a new one.
+
+        Parameters
+        ----------
+        acknowledged : told the ledger's tag and the highest seq whenever shots have become durable
 
         Raises
         ------
@@ -331,6 +335,7 @@ class Ledger:
             If it is not a ledger, or is of a newer hotpixd. It is left as it is.
         """
         self.path = path
+        self._acknowledged = acknowledged
         # Derived writes since the last commit, and how many of them are in the open transaction. Kept, so
         # that a commit which failed on a full disk, and was rolled back, can be tried again.
         self._pending: list[tuple[str, Sequence[Sequence[object]]]] = []
@@ -419,6 +424,8 @@ class Ledger:
 
     def _check_rows(self) -> None:
         """Raise `StateDamaged` if a row was changed by anyone but hotpixd, or is missing in an index."""
+        # The form of every page; which row an index leads to is looked at below, where a wrong one could do harm.
+        self._find("PRAGMA quick_check(1)")
         proof = self._db.execute("SELECT value FROM proof WHERE name = 'schema'").fetchall()
         if proof != [(self._schema_digest(),)]:
             raise StateDamaged(f"The ledger {self.path} is damaged: its tables are not as they were made.")
@@ -438,7 +445,8 @@ class Ledger:
     def _find(self, check: str) -> None:
         for (finding,) in self._db.execute(check).fetchall():
             if finding != "ok":
-                raise StateDamaged(f"The ledger {self.path} is damaged: {finding}.")
+                # SQLite writes some over several lines.
+                raise StateDamaged(f"The ledger {self.path} is damaged: {' '.join(finding.split())}.")
 
     @property
     def _log_path(self) -> Path:
@@ -505,7 +513,19 @@ class Ledger:
             failpoint("before_receive")
             self._commit()
             failpoint("after_receive")
+        if seqs:
+            self._acknowledged(self._tag, max(seqs))
         return seqs
+
+    @property
+    def tag(self) -> int:
+        """A number that is this ledger's alone, and its copies'."""
+        return self._tag
+
+    @property
+    def last_seq(self) -> int:
+        """The highest seq ever given, be its row still there or not."""
+        return next((int(seq) for (seq,) in self.rows("SELECT seq FROM sqlite_sequence WHERE name = 'shot'")), 0)
 
     def find(self, key: str) -> ShotRow | None:
         """Return the shot of this key, if it was ever received."""
@@ -557,6 +577,11 @@ class Ledger:
     def refused(self) -> list[ShotRow]:
         """Return the refused shots, in seq order."""
         return list(self._shots("WHERE verdict = 'refused' ORDER BY seq"))
+
+    def strange_sensors(self) -> list[str]:
+        """Return the sensors that shots are of, but which the ledger does not know: their rows were lost."""
+        query = "SELECT DISTINCT sensor_id FROM shot WHERE sensor_id NOT IN (SELECT id FROM sensor) ORDER BY sensor_id"
+        return [id_ for (id_,) in self.rows(query)]
 
     def last_shot(self, sensor_id: str | None = None) -> ShotRow | None:
         """Return the shot received last, of one sensor (folded, refused or companion) or of all."""

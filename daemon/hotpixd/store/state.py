@@ -4,6 +4,7 @@
 
     lock                        who has the state open
     ledger.sqlite               one durable row per shot
+    acknowledged                the highest row that was ever durable: a ledger that lacks it has lost some
     spool/<key>                 shots not yet covered by the older of the two generations kept
     sensors/<id>/gen-<n>.hpx    the statistic of a sensor
     incoming/<port>/            files of cameras, until they are in the ledger
@@ -20,6 +21,7 @@ import re
 import shlex
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -112,7 +114,14 @@ class State:
                     for left in self.root.glob("backup-*.tmp"):
                         shutil.rmtree(left, ignore_errors=True)
                     self.spool = Spool(self.root / "spool")
-                    self.ledger = Ledger(self.root / "ledger.sqlite")
+                    self._mark = _Mark(self.root / "acknowledged")
+                    try:
+                        self.ledger = Ledger(self.root / "ledger.sqlite", self._mark.write)
+                    except BaseException:
+                        self._mark.close()
+                        raise
+                    self.forgotten = max(self._mark.read(self.ledger.tag) - self.ledger.last_seq, 0)
+                    """Shots that were acknowledged, and that the ledger does not know any more."""
                 except BaseException:
                     os.close(self._lock)
                     raise
@@ -136,6 +145,7 @@ class State:
         try:
             self.ledger.close()
         finally:
+            self._mark.close()
             os.close(self._lock)
             self._lock = -1
 
@@ -167,6 +177,11 @@ class State:
         """Keep a damaged file of this state as evidence, where nothing uses it; return where it is now."""
         with full_disk_as_state_full(f"to keep {path} in {self.root}"):
             return set_aside(path, self.root / "damaged")
+
+    def orphans(self) -> list[str]:
+        """Return the keys of shots in the spool that were there before this process, and have no row."""
+        keys = self.spool.untouched()
+        return sorted(keys - self.ledger.verdicts(keys).keys())
 
     def checkpoint(
         self, sensor_id: str, number: int, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
@@ -212,6 +227,44 @@ class State:
                 done.append(key)
         self.spool.drop(done)
         return len(done)
+
+
+class _Mark:
+    """The highest acknowledged row, written beside the ledger after each commit.
+
+    Not fsynced: it may be older than the ledger after a power cut, but never newer, since a row is durable before it is
+    marked. Log and database may lose their last commits without contradicting themselves; this tells.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._fd = -1
+        self._held = b""
+        with suppress(OSError):  # no room, or something else in its place: then there is no mark
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+            self._held = os.pread(self._fd, 64, 0)
+
+    def read(self, tag: int) -> int:
+        """Return the mark of the ledger with this tag, as it was when this was opened; 0 if there is none."""
+        words = self._held.split()
+        if len(words) != 2 or self._held != self._text(tag, int(words[0]) if words[0].isdigit() else 0):
+            return 0
+        return int(words[0])
+
+    def write(self, tag: int, seq: int) -> None:
+        """Mark a row, which is durable."""
+        with suppress(OSError):
+            os.pwrite(self._fd, self._text(tag, seq), 0)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    @staticmethod
+    def _text(tag: int, seq: int) -> bytes:
+        number = f"{seq:012d}"
+        return f"{number} {zlib.crc32(f'{tag} {number}'.encode()):08x}\n".encode()
 
 
 @contextmanager

@@ -150,6 +150,7 @@ def verify(state: State) -> Answer:
     problems = []
     try:
         state.ledger.check()
+        archive.check_sensors(state)
     except StateError as error:
         problems.append(str(error))
     sensors: list[Answer] = []
@@ -163,6 +164,11 @@ def verify(state: State) -> Answer:
             for _, sentence in archive.look(state, id_).unusable
         ]
         sensors.append({**describe(kept), "digest": kept.sensor.digest(keys)})
+    if state.forgotten:
+        problems.append(
+            f"The ledger {state.ledger.path} lacks the last {state.forgotten} of the shots that were acknowledged. Scan"
+            " their files once more; those in the spool are kept as evidence."
+        )
     waiting = state.ledger.rows_to_replay(covers)
     problems += [
         f"{row.name} was received but its copy in the spool is gone or was changed. If the original is not in its place"

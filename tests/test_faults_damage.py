@@ -1,10 +1,11 @@
-"""A part of the campaign that damages every region of every file of a state; `tests/faults/damage.py` does all of it."""
+"""A part of the campaign that damages every region of every file of a state; `tests/faults/damage.py` does all."""
 
 from __future__ import annotations
 
 import importlib.util
 import random
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -31,9 +32,10 @@ def damage() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def ground(damage: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The state that is damaged."""
-    yield damage.Ground(tmp_path_factory.mktemp("damage"))
+def ground(damage: ModuleType) -> Iterator[Any]:
+    """The state that is damaged; in memory, where nobody waits for a disk."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        yield damage.Ground(Path(folder))
 
 
 def test_damage_is_cured_or_told(damage, ground):
@@ -55,7 +57,7 @@ def test_damage_is_cured_or_told(damage, ground):
 @pytest.mark.parametrize(
     "name",
     ["rows without seals", "generations without a digest", "generations not tied to their ledger",
-     "a log that is not looked at"],
+     "a log that nothing is expected of"],
 )  # fmt: skip
 def test_without_a_check_damage_goes_unnoticed(damage, ground, name):
     """Or the harness could not tell."""

@@ -190,7 +190,7 @@ def check_sensors(state: State) -> None:
     strange = state.ledger.strange_sensors()
     if strange:
         raise StateDamaged(
-            f"The ledger {state.ledger.path} is damaged: shots of it are of {strange[0]}, which is not among its sensors."
+            f"The ledger {state.ledger.path} is damaged: it has shots of {strange[0]}, which is not among its sensors."
         )
 
 

@@ -42,6 +42,7 @@ from hotpixd.intake.files import FoundShot, find_shots
 from hotpixd.monitor import Monitor
 from hotpixd.simulate import VirtualSensor, write_series
 from hotpixd.store import checkpoint, wal
+from hotpixd.store import state as state_module
 from hotpixd.store.ledger import Ledger
 from hotpixd.store.outbox import Alert, Outbox
 from hotpixd.store.spool import Spool
@@ -117,7 +118,7 @@ def _shoot(folder: Path, serial: str, seed: int) -> None:
 
 
 def _grown(folder: Path, pictures: Path) -> tuple[Path, Path]:
-    """Let a state grow from pictures that are gone afterwards; return it as it was at an early kill and at a later one."""
+    """Let a state grow from pictures that are gone afterwards; return it as an early kill and a later one left it."""
     away = folder / "away"
     shutil.copytree(pictures, away)
     shots = sorted(away.iterdir())
@@ -420,6 +421,12 @@ def _unnamed(ground: Ground, seen: Seen) -> str | None:
     return None
 
 
+@contextmanager
+def _both(one: Any, other: Any) -> Iterator[None]:
+    with one, other:
+        yield
+
+
 class _AnyDigest:
     """A digest that equals all others."""
 
@@ -452,8 +459,11 @@ CONTROLS: dict[str, tuple[Callable[[], Any], Callable[[Damage], bool]]] = {
         lambda: mock.patch.object(archive, "_belongs", lambda *_: None),
         lambda d: "another state" in d.what or "older copy" in d.what,
     ),
-    "a log that is not looked at": (
-        lambda: mock.patch.object(wal, "acknowledged_is_lost", lambda *_: False),
+    "a log that nothing is expected of": (
+        lambda: _both(
+            mock.patch.object(wal, "acknowledged_is_lost", lambda *_: False),
+            mock.patch.object(state_module._Mark, "read", lambda *_: 0),
+        ),
         lambda d: d.file.endswith("-wal") and "flipped" in d.what,
     ),
 }

@@ -29,7 +29,7 @@ import sqlite3
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -319,12 +319,18 @@ class Ledger:
     Derived rows wait in memory: where many come without a `receive` (a replay), call `commit` now and then.
     """
 
-    def __init__(self, path: Path, acknowledged: Callable[[int, int], None] = lambda _tag, _seq: None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        acknowledged: Callable[[int, int], None] = lambda _tag, _seq: None,
+        left: Path | None = None,
+    ) -> None:
         """Open the ledger or make a new one.
 
         Parameters
         ----------
         acknowledged : told the ledger's tag and the highest seq whenever shots have become durable
+        left : something that only the shots of a ledger can have left; then no new one is made
 
         Raises
         ------
@@ -347,12 +353,14 @@ class Ledger:
         try:
             with self._in_plain_words():
                 self._db.create_function("sealed", -1, self._seal, deterministic=True)
-                self._open()
+                self._open(left)
                 self._check_rows()
                 self._numbers: dict[str, int] = dict(self._db.execute("SELECT id, number FROM sensor"))
         except BaseException as error:
-            if isinstance(error, StateDamaged):
-                self._keep_log()
+            if isinstance(error, StateError) and not isinstance(error, StateFull):
+                # Not at any price: without room the sentence is worth more.
+                with suppress(OSError):
+                    self._keep_log()
             self._db.close()
             raise
 
@@ -375,7 +383,7 @@ class Ledger:
         if lost:
             raise StateDamaged(f"The ledger {log} is damaged: acknowledged shots behind the damage would be dropped.")
 
-    def _open(self) -> None:
+    def _open(self, left: Path | None) -> None:
         self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
@@ -384,6 +392,8 @@ class Ledger:
                 f" {SCHEMA_VERSION}. Use the newer hotpixd that wrote it."
             )
         (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if not tables and left is not None:
+            raise StateDamaged(f"The ledger {self.path} is empty, but {left} is there.")
         if tables and version <= 0:
             raise StateError(f"{self.path} is a database, but not a ledger of hotpixd.")
         if 0 < version < SCHEMA_VERSION:

@@ -97,7 +97,7 @@ class State:
             If it cannot be made, written or read.
         """
         self.root = Path(root)
-        _look_for_ledger(self.root)
+        left = _look_for_ledger(self.root)
         if not create and not (self.root / "ledger.sqlite").exists():
             raise StateMissing(f"There is no state in {self.root} yet: no shot was ever watched or scanned.")
         try:
@@ -116,7 +116,7 @@ class State:
                     self.spool = Spool(self.root / "spool")
                     self._mark = _Mark(self.root / "acknowledged")
                     try:
-                        self.ledger = Ledger(self.root / "ledger.sqlite", self._mark.write)
+                        self.ledger = Ledger(self.root / "ledger.sqlite", self._mark.write, left)
                     except BaseException:
                         self._mark.close()
                         raise
@@ -327,25 +327,30 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(other))
 
 
-def _look_for_ledger(root: Path) -> None:
-    """Raise `StateDamaged` if there is no ledger, or an empty one, beside what only a ledger's shots can have left."""
-    ledger = root / "ledger.sqlite"
-    try:
-        if ledger.is_symlink() or ledger.stat().st_size:
-            return
-        gone = "is empty"
-    except FileNotFoundError:
-        gone = "is gone"
-    except OSError as error:
-        if isinstance(error, NotADirectoryError):
-            return  # said by whoever opens it
-        raise StateError(f"The state {root} cannot be used: {error}.") from error
+def _look_for_ledger(root: Path) -> Path | None:
+    """Return something that only the shots of a ledger can have left, if there is any.
+
+    Raises
+    ------
+    StateDamaged
+        If there is no ledger beside it, or an empty one.
+    """
     try:
         left = next(root.glob("sensors/*/gen-*.hpx"), None) or next(root.glob("spool/*"), None)
     except OSError:
         left = None
-    if left is not None:
-        raise StateDamaged(f"The ledger {ledger} {gone}, but {left.relative_to(root)} is there.")
+    if left is None:
+        return None
+    ledger = root / "ledger.sqlite"
+    try:
+        gone = None if ledger.is_symlink() or ledger.stat().st_size else "is empty"
+    except FileNotFoundError:
+        gone = "is gone"
+    except OSError as error:
+        raise StateError(f"The state {root} cannot be used: {error}.") from error
+    if gone is not None:
+        raise StateDamaged(f"The ledger {ledger} {gone}, but {left} is there.")
+    return left
 
 
 def _locked(path: Path) -> int:

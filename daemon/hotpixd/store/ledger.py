@@ -377,6 +377,11 @@ class Ledger:
             if not stat.S_ISREG(found.st_mode):
                 raise StateDamaged(f"The ledger {path} is damaged: it is no file.")
         try:
+            if log.exists() and log.stat().st_size and self.path.exists():
+                with self.path.open("rb") as file:
+                    if file.read(20)[18:] != b"\2\2":
+                        # Taken at its word, SQLite would begin a new log over this one.
+                        raise StateDamaged(f"The ledger {self.path} is damaged: its header denies that it has a log.")
             lost = wal.acknowledged_is_lost(self.path, log)
         except OSError as error:
             raise StateError(f"The ledger {self.path} cannot be read: {error.strerror}.") from error

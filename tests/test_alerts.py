@@ -81,6 +81,11 @@ class Bench:
             self.ledger.close()
         self.closed = True
 
+    def outbox_sites(self) -> list[tuple[str, int]]:
+        """Topic and site of each alert of a transition, in order."""
+        rows = self.ledger.rows("SELECT topic, detail FROM alert ORDER BY id")
+        return [(topic, json.loads(detail)["site"]) for topic, detail in rows]
+
     def fold(self, *transitions: Transition, seq: int = 1) -> None:
         self.alerts.folded("cam", CAMERA, LAYOUT, report(*transitions), seq)
 
@@ -183,6 +188,8 @@ def web() -> Iterator[Web]:
 def test_a_transition_is_alerted_once_whatever_is_replayed(bench: Callable[..., Bench]):
     """Appeared and dropped are not worth an alert; a replay of the frame raises nothing."""
     one = bench()
+    one.ledger.add_sensor("cam", {})
+    one.ledger.add_transitions([TransitionRow("cam", 102, 1, "stable", {})])
     for _ in range(2):
         one.fold(stable(102), Transition(5, "appeared", "hot", 9.0, 5.0), Transition(6, "dropped", "hot", 1.0, 5.0))
     one.fold(stable(102), seq=1)
@@ -193,6 +200,20 @@ def test_a_transition_is_alerted_once_whatever_is_replayed(bench: Callable[..., 
     assert [(entry["topic"], entry["at"]) for entry in one.alerts.recent()] == [
         ("stable", "2026-11-21T09:00:00.000+00:00")
     ] * 2
+
+
+def test_what_was_told_is_not_told_again_when_shots_are_folded_anew(bench: Callable[..., Bench]):
+    """As after a loss of generations: under later rows, the same sites become stable. Recovered between, it is news."""
+    one = bench(AlertSettings())
+    one.ledger.add_sensor("cam", {})
+    one.ledger.add_transitions(TransitionRow("cam", n, 3, "stable", {}) for n in (1, 2))
+    one.fold(stable(1), stable(2), seq=3)
+    one.ledger.delete_derived_after("cam", 0)
+    one.fold(stable(1), stable(2), stable(5), seq=11)
+    assert one.outbox_sites() == [("stable", 1), ("stable", 2), ("stable", 5)]
+    one.fold(Transition(1, "recovered", "hot", 0.0, 0.1), seq=12)
+    one.fold(stable(1), seq=13)
+    assert one.outbox_sites()[3:] == [("recovered", 1), ("stable", 1)]
 
 
 def test_an_alert_is_on_the_disk_with_its_transition(tmp_path: Path):

@@ -413,8 +413,14 @@ def test_3_when_the_ledger_is_damaged(scanned, tmp_path, camera):
     for command in (["verify"], ["scan", camera.shots[0]]):
         done = run(*command, "--state", root)
         assert done.returncode == 3
-        assert str(ledger) in done.stderr
-        assert "damaged" in done.stderr
+        said = done.stdout if command == ["verify"] else done.stderr
+        assert str(ledger) in said
+        assert "damaged" in said
+        assert "hotpixd restore FILE" in said
+        assert len(said.splitlines()) == 1
+    answer = invoke("verify", "--json", "--state", root)
+    assert answer["ok"] is False
+    assert str(ledger) in answer["problems"][0]
 
 
 def test_3_and_the_page_that_is_damaged_is_found_by_verify(scanned, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from hotpixd.store import checkpoint
 from hotpixd.store.checkpoint import (
     GenerationError,
+    GenerationNewer,
     generations,
     newest,
     prune,
@@ -183,10 +185,14 @@ def test_a_generation_under_another_name_is_refused(small: Path, tmp_path: Path)
 
 
 def test_a_newer_format_is_named_as_such(small: Path, tmp_path: Path) -> None:
-    """The version is part of the magic."""
+    """The version is part of the magic. With its digest right it is newer, else a damaged one of ours."""
     path = tmp_path / small.name
-    path.write_bytes(small.read_bytes().replace(b"HPXGEN01", b"HPXGEN02"))
-    with pytest.raises(GenerationError, match="format newer"):
+    content = small.read_bytes().replace(b"HPXGEN01", b"HPXGEN02")
+    path.write_bytes(content)
+    with pytest.raises(GenerationError, match="damaged"):
+        read_generation(path)
+    path.write_bytes(content[:-32] + blake3(content[:-32]).digest())
+    with pytest.raises(GenerationNewer, match="newer hotpixd"):
         read_generation(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import tempfile
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from hotpixd.store.durable import StateError
+from hotpixd.store.durable import StateDamaged, StateError
 from hotpixd.store.ledger import Ledger, Received, ShotRow, Tally, TransitionRow
+from hotpixd.store.outbox import Alert, Outbox
 
 
 def shot(number: int, name: str = "IMG.CR3") -> Received:
@@ -451,6 +453,13 @@ TestAgainstADict.settings = settings(max_examples=40, stateful_step_count=25, de
 def as_written_by(path: Path, version: int) -> None:
     """Turn a ledger of today into what an older hotpixd would have written."""
     with closing(sqlite3.connect(path)) as db:
+        for (trigger,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+            db.execute(f"DROP TRIGGER {trigger}")
+        for table in ("shot", "sensor", "transition", "alert", "delivery"):
+            db.execute(f"ALTER TABLE {table} DROP COLUMN seal")
+        db.execute("ALTER TABLE shot DROP COLUMN attempts")
+        db.execute("DROP TABLE proof")
+        db.execute("PRAGMA application_id = 0")
         if version < 3:
             db.execute("ALTER TABLE seen DROP COLUMN shot")
         if version < 2:
@@ -468,7 +477,7 @@ def schema(path: Path) -> tuple[int, dict[str, list[tuple[object, ...]]]]:
         return db.execute("PRAGMA user_version").fetchone()[0], columns
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_a_ledger_of_an_older_version_is_brought_up_to_date(tmp_path: Path, version: int) -> None:
     """Format 1 had no names for cameras, no files seen and no alerts; its shots stay. It becomes what a new one is."""
     path, new = tmp_path / "ledger.sqlite", tmp_path / "new.sqlite"
@@ -556,3 +565,95 @@ def test_a_migration_that_died_between_two_formats_goes_on_from_there(tmp_path: 
     with closing(Ledger(path)) as ledger:
         assert ledger.seen_files() == {}
         assert ledger.find(shot(1).key) is not None
+
+
+# --- seals
+
+
+@pytest.mark.parametrize(
+    ("table", "change"),
+    [
+        ("shot", f"key = '{'f' * 64}'"),
+        ("shot", "kind_given = 'dark'"),
+        ("shot", "verdict = 'refused'"),
+        ("shot", "sensor_id = 'can'"),
+        ("shot", "seq = 17"),
+        ("sensor", "identity = '{}'"),
+        ("sensor", "number = 5"),
+        ("transition", "change = 'recovered'"),
+        ("alert", "text = 'Nothing.'"),
+        ("alert", "message = 0"),
+        ("delivery", "state = 'due'"),
+    ],
+)
+def test_a_row_that_something_else_changed_is_noticed(tmp_path: Path, table: str, change: str) -> None:
+    """Whatever it is; the sentence names the table and what to do, and the file stays as it was changed."""
+    path = tmp_path / "ledger.sqlite"
+    with closing(Ledger(path)) as ledger:
+        ledger.add_sensor("cam", {"make": "x"})
+        ledger.receive([shot(1)])
+        ledger.conclude(1, verdict="folded", sensor_id="cam")
+        ledger.add_transitions([TransitionRow("cam", 3, 1, "stable", {})])
+        outbox = Outbox(ledger)
+        outbox.add([Alert("k", "2026-11-24T00:00:00+00:00", "disk", "disk", "Full.", {})], send={"disk"})
+        outbox.record(outbox.compose(["mail"]), "mail", 1, "sent")
+    Ledger(path).close()
+    with closing(sqlite3.connect(path)) as db:
+        # As a flipped byte does, and a trigger does not.
+        for (trigger,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+            statement = db.execute("SELECT sql FROM sqlite_master WHERE name = ?", (trigger,)).fetchone()[0]
+            db.execute(f"DROP TRIGGER {trigger}")
+            db.execute("CREATE TABLE IF NOT EXISTS kept(sql)")
+            db.execute("INSERT INTO kept VALUES (?)", (statement,))
+        db.execute(f"UPDATE {table} SET {change}")
+        for (statement,) in db.execute("SELECT sql FROM kept").fetchall():
+            db.execute(statement)
+        db.execute("DROP TABLE kept")
+        db.commit()
+    content = path.read_bytes()
+    with pytest.raises(StateDamaged, match=f"of the table {table}, 1 row was changed.*hotpixd restore FILE"):
+        Ledger(path)
+    assert path.read_bytes() == content
+
+
+def test_attempts_are_not_sealed(tmp_path: Path) -> None:
+    """They say nothing about a shot that a replay would have to believe."""
+    path = tmp_path / "ledger.sqlite"
+    with closing(Ledger(path)) as ledger:
+        ledger.receive([shot(1)])
+        ledger.later("UPDATE shot SET attempts = attempts + 1 WHERE seq = ?", [(1,)])
+    with closing(Ledger(path)) as ledger:
+        assert ledger.rows("SELECT attempts FROM shot") == [(1,)]
+
+
+def test_tables_that_something_else_changed_are_noticed(tmp_path: Path) -> None:
+    """A check that was dropped from the schema would let anything in."""
+    path = tmp_path / "ledger.sqlite"
+    Ledger(path).close()
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("DROP INDEX alert_by_subject")
+    with pytest.raises(StateDamaged, match="tables are not as they were made"):
+        Ledger(path)
+
+
+def test_a_log_that_lost_its_middle_is_refused_and_kept(tmp_path: Path) -> None:
+    """SQLite would drop what is behind it without a word, and then the log. A torn end is no damage."""
+    (tmp_path / "a").mkdir()
+    with closing(Ledger(tmp_path / "a" / "ledger.sqlite")) as ledger:
+        for number in range(1, 9):
+            ledger.receive([shot(number)])
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        shutil.copytree(tmp_path / "a", tmp_path / "c")
+    log = tmp_path / "b" / "ledger.sqlite-wal"
+    content = bytearray(log.read_bytes())
+    content[len(content) // 2] ^= 1
+    log.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(StateDamaged, match="acknowledged shots behind the damage"):
+            Ledger(log.with_name("ledger.sqlite"))
+        assert log.read_bytes() == content
+    log = tmp_path / "c" / "ledger.sqlite-wal"
+    log.write_bytes(log.read_bytes()[:-100])
+    with closing(Ledger(log.with_name("ledger.sqlite"))) as ledger:
+        assert ledger.find(shot(7).key) is not None
+        assert ledger.find(shot(8).key) is None

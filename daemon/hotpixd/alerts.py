@@ -333,6 +333,8 @@ class Alerts:
         strengths = self._strengths_when_stable(sensor) if any(t.change == "recovered" for t in told) else {}
         alerts = []
         for t in told:
+            if self._was_told(t, sensor):
+                continue
             strength = t.excess_sigma if t.change == "stable" else strengths.get(t.site, math.inf)
             if t.kind not in _EXCESS_KINDS or not abs(strength) < self.settings.min_excess_sigma:
                 alerts.append(self._of_transition(t, sensor, description, layout, seq))
@@ -405,6 +407,18 @@ class Alerts:
         verb = "is a stable defect" if t.change == "stable" else "has recovered"
         text = f"{description}: {_defect(detail)} {verb}."
         return self._alert(t.change, f"{sensor}:{t.site}", f"{t.change}:{sensor}:{t.site}:{seq}", text, detail)
+
+    def _was_told(self, t: Transition, sensor: str) -> bool:
+        """Tell whether this was told of a transition that was undone since: shots were lost, and are folded anew."""
+        try:
+            last = self._outbox.last(f"{sensor}:{t.site}")
+            if last is None or last.topic != t.change:
+                return False
+            query = "SELECT 1 FROM transition WHERE sensor = (SELECT number FROM sensor WHERE id = ?)"
+            where = (sensor, last.detail["seq"], t.site, t.change)
+            return not self._ledger.rows(f"{query} AND seq = ? AND site = ? AND change = ?", where)
+        except StateFull:
+            return False
 
     def _strengths_when_stable(self, sensor: str) -> dict[int, float]:
         """Excess by site when it last became stable, sigma: a recovered site has none any more.

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from hotpixd.core.accumulator import EachSlab
 from hotpixd.core.frame import SampleKind, SensorIdentity, SensorLayout
 from hotpixd.core.sensor import DetectionSettings, Sensor
 from hotpixd.store import checkpoint
-from hotpixd.store.durable import StateError
+from hotpixd.store.durable import StateDamaged, StateError
+from hotpixd.store.ledger import ShotRow, link_of_chain
 from hotpixd.store.state import State
 
 
@@ -35,8 +37,16 @@ class Kept:
     last_seq: int
     """Ledger row folded last."""
 
+    chain: Any
+    """Running BLAKE3 of the shots folded into it: see `Ledger.chain`."""
+
     damage: tuple[str, ...] = ()
     """Sentences about generations that could not be used."""
+
+    def fold_in(self, row: ShotRow) -> None:
+        """Note that a shot was folded into it."""
+        self.last_seq = row.seq
+        self.chain.update(link_of_chain(row.seq, row.key))
 
     @property
     def pending(self) -> bool:
@@ -81,21 +91,18 @@ def load(
 ) -> Kept:
     """Load a sensor from its newest generation that is whole; a new one if there is none."""
     sensor = Sensor(identity, settings, each_slab=each_slab, slabs=slabs)
-    folder = state.sensor_folder(id_)
-    generation, skipped = checkpoint.newest(folder)
-    damage = tuple(str(error) for error in skipped)
-    if generation is None:
-        return Kept(id_, sensor, 0, 0, None, 0, damage)
-    try:
-        sensor.restore(generation.header["sensor"], generation.arrays)
-    except (KeyError, TypeError, ValueError) as error:
-        # Its digest is right, so it was written so.
-        raise StateError(
-            f"Generation {generation.number} in {folder} is of another version of hotpixd: {error}. Use that version,"
-            " or scan the shots into a new state."
-        ) from error
-    covers = int(generation.header["covers"])
-    return Kept(id_, sensor, generation.number, covers, _older_cover(state, id_, generation.number), covers, damage)
+    standing = look(state, id_)
+    damage = tuple(sentence for _, sentence in standing.unusable)
+    for path in standing.usable[:1]:
+        generation = checkpoint.read_generation(path)
+        try:
+            sensor.restore(generation.header["sensor"], generation.arrays)
+        except (KeyError, TypeError, ValueError) as error:
+            raise _another_version(path, error) from error
+        covers = standing.covers[0]
+        older = standing.covers[1] if len(standing.covers) > 1 else None
+        return Kept(id_, sensor, generation.number, covers, older, covers, state.ledger.chain(id_, covers), damage)
+    return Kept(id_, sensor, 0, 0, None, 0, state.ledger.chain(id_, 0), damage)
 
 
 def save(state: State, kept: Kept) -> int:
@@ -104,20 +111,77 @@ def save(state: State, kept: Kept) -> int:
         return 0
     header, arrays = kept.sensor.save()
     kept.number += 1
-    written = state.checkpoint(kept.id, kept.number, {"sensor": header, "covers": kept.last_seq}, arrays)
-    kept.covered_by_older = kept.covers or None
+    full = {"sensor": header, "covers": kept.last_seq, "chain": kept.chain.hexdigest()}
+    written = state.checkpoint(kept.id, kept.number, full, arrays)
+    # Not simply what was covered before: that file may have been damaged since, and was not counted then.
+    older = checkpoint.generations(written.parent)[1:2]
+    kept.covered_by_older = int(checkpoint.header_of(older[0])["covers"]) if older else None
     kept.covers = kept.last_seq
     return written.stat().st_size
 
 
-def covers_of(state: State, id_: str) -> int:
-    """Return up to which ledger row the newest whole generation contains a sensor's shots, without loading it."""
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What the disk holds of a sensor."""
+
+    usable: tuple[Path, ...] = ()
+    """Generations that are whole and of this ledger, newest first; looked for until there are two."""
+
+    covers: tuple[int, ...] = ()
+    """Ledger row up to which each of them contains the sensor's shots."""
+
+    unusable: tuple[tuple[Path, str], ...] = ()
+    """Others that were met on the way, and why each cannot be used, in a sentence."""
+
+
+def look(state: State, id_: str, enough: int = 2) -> Standing:
+    """Look at the generations of a sensor, newest first, until there are enough that can be used."""
+    usable: list[Path] = []
+    covers: list[int] = []
+    unusable: list[tuple[Path, str]] = []
     for path in checkpoint.generations(state.sensor_folder(id_)):
+        if len(usable) == enough:
+            break
         try:
-            return int(checkpoint.verify(path)["covers"])
-        except checkpoint.GenerationError:
+            header = checkpoint.verify(path)
+            _belongs(state, id_, path, header)
+        except checkpoint.GenerationError as error:
+            unusable.append((path, str(error)))
             continue
-    return 0
+        usable.append(path)
+        covers.append(int(header["covers"]))
+    return Standing(tuple(usable), tuple(covers), tuple(unusable))
+
+
+def _belongs(state: State, id_: str, path: Path, header: Mapping[str, Any]) -> None:
+    """Raise `GenerationError` if a generation holds other shots than the ledger says that it does."""
+    try:
+        covers, frames = int(header["covers"]), int(header["sensor"]["frames"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _another_version(path, error) from error
+    if "chain" in header:
+        belongs = header["chain"] == state.ledger.chain(id_, covers).hexdigest()
+    else:
+        # Written before format 4 of the ledger.
+        belongs = len(state.ledger.frame_keys(id_, covers)) == frames
+    if not belongs:
+        raise checkpoint.GenerationError(
+            f"Generation {path} holds other frames ({frames} of them) than the ledger says: they are not of the same"
+            " time, or not of one state."
+        )
+
+
+def _another_version(path: Path, error: Exception) -> StateError:
+    # Its digest is right, so it was written so: it must not be passed over as damaged.
+    return StateError(
+        f"Generation {path} is of another version of hotpixd: {error}. Use that version, or make the state anew from"
+        " the pictures: hotpixd rebuild FOLDER..."
+    )
+
+
+def covers_of(state: State, id_: str) -> int:
+    """Return up to which ledger row the newest usable generation contains a sensor's shots, without loading it."""
+    return next(iter(look(state, id_, 1).covers), 0)
 
 
 def covers(state: State) -> dict[str, int]:
@@ -125,13 +189,43 @@ def covers(state: State) -> dict[str, int]:
     return {id_: covers_of(state, id_) for id_ in state.ledger.sensors()}
 
 
-def _older_cover(state: State, id_: str, number: int) -> int | None:
-    for path in checkpoint.generations(state.sensor_folder(id_)):
-        if path.name >= f"gen-{number:08d}":
-            continue
-        try:
-            header = checkpoint.verify(path)
-        except checkpoint.GenerationError:
-            continue
-        return int(header["covers"])
-    return None
+def check_sensors(state: State) -> None:
+    """Raise `StateDamaged` if shots are of a sensor that the ledger does not know."""
+    strange = state.ledger.strange_sensors()
+    if strange:
+        raise StateDamaged(
+            f"The ledger {state.ledger.path} is damaged: it has shots of {strange[0]}, which is not among its sensors."
+        )
+
+
+def set_aside_unusable(state: State) -> Iterator[str]:
+    """Put what this ledger knows nothing of where nothing uses or removes it, and yield sentences about it.
+
+    Raises
+    ------
+    StateDamaged
+        If the ledger knows too little of itself to go on.
+    """
+    check_sensors(state)
+    strange = False
+    for id_ in state.ledger.sensors():
+        for path, sentence in look(state, id_).unusable:
+            kept = state.set_aside(path)
+            strange = True
+            yield f"{sentence} It is kept as {kept}; its frames are folded again as far as they are there."
+    if state.forgotten:
+        strange = True
+        yield (
+            f"The ledger {state.ledger.path} lacks the last {state.forgotten} of the shots that were acknowledged: its"
+            " end was lost. Those whose files are still where they came from are taken again."
+        )
+    # Otherwise they are shots whose acknowledgement a crash kept from coming, and their sources offer them again.
+    orphans = state.orphans() if strange else []
+    for key in orphans:
+        state.set_aside(state.spool.path(key))
+    if orphans:
+        yield (
+            f"{len(orphans)} {'shot' if len(orphans) == 1 else 'shots'} in the spool of which the ledger knows nothing"
+            f" {'is' if len(orphans) == 1 else 'are'} kept in {state.root / 'damaged'}; if they are not taken again,"
+            " scan them there."
+        )

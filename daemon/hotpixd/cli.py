@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 DONE, SHOTS_REFUSED, WRONG_USE, STATE_UNUSABLE = 0, 1, 2, 3
 """Exit codes."""
 
+_Ask = Callable[..., dict[str, Any]]
+
 app = typer.Typer(
     name="hotpixd",
     no_args_is_help=True,
@@ -447,12 +449,71 @@ def least_variance(
 
 @app.command()
 def verify(state: StateOption = None, as_json: JsonOption = False) -> None:
-    """Check every digest of the state."""
-    from hotpixd.views import tables
+    """Say in one line whether all that was written can be believed, and if not, what to do."""
+    from hotpixd.store.state import StateDamaged
+    from hotpixd.views import answers, tables
 
-    answer = _asked(state, "verify")
+    try:
+        answer = _asked(state, "verify")
+    except StateDamaged as error:
+        answer = answers.damaged(error)
     _print_json(answer) if as_json else tables.print_verify(answer)
     raise typer.Exit(DONE if answer["ok"] else STATE_UNUSABLE)
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The backup to make.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a file of that name.")] = False,
+    state: StateOption = None,
+) -> None:
+    """Write all that was learnt into one file, while the daemon runs."""
+    from hotpixd.backup import Backups, save
+
+    def own(opened: State) -> _Ask:
+        return Backups(opened, live=False).answer
+
+    file = file.expanduser().absolute()
+    with _asking(state, own) as ask:
+        size = save(ask, file, force=force)
+    print(f"{file} holds {size / 1e6:.1f} MB; every digest in it was checked.")
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A backup.")],
+    force: Annotated[bool, typer.Option("--force", help="Move a state with shots aside.")] = False,
+    state: StateOption = None,
+) -> None:
+    """Make the state that a backup holds; one that is there is kept beside it."""
+    from hotpixd.backup import restore as restored
+
+    for sentence in restored(_state_dir(state), file.expanduser(), force=force):
+        print(sentence)
+
+
+@app.command()
+def rebuild(
+    folders: Annotated[list[str], typer.Argument(metavar="FOLDER...", help="The pictures: as for scan.")],
+    kind: Annotated[
+        KindOption, typer.Option(help="What the shots are; auto: the file's header or samples say.")
+    ] = KindOption.AUTO,
+    state: StateOption = None,
+) -> None:
+    """Make the state anew from pictures, when its ledger is lost; the old one is kept beside it.
+
+    Interrupted, the old state stays in place, and the same command goes on where it was.
+    """
+    from hotpixd.backup import rebuild as rebuilt
+    from hotpixd.scanning import run_scan
+
+    with _interruptible() as stop:
+
+        def fold(made: State) -> int | None:
+            code = run_scan(made, folders, None if kind is KindOption.AUTO else kind.value, stop)
+            return None if stop.asked else code
+
+        raise typer.Exit(rebuilt(_state_dir(state), fold))
 
 
 @app.command()
@@ -519,28 +580,44 @@ def _state_dir(state: Path | None) -> Path:
 
 def _asked(state: Path | None, question: str, **arguments: Any) -> dict[str, Any]:
     """Answer from the state, or have the daemon answer that has it open."""
-    from hotpixd.store.state import State, StateError, StateLocked
+
+    def own(opened: State) -> _Ask:
+        # Not before it is needed: it takes a second, and who only asks may have no place for compiled kernels.
+        from hotpixd.views import answers
+
+        return lambda question, **arguments: answers.answer(opened, question, arguments)
+
+    with _asking(state, own) as ask:
+        return ask(question, **arguments)
+
+
+@contextlib.contextmanager
+def _asking(state: Path | None, own: Callable[[State], _Ask]) -> Iterator[_Ask]:
+    """Yield what answers questions: `own` makes it of the state, or else the daemon does that has it open."""
+    from hotpixd.store.state import State, StateDamaged, StateError, StateLocked
 
     try:
-        with State(_state_dir(state), create=False) as opened:
-            # Not before it is needed: it takes a second, and who only asks may have no place for compiled kernels.
-            from hotpixd.views import answers
-
-            return answers.answer(opened, question, arguments)
+        opened = State(_state_dir(state), create=False)
     except StateLocked as locked:
         if locked.feed is None:
             raise
         socket = locked.feed
+    except StateDamaged:
+        raise
     except StateError:
         # Another user's: a service may have it open and answer those it lets in.
         found = _others_socket(state)
         if found is None:
             raise
         socket = found
+    else:
+        with opened:
+            yield own(opened)
+        return
     from hotpixd.feed import FeedClient
 
     with contextlib.closing(FeedClient(socket)) as client:
-        return client.ask(question, **arguments)
+        yield client.ask
 
 
 def _socket(state: Path | None) -> Path:

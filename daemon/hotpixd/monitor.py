@@ -29,9 +29,9 @@ from hotpixd.core.sensor import DetectionSettings, FoldReport, Transition
 from hotpixd.intake.decode import DecodeError, keep_large_buffers
 from hotpixd.intake.decoders import Decoders, memory_bytes
 from hotpixd.intake.files import FoundShot
-from hotpixd.store.ledger import Received, ShotRow, TransitionRow
+from hotpixd.store.ledger import LOST, Received, ShotRow, TransitionRow
 from hotpixd.store.spool import Held, Spool, SpoolError
-from hotpixd.store.state import State
+from hotpixd.store.state import State, StateFull
 
 HASHING = "hash"
 """Prefix of the names of threads that read shots: the only ones that may never end."""
@@ -47,6 +47,9 @@ _DECODE_AHEAD = 3
 
 _RECEIVE_TOGETHER = 4
 """Shots acknowledged with one commit, when that many are hashed already."""
+
+_LOST_NAMED = 20
+"""Shots that a sentence about those lost names."""
 
 _BYTES_PER_SAMPLE = 20
 """What the statistic of a sensor and a frame on its way through take, about, per sample."""
@@ -198,6 +201,7 @@ class Monitor:
         self._since_checkpoint = 0
         self._depths = {id_: about.get("depth") for id_, about in self._ledger.sensors().items()}
         self._memory = memory_bytes()
+        self._lost: list[str] = []
         self.warnings: list[str] = []
         """Sentences about damage found and worked around."""
 
@@ -226,6 +230,7 @@ class Monitor:
         it again when there is room: it goes on where it was.
         """
         if self._to_replay is None:
+            self.warnings.extend(archive.set_aside_unusable(self._state))
             covers = archive.covers(self._state)
             rows = self._ledger.rows_to_replay(covers)
             for id_ in {row.sensor_id for row in rows if row.sensor_id in covers}:
@@ -239,6 +244,14 @@ class Monitor:
             self._waiting.append(self._decode(row, FoundShot(Path(row.path)), replayed=True))
         while self._waiting:
             yield from self._next_concluded()
+        if self._lost:
+            named = ", ".join(self._lost[:_LOST_NAMED])
+            more = f" and {len(self._lost) - _LOST_NAMED} more" if len(self._lost) > _LOST_NAMED else ""
+            self.warnings.append(
+                f"Shots that were folded or received cannot be folded again, as neither their copies in the spool nor"
+                f" the originals are there as they were: {named}{more}. If you have their files, scan them: they are"
+                " then folded anew."
+            )
 
     def process(self, shots: Iterable[FoundShot], stop: Callable[[], bool] = lambda: False) -> Iterator[Outcome]:
         """Take shots in and fold them, yielding what became of each.
@@ -432,7 +445,10 @@ class Monitor:
                     yield from self._acknowledged(taken)
                     taken = {}
                     row = self._ledger.find(key)
-                if row is not None:
+                if row is not None and row.is_lost:
+                    # As if it had never come: a later row, since its frame is folded after all the others.
+                    self._ledger.forget(key)
+                elif row is not None:
                     self._let_go(future)
                     yield self._known(shot, row)
                     continue
@@ -524,16 +540,20 @@ class Monitor:
 
     def _decode_again(self, row: ShotRow, kind: ShotKind | None) -> Frame:
         spool = self._state.spool
+        kept, original = spool.path(row.key), Path(row.path)
         if spool.verify(row.key):
-            return self.decoders.decode(spool.path(row.key), kind)
-        original = Path(row.path)
-        with contextlib.suppress(SpoolError):
-            if Spool.hash_file(original) == row.key:
-                return self.decoders.decode(original, kind)
-        raise DecodeError(
-            "it was received, but its copy in the spool is gone or was changed, and so is the original: it cannot"
-            " be folded again"
-        )
+            return self.decoders.decode(kept, kind)
+        with contextlib.suppress(StateFull, FileNotFoundError):
+            self._state.set_aside(kept)
+        try:
+            if Spool.hash_file(original) != row.key:
+                raise DecodeError(LOST)
+            return self.decoders.decode(spool.take(original, row.key), kind)
+        except SpoolError:
+            raise DecodeError(LOST) from None
+        except StateFull:
+            # No room for another copy; the next replay may not find it any more.
+            return self.decoders.decode(original, kind)
 
     def _next_concluded(self) -> Iterator[Outcome]:
         outcome = self._conclude(self._waiting[0])
@@ -551,14 +571,18 @@ class Monitor:
             frame = self._placed(row, shot.frame.result())
         except DecodeError as error:
             self._ledger.conclude(row.seq, verdict="refused", reason=str(error))
+            if str(error) == LOST:
+                self._lost.append(row.name)
+                self._ledger.forget_seen_shot(row.key)
             return Outcome(
                 found.path, Fate.REFUSED, str(error), replayed=shot.replayed, size=row.size, origin=found.origin
             )
         kept = self._sensor_of(frame)
         report = kept.sensor.fold(frame, row.seq)
-        kept.last_seq = row.seq
+        kept.fold_in(row)
         digest = report.fingerprint
-        if row.samples_digest not in (None, digest):
+        # It depends on the frames before it, too: on their defects.
+        if row.samples_digest not in (None, digest) and not self._lost:
             self.warnings.append(
                 f"{row.name} decodes to other samples than when it was first folded; a decoder was changed in between"
             )

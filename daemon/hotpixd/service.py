@@ -18,6 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
@@ -27,6 +28,8 @@ from typing import Any, TypeVar
 
 from hotpixd import __version__
 from hotpixd.alerts import Alerts, Watchman
+from hotpixd.backup import QUESTIONS as BACKUP_QUESTIONS
+from hotpixd.backup import Backups
 from hotpixd.config import Config, ConfigError, needs_restart
 from hotpixd.core.sensor import warm_up
 from hotpixd.feed import FeedServer, Question, default_socket
@@ -237,8 +240,12 @@ class _Service:
             stack.callback(self._alerts.close)
             if self._stand_in is None:
                 self._watchman = Watchman(self._alerts)
+            self._backups = Backups(state, live=True)
+            # One thread: of one backup after the other.
+            self._packing = ThreadPoolExecutor(1, "backup")
+            stack.callback(self._backups.end)
+            stack.callback(self._packing.shutdown, wait=True, cancel_futures=True)
             self._monitor = stack.enter_context(self._make_monitor(state))
-            self._seen = self._ledger.seen_files()
             live = self._despite_full_disk(lambda: Live(state, self._monitor, self._listen(stack).publish))
             if live is None:
                 return 0
@@ -251,6 +258,8 @@ class _Service:
                 self._despite_full_disk(warm_up)
             self._orders.nothing_held = False
             self._replay()
+            # Not before: a shot that a replay finds lost is wanted again.
+            self._seen = self._ledger.seen_files()
             live.recount()
             if not self._orders.stop:
                 stack.callback(self._stop_sources)
@@ -514,6 +523,7 @@ class _Service:
             self._watchman.disk(self._disk_free)
             if self._degraded is None:
                 self._recover(surely=False)
+            self._packing.submit(self._backups.end_if_idle)
         queued = sum(state.waiting for state in states) or self._monitor.in_flight
         if self._watching:
             self._activity = self._degraded or _activity(states, queued, self._live)
@@ -775,6 +785,9 @@ class _Service:
             # There are no cameras yet, but there will be.
             self._early.append(question)
             return
+        if question.name in BACKUP_QUESTIONS:
+            self._answer_backup(question)
+            return
         if question.name in ("set", "list-cards"):
             # A camera may take its time; the loop has none.
             asked = threading.Thread(target=_ask_cameras, args=(question, self._tethers()), name="ask", daemon=True)
@@ -788,6 +801,31 @@ class _Service:
         except (ArithmeticError, KeyError, TypeError, ValueError) as error:
             # Whatever a client may have sent.
             question.refuse(f"{question.name!r} with these arguments is no question to this daemon: {error}")
+
+    def _answer_backup(self, question: Question) -> None:
+        """Take the snapshot here, and have the rest done elsewhere: that reads the whole state."""
+        taken: Path | None = None
+        if question.name == "backup":
+            try:
+                with self._patience("taking a snapshot"):
+                    self._monitor.checkpoint()
+                    taken = self._backups.begin()
+            except StateError as error:
+                question.refuse(str(error))
+                return
+
+        def pack() -> None:
+            try:
+                if taken is not None:
+                    question.answer(self._backups.prepare(taken))
+                else:
+                    question.answer(self._backups.answer(question.name, **question.arguments))
+            except (StateError, OSError) as error:
+                question.refuse(str(error))
+            except (KeyError, TypeError, ValueError) as error:
+                question.refuse(f"{question.name!r} with these arguments is no question to this daemon: {error}")
+
+        self._packing.submit(pack)
 
     def _answer_to(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         if name == "cameras":

@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import struct
 import threading
 from collections import deque
@@ -75,6 +76,10 @@ _of_thread = threading.local()
 
 class GenerationError(StateError):
     """A generation is damaged or cannot be read. The message names the file and what is wrong."""
+
+
+class GenerationNewer(StateError):  # noqa: N818 - a condition, not a fault
+    """A generation is whole, and of a format that this hotpixd does not know. It must not be passed over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +160,8 @@ def read_generation(path: Path) -> Generation:
     ------
     GenerationError
         If anything about it is wrong.
+    GenerationNewer
+        If a newer hotpixd wrote it.
     """
     with _opened(path) as (file, end):
         number, header, described = _header(path, file, end)
@@ -182,6 +189,22 @@ def verify(path: Path) -> dict[str, Any]:
         return _header(path, file, end)[1]
 
 
+def header_of(path: Path) -> dict[str, Any]:
+    """Return the caller's header of a generation that was just verified.
+
+    Raises
+    ------
+    GenerationError
+        If it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(len(_MAGIC))
+            return _header(path, file, os.fstat(file.fileno()).st_size - _DIGEST_BYTES)[1]
+    except (OSError, ValueError, TypeError, KeyError, struct.error) as error:
+        raise GenerationError(f"Generation {path} cannot be read: {error}.") from error
+
+
 def generations(folder: Path) -> list[Path]:
     """Return the paths of all generations, newest first, whether whole or not."""
     if not folder.is_dir():
@@ -203,12 +226,32 @@ def newest(folder: Path) -> tuple[Generation | None, list[GenerationError]]:
     return None, skipped
 
 
-def prune(folder: Path, keep: int = 2) -> None:
-    """Remove all but the newest `keep` generations, and what an unfinished write left behind."""
+def prune(folder: Path, keep: int = 2) -> list[Path]:
+    """Remove all but the newest `keep` whole generations, and what an unfinished write left behind.
+
+    The newest was just written; the others are read before anything is removed on their account.
+
+    Returns
+    -------
+    Damaged ones among those that were looked at, which stay where they are.
+    """
     failpoint("before_prune")
-    for path in [*folder.glob("*.tmp"), *generations(folder)[keep:]]:
+    whole = 0
+    damaged: list[Path] = []
+    for path in generations(folder):
+        if whole == keep:
+            path.unlink()
+            continue
+        try:
+            if whole:
+                verify(path)
+            whole += 1
+        except GenerationError:
+            damaged.append(path)
+    for path in folder.glob("*.tmp"):
         path.unlink()
     failpoint("after_prune")
+    return damaged
 
 
 # --- chunks
@@ -283,14 +326,16 @@ def _in_order(work: Callable[[_A], _B], jobs: Iterator[_A]) -> Generator[_B, Non
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """Open a generation and prove it; gives the file behind its magic, and where its digest starts."""
     try:
-        with path.open("rb") as file:
-            end = os.fstat(file.fileno()).st_size - _DIGEST_BYTES
+        # O_NONBLOCK: whatever has taken its place, opening it must not wait.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123 - of a descriptor
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise GenerationError(f"Generation {path} is no file.")
+            end = found.st_size - _DIGEST_BYTES
             if end < len(_MAGIC) + _HEADER_LENGTH.size:
                 raise GenerationError(f"Generation {path} is cut short.")
             magic = file.read(len(_MAGIC))
-            if magic[:6] == _MAGIC[:6] and magic != _MAGIC:
-                raise GenerationError(f"Generation {path} is damaged, or of a format newer than this hotpixd.")
-            if magic != _MAGIC:
+            if magic[:6] != _MAGIC[:6]:
                 raise GenerationError(f"{path} is not a generation of hotpixd.")
             digest = blake3(magic)
             left = end - len(magic)
@@ -302,6 +347,8 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
                 left -= len(block)
             if file.read(_DIGEST_BYTES) != digest.digest():
                 raise GenerationError(f"Generation {path} is damaged: its digest does not match its content.")
+            if magic != _MAGIC:
+                raise GenerationNewer(f"Generation {path} was written by a newer hotpixd. Use that version.")
             file.seek(len(_MAGIC))
             yield file, end
     except OSError as error:

@@ -14,6 +14,7 @@ import signal
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -22,6 +23,21 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 class StateError(Exception):
     """The state directory cannot be used. The message is a sentence for people."""
+
+
+class StateDamaged(StateError):  # noqa: N818 - a condition, not a fault
+    """The ledger can no longer be believed. It is left as it is; the message says what is wrong and what to do.
+
+    Not begun anew by itself: shots were acknowledged that may be nowhere else.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} Nothing of it is used or changed. If you have a backup: hotpixd restore FILE; else, from the"
+            " pictures: hotpixd rebuild FOLDER... Both keep the old state beside the new one."
+        )
+        self.what = what
+        """The same without what cures it."""
 
 
 class StateFull(StateError):  # noqa: N818 - a condition, not a fault
@@ -164,3 +180,17 @@ def make_folder(folder: Path) -> None:
             fsync_folder(folder.parent)
         return
     fsync_folder(folder.parent)
+
+
+def set_aside(path: Path, folder: Path) -> Path:
+    """Move a damaged file (or whatever is in its place) into a folder for evidence, durably; return where it is now."""
+    make_folder(folder)
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    for number in range(1, 1000):
+        kept = folder / f"{path.name}-{stamp}{'' if number == 1 else f'-{number}'}"
+        if not os.path.lexists(kept):
+            break
+    path.rename(kept)
+    fsync_folder(folder)
+    fsync_folder(path.parent)
+    return kept

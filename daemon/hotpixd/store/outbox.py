@@ -149,6 +149,14 @@ class Outbox:
             FROM delivery WHERE state = 'due' ORDER BY message, channel"""
         return [Delivery(*row) for row in self._ledger.rows(query)]
 
+    def give_up(self) -> int:
+        """Give up all that waits to be sent, and return how many alerts those are."""
+        waiting = "message IS NULL OR message IN (SELECT message FROM delivery WHERE state = 'due')"
+        ((count,),) = self._ledger.rows(f"SELECT count(*) FROM alert WHERE {waiting}")
+        self._ledger.later("UPDATE alert SET message = ? WHERE message IS NULL", [(0,)])
+        self._ledger.later("UPDATE delivery SET state = ? WHERE state = 'due'", [("given up",)])
+        return int(count)
+
     def record(self, message: int, channel: str, tries: int, state: DeliveryState) -> None:
         """Write down what came of trying to deliver a message."""
         statement = "UPDATE delivery SET tries = ?, state = ? WHERE message = ? AND channel = ?"

@@ -100,7 +100,8 @@ class Spool:
         make_folder(folder)
         self.folder = folder
         for leftover in folder.glob("*.tmp"):
-            leftover.unlink()
+            with suppress(IsADirectoryError):
+                leftover.unlink()
         self._device = folder.stat().st_dev
         self._copies = itertools.count()
         self._found = set(self.keys())
@@ -218,10 +219,12 @@ class Spool:
     def verify(self, key: str) -> bool:
         """Tell whether the shot is there with the content of its name.
 
-        A linked original may have been edited in place since.
+        A linked original may have been edited in place since. What cannot be read, or is no file, is not there.
         """
-        path = self.path(key)
-        return path.exists() and self.hash_file(path) == key
+        try:
+            return self.hash_file(self.path(key)) == key
+        except SpoolError:
+            return False
 
     def keys(self) -> Iterator[str]:
         """Go through the keys of all shots in custody, in no order."""
@@ -236,20 +239,24 @@ class Spool:
     def drop(self, keys: Iterable[str]) -> None:
         """Give up custody. Not fsynced: what comes back after a power cut is dropped once more."""
         for key in keys:
-            self.path(key).unlink(missing_ok=True)
+            # A folder in its place is none of ours.
+            with suppress(IsADirectoryError):
+                self.path(key).unlink(missing_ok=True)
             self._found.discard(key)
             failpoint("after_spool_drop")
 
     def _place(self, held: Held, placed: Callable[[], object]) -> Path:
         final = self.path(held.key)
         self._found.discard(held.key)
-        if final.exists():
-            if (held.fd is not None and os.path.samestat(os.fstat(held.fd), final.stat())) or self.verify(held.key):
+        if os.path.lexists(final):
+            if self._is(held.fd, final) or self.verify(held.key):
                 placed()
                 # Whoever put it here may have died before its own fsync.
                 fsync_file(final)
                 return final
             # Torn by a power cut before its row was written, or edited through another link.
+            if final.is_dir():
+                raise SpoolError(f"{final} is in the way of a shot: it is a folder. Move it away.")
             final.unlink()
         with full_disk_as_state_full(f"to keep {held.path!r} in {self.folder}"):
             if held.fd is not None and _link(held.fd, final):
@@ -268,6 +275,13 @@ class Spool:
             held.copy = None
             placed()
         return final
+
+    @staticmethod
+    def _is(fd: int | None, path: Path) -> bool:
+        try:
+            return fd is not None and os.path.samestat(os.fstat(fd), path.stat())
+        except OSError:  # a link to nothing
+            return False
 
     def _copy(self, source: int, path: Path | str, use: Callable[[memoryview], object]) -> Path:
         """Copy an open file to a temporary one, handing each block to `use` as well."""

@@ -4,20 +4,27 @@
 
     lock                        who has the state open
     ledger.sqlite               one durable row per shot
+    acknowledged                the highest row that was ever durable: a ledger that lacks it has lost some
     spool/<key>                 shots not yet covered by the older of the two generations kept
     sensors/<id>/gen-<n>.hpx    the statistic of a sensor
     incoming/<port>/            files of cameras, until they are in the ledger
+    damaged/                    evidence: what was found damaged and is no longer used. Nothing here removes it
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import os
 import re
 import shlex
+import shutil
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,11 +32,19 @@ from typing import Any, Self
 from numpy.typing import NDArray
 
 from hotpixd.store import checkpoint
-from hotpixd.store.durable import StateError, StateFull, full_disk_as_state_full, make_folder
+from hotpixd.store.durable import (
+    StateDamaged,
+    StateError,
+    StateFull,
+    fsync_folder,
+    full_disk_as_state_full,
+    make_folder,
+    set_aside,
+)
 from hotpixd.store.ledger import Ledger
 from hotpixd.store.spool import Spool
 
-__all__ = ["State", "StateError", "StateFull", "StateLocked", "StateMissing", "default_state_dir"]
+__all__ = ["State", "StateDamaged", "StateError", "StateFull", "StateLocked", "StateMissing", "default_state_dir"]
 
 _SENSOR_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
 
@@ -60,10 +75,15 @@ def default_state_dir() -> Path:
 class State:
     """An open state directory. One process at a time has it open, for writing or for reading."""
 
-    def __init__(self, root: Path | str, create: bool = True) -> None:
+    def __init__(self, root: Path | str, create: bool = True, *, locked: bool = False) -> None:
         """Lock and open the state, making what is missing of it.
 
         The lock is inherited by forks that do not exec: start worker processes by spawning.
+
+        Parameters
+        ----------
+        create : whether a state is made if there is none
+        locked : whether the caller has the lock: see `held`
 
         Raises
         ------
@@ -71,24 +91,37 @@ class State:
             If another process has it open; the message names it.
         StateMissing
             If there is none and `create` is false.
+        StateDamaged
+            If its ledger cannot be believed, or is gone.
         StateError
             If it cannot be made, written or read.
         """
         self.root = Path(root)
+        left = _look_for_ledger(self.root)
         if not create and not (self.root / "ledger.sqlite").exists():
             raise StateMissing(f"There is no state in {self.root} yet: no shot was ever watched or scanned.")
         try:
             with full_disk_as_state_full(f"for the state in {self.root}"):
                 self.root.parent.mkdir(parents=True, exist_ok=True)
                 make_folder(self.root)
-                self._lock = _locked(self.root / "lock")
+                self._lock = os.open(os.devnull, os.O_RDONLY) if locked else _locked(self.root / "lock")
                 try:
                     make_folder(self.root / "sensors")
                     make_folder(self.root / "incoming")
                     for unfinished in self.root.glob("sensors/*/*.tmp"):
-                        unfinished.unlink()
+                        with suppress(IsADirectoryError):
+                            unfinished.unlink()
+                    for left in self.root.glob("backup-*.tmp"):
+                        shutil.rmtree(left, ignore_errors=True)
                     self.spool = Spool(self.root / "spool")
-                    self.ledger = Ledger(self.root / "ledger.sqlite")
+                    self._mark = _Mark(self.root / "acknowledged")
+                    try:
+                        self.ledger = Ledger(self.root / "ledger.sqlite", self._mark.write, left)
+                    except BaseException:
+                        self._mark.close()
+                        raise
+                    self.forgotten = max(self._mark.read(self.ledger.tag) - self.ledger.last_seq, 0)
+                    """Shots that were acknowledged, and that the ledger does not know any more."""
                 except BaseException:
                     os.close(self._lock)
                     raise
@@ -112,6 +145,7 @@ class State:
         try:
             self.ledger.close()
         finally:
+            self._mark.close()
             os.close(self._lock)
             self._lock = -1
 
@@ -133,13 +167,26 @@ class State:
             raise ValueError(f"a sensor's id is made of letters, digits and ._+-, got {sensor_id!r}")
         folder = self.root / "sensors" / sensor_id
         with full_disk_as_state_full(f"for the sensor {sensor_id} in {self.root}"):
-            make_folder(folder)
+            try:
+                make_folder(folder)
+            except FileExistsError:
+                raise StateError(f"{folder} is no folder, but in the place of a sensor's. Move it away.") from None
         return folder
+
+    def set_aside(self, path: Path) -> Path:
+        """Keep a damaged file of this state as evidence, where nothing uses it; return where it is now."""
+        with full_disk_as_state_full(f"to keep {path} in {self.root}"):
+            return set_aside(path, self.root / "damaged")
+
+    def orphans(self) -> list[str]:
+        """Return the keys of shots in the spool that were there before this process, and have no row."""
+        keys = self.spool.untouched()
+        return sorted(keys - self.ledger.verdicts(keys).keys())
 
     def checkpoint(
         self, sensor_id: str, number: int, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
     ) -> Path:
-        """Write a sensor's next generation and remove all but the two newest.
+        """Write a sensor's next generation and remove all but the two newest that are whole.
 
         The ledger is committed first: a generation must never cover a shot whose verdict could still be lost,
         or a replay would fold that shot twice.
@@ -147,11 +194,12 @@ class State:
         folder = self.sensor_folder(sensor_id)
         self.ledger.commit()
         written = checkpoint.write_generation(folder, number, header, arrays)
-        for passed_over in checkpoint.generations(folder):
-            # A newer one was found damaged, or `number` would be higher; it must not count as one of the two.
-            if passed_over > written:
-                passed_over.unlink()
-        checkpoint.prune(folder)
+        # Newer ones were passed over when the sensor was loaded: they must not count as one of the two.
+        for path in checkpoint.generations(folder):
+            if path > written:
+                self.set_aside(path)
+        for path in checkpoint.prune(folder):
+            self.set_aside(path)
         return written
 
     def settle_spool(self, covered_by_older: Mapping[str, int]) -> int:
@@ -179,6 +227,130 @@ class State:
                 done.append(key)
         self.spool.drop(done)
         return len(done)
+
+
+class _Mark:
+    """The highest acknowledged row, written beside the ledger after each commit.
+
+    Not fsynced: it may be older than the ledger after a power cut, but never newer, since a row is durable before it is
+    marked. Log and database may lose their last commits without contradicting themselves; this tells.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._fd = -1
+        self._held = b""
+        with suppress(OSError):  # no room, or something else in its place: then there is no mark
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+            self._held = os.pread(self._fd, 64, 0)
+
+    def read(self, tag: int) -> int:
+        """Return the mark of the ledger with this tag, as it was when this was opened; 0 if there is none."""
+        words = self._held.split()
+        if len(words) != 2 or self._held != self._text(tag, int(words[0]) if words[0].isdigit() else 0):
+            return 0
+        return int(words[0])
+
+    def write(self, tag: int, seq: int) -> None:
+        """Mark a row, which is durable."""
+        with suppress(OSError):
+            os.pwrite(self._fd, self._text(tag, seq), 0)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    @staticmethod
+    def _text(tag: int, seq: int) -> bytes:
+        number = f"{seq:012d}"
+        return f"{number} {zlib.crc32(f'{tag} {number}'.encode()):08x}\n".encode()
+
+
+@contextmanager
+def held(root: Path) -> Iterator[bool]:
+    """Keep every process from a state, whatever is in it, while this lasts; tells whether there is one at all.
+
+    Raises
+    ------
+    StateLocked
+        If a process has it open.
+    """
+    if not root.exists():
+        yield False
+        return
+    lock = _locked(root / "lock")
+    try:
+        yield True
+    finally:
+        os.close(lock)
+
+
+def swap_in(made: Path, root: Path) -> Path | None:
+    """Put a finished state, which nobody has open, into the place of another, in one step and durably.
+
+    Returns
+    -------
+    Where the one that was there is kept now, None if there was none.
+    """
+    if not os.path.lexists(root):
+        made.rename(root)
+        fsync_folder(root.parent)
+        return None
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    old = root.with_name(f"{root.name}.old-{stamp}")
+    number = 1
+    while os.path.lexists(old):
+        number += 1
+        old = root.with_name(f"{root.name}.old-{stamp}-{number}")
+    if _exchange(made, root):
+        made.rename(old)
+    else:
+        root.rename(old)
+        made.rename(root)
+    fsync_folder(root.parent)
+    return old
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change names in one step; False if this system or file system cannot."""
+    at_cwd, exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    if renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _look_for_ledger(root: Path) -> Path | None:
+    """Return something that only the shots of a ledger can have left, if there is any.
+
+    Raises
+    ------
+    StateDamaged
+        If there is no ledger beside it, or an empty one.
+    """
+    try:
+        left = next(root.glob("sensors/*/gen-*.hpx"), None) or next(root.glob("spool/*"), None)
+    except OSError:
+        left = None
+    if left is None:
+        return None
+    ledger = root / "ledger.sqlite"
+    try:
+        gone = None if ledger.is_symlink() or ledger.stat().st_size else "is empty"
+    except FileNotFoundError:
+        gone = "is gone"
+    except OSError as error:
+        raise StateError(f"The state {root} cannot be used: {error}.") from error
+    if gone is not None:
+        raise StateDamaged(f"The ledger {ledger} {gone}, but {left} is there.")
+    return left
 
 
 def _locked(path: Path) -> int:

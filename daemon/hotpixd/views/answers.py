@@ -15,8 +15,7 @@ from hotpixd import archive
 from hotpixd.archive import Kept
 from hotpixd.core.frame import SensorIdentity
 from hotpixd.core.sensor import DetectionSettings
-from hotpixd.store import checkpoint
-from hotpixd.store.durable import StateError
+from hotpixd.store.durable import StateDamaged, StateError
 from hotpixd.store.ledger import ShotRow, Tally
 from hotpixd.store.state import State
 
@@ -151,32 +150,38 @@ def verify(state: State) -> Answer:
     problems = []
     try:
         state.ledger.check()
+        archive.check_sensors(state)
     except StateError as error:
         problems.append(str(error))
     sensors: list[Answer] = []
     covers: dict[str, int] = {}
-    for id_ in state.ledger.sensors():
-        for path in checkpoint.generations(state.sensor_folder(id_)):
-            try:
-                checkpoint.verify(path)
-            except checkpoint.GenerationError as error:
-                problems.append(str(error))
     for id_, kept in _given(state, None):
         covers[id_] = kept.covers
         keys = state.ledger.frame_keys(id_, kept.covers)
-        if len(keys) != kept.sensor.frames:
-            problems.append(
-                f"The generation of {id_} holds {kept.sensor.frames} frames, the ledger says {len(keys)}: they are"
-                " not of the same time. Restore both from one backup."
-            )
+        problems += [
+            f"{sentence} The next scan or start of the daemon keeps it as evidence, and folds its frames again as far"
+            " as they are there."
+            for _, sentence in archive.look(state, id_).unusable
+        ]
         sensors.append({**describe(kept), "digest": kept.sensor.digest(keys)})
+    if state.forgotten:
+        problems.append(
+            f"The ledger {state.ledger.path} lacks the last {state.forgotten} of the shots that were acknowledged. Scan"
+            " their files once more; those in the spool are kept as evidence."
+        )
     waiting = state.ledger.rows_to_replay(covers)
     problems += [
-        f"{row.name} was received but its copy in the spool is gone or was changed."
+        f"{row.name} was received but its copy in the spool is gone or was changed. If the original is not in its place"
+        " either, scan its file once more."
         for row in waiting
         if not state.spool.verify(row.key)
     ]
     return {"ok": not problems, "sensors": sensors, "waiting": len(waiting), "problems": problems}
+
+
+def damaged(error: StateDamaged) -> Answer:
+    """Answer `verify` for a state whose ledger cannot even be opened."""
+    return {"ok": False, "sensors": [], "waiting": 0, "problems": [str(error)]}
 
 
 def waiting(state: State) -> int:

@@ -15,6 +15,9 @@ Answer = Mapping[str, Any]
 
 _ALERTS_SHOWN = 5
 
+_NAMED = 3
+"""Sensors that one line names."""
+
 
 def print_defects(
     answer: Answer, *, most: int = 1_000_000, not_counted: Mapping[str, Mapping[str, int]] | None = None
@@ -112,16 +115,22 @@ def print_least_variance(answer: Answer) -> None:
 
 
 def print_verify(answer: Answer) -> None:
-    """Print the answer of `answers.verify`."""
-    console = _console()
-    for sensor in answer["sensors"]:
-        console.print(f"{escape(sensor_name(sensor))}  {_frames(sensor)}  {sensor['digest']}", soft_wrap=True)
+    """Print the answer of `answers.verify` in one line."""
+    problems = [printable(problem) for problem in answer["problems"]]
+    if problems:
+        more = len(problems) - 1
+        others = f" ({more} more: hotpixd verify --json)" if more else ""
+        _console().print(f"[bold red]damaged:[/bold red] {escape(problems[0])}{others}", soft_wrap=True)
+        return
+    sensors = answer["sensors"]
+    frames = sum(sensor["frames"] for sensor in sensors)
+    words = f"{frames} {_plural(frames, 'frame')} of {len(sensors)} {_plural(len(sensors), 'sensor')}"
+    if sensors:
+        named = "; ".join(sensor_name(sensor) for sensor in sensors[:_NAMED])
+        words += f" ({escape(named)}{'; ...' if len(sensors) > _NAMED else ''})"
     if answer["waiting"]:
-        console.print(f"{answer['waiting']} shots were received but not folded; the next run folds them.")
-    for problem in answer["problems"]:
-        console.print(f"[bold red]damaged[/bold red] {escape(printable(problem))}", soft_wrap=True)
-    if answer["ok"]:
-        console.print("Everything that was written can be believed.")
+        words += f"; {answer['waiting']} shots received but not folded, which the next run folds"
+    _console().print(f"[bold]ok:[/bold] everything that was written can be believed, {words}.", soft_wrap=True)
 
 
 # Texts from outside are printed with soft_wrap: broken by us, they could begin a line with what looks like one of ours.

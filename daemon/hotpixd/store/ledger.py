@@ -600,7 +600,11 @@ class Ledger:
 
     def strange_sensors(self) -> list[str]:
         """Return the sensors that shots are of, but which the ledger does not know: their rows were lost."""
-        query = "SELECT DISTINCT sensor_id FROM shot WHERE sensor_id NOT IN (SELECT id FROM sensor) ORDER BY sensor_id"
+        # NULL is told to be outside of the empty set.
+        query = (
+            "SELECT DISTINCT sensor_id FROM shot"
+            " WHERE sensor_id IS NOT NULL AND sensor_id NOT IN (SELECT id FROM sensor) ORDER BY sensor_id"
+        )
         return [id_ for (id_,) in self.rows(query)]
 
     def last_shot(self, sensor_id: str | None = None) -> ShotRow | None:

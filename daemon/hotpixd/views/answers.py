@@ -208,13 +208,14 @@ def describe(kept: Kept, tally: Tally | None = None) -> Answer:
         "model": identity.model,
         "serial": identity.serial,
         "samples": str(identity.samples),
-        "bits": identity.bits,
         "width": identity.layout.width,
         "height": identity.layout.height,
         "colours": identity.layout.colours,
         "frames": kept.sensor.frames,
         "frames_counted": kept.sensor.frames_counted,
     }
+    if identity.bits is not None:
+        answer["bits"] = identity.bits
     if tally is not None:
         answer["frames_waiting"] = max(tally.folded - kept.sensor.frames, 0)
     return answer

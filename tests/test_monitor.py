@@ -6,6 +6,8 @@ import contextlib
 import itertools
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from conftest import Camera, feed, told
+from conftest import HOTPIXD, Camera, environment, feed, told
 from hotpixd import archive
 from hotpixd import monitor as monitor_module
 from hotpixd.core.frame import ShotKind
@@ -705,3 +707,39 @@ def test_a_jpeg_is_folded_if_the_raw_of_that_key_is_not(pairs, tmp_path):
     ]
     with State(tmp_path / "state") as state, Monitor(state) as monitor:
         assert [o.fate for o in monitor.process([raw, *jpegs])] == [Fate.REFUSED, Fate.FOLDED, Fate.FOLDED]
+
+
+def test_a_shot_that_ends_every_replay_is_left_alone_in_the_end(camera, tmp_path):
+    """And no other shot with it: the statistic is then that of the others, and the reason says what happened."""
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    for shot in camera.shots[:7]:
+        shutil.copyfile(shot, inbox / shot.name)
+    poison = sorted(inbox.iterdir())[5].name
+    code = (
+        "import os, sys; from hotpixd import cli; from hotpixd.monitor import Monitor; conclude = Monitor._conclude\n"
+        "def fatal(self, shot):\n"
+        f"    if shot.row.name == {poison!r} and shot.frame.exception() is None: os._exit(9)\n"
+        "    return conclude(self, shot)\n"
+        "Monitor._conclude = fatal; cli.main()"
+    )
+    command = [sys.executable, "-c", code, "scan", "--state", str(tmp_path / "state"), str(inbox)]
+    codes = [subprocess.run(command, env=environment(), capture_output=True).returncode for _ in range(8)]
+    # The first run, five replays, and then none ends there any more.
+    assert codes == [9] * 6 + [1, 1]
+    found = rows(tmp_path / "state")
+    assert [(name, verdict) for name, verdict, _ in found if verdict != "folded"] == [(poison, "refused")]
+    assert "ended 5 times while it worked on this shot" in str({n: r for n, _, r in found}[poison])
+    others = [shot for shot in camera.shots[:7] if shot.name != poison]
+    feed(tmp_path / "alone", *others)
+    assert told(tmp_path / "state")["least"] == told(tmp_path / "alone")["least"]
+
+
+def test_kills_at_the_same_moment_refuse_no_good_shot(camera, scanned, tmp_path):
+    """A replay that is killed four times over before it ends goes on with every shot."""
+    command = [*HOTPIXD, "scan", "--state", str(tmp_path / "state"), *map(str, camera.shots)]
+    for step in ("after_receive:kill:2", *["amid_replay:kill"] * 4):
+        done = subprocess.run(command, env=environment(HOTPIXD_FAILPOINT=step), capture_output=True)
+        assert done.returncode == -9, done.stderr
+    assert subprocess.run(command, env=environment(), capture_output=True).returncode == 0
+    assert told(tmp_path / "state")["digests"] == told(scanned)["digests"]

@@ -131,6 +131,7 @@ def test_conclusions_add_up(ledger: Ledger) -> None:
         not_counted_because="scene did not change",
         lift=1.25,
         samples_digest=None,
+        attempts=0,
     )
 
 

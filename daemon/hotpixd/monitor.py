@@ -29,6 +29,7 @@ from hotpixd.core.sensor import DetectionSettings, FoldReport, Transition
 from hotpixd.intake.decode import DecodeError, keep_large_buffers
 from hotpixd.intake.decoders import Decoders, memory_bytes
 from hotpixd.intake.files import FoundShot
+from hotpixd.store.durable import failpoint
 from hotpixd.store.ledger import LOST, Received, ShotRow, TransitionRow
 from hotpixd.store.spool import Held, Spool, SpoolError
 from hotpixd.store.state import State, StateFull
@@ -47,6 +48,9 @@ _DECODE_AHEAD = 3
 
 _RECEIVE_TOGETHER = 4
 """Shots acknowledged with one commit, when that many are hashed already."""
+
+_MOST_ATTEMPTS = 5
+"""Replays that may end at one shot. Decoders have their own processes: only a fault of the fold's could do that."""
 
 _LOST_NAMED = 20
 """Shots that a sentence about those lost names."""
@@ -240,8 +244,19 @@ class Monitor:
         while self._to_replay and not stop():
             while len(self._waiting) > _DECODE_AHEAD:
                 yield from self._next_concluded()
-            row = self._to_replay.popleft()
+            row = self._to_replay[0]
+            suspect = row.verdict == "received" and row.attempts > 0
+            # By itself, so that no other shot is taken for what ends us.
+            while suspect and self._waiting:
+                yield from self._next_concluded()
+            if row.verdict == "received":
+                self._ledger.begin_attempt(row.seq)
+            self._to_replay.popleft()
+            failpoint("amid_replay")
             self._waiting.append(self._decode(row, FoundShot(Path(row.path)), replayed=True))
+            while suspect and self._waiting:
+                yield from self._next_concluded()
+                self._ledger.commit()
         while self._waiting:
             yield from self._next_concluded()
         if self._lost:
@@ -539,6 +554,11 @@ class Monitor:
         return _Waiting(row, frame, False, found)
 
     def _decode_again(self, row: ShotRow, kind: ShotKind | None) -> Frame:
+        if row.verdict == "received" and row.attempts >= _MOST_ATTEMPTS:
+            raise DecodeError(
+                f"hotpixd was ended {row.attempts} times while it worked on this shot, so it is left alone; if that was"
+                " not by you, please report it with the file"
+            )
         spool = self._state.spool
         kept, original = spool.path(row.key), Path(row.path)
         if spool.verify(row.key):

@@ -246,6 +246,9 @@ class ShotRow:
     samples_digest: str | None
     """Digest of the decoded samples: tells whether a replay decodes the same."""
 
+    attempts: int
+    """Replays that began with it before it had a verdict. More than one: it may be what ended them."""
+
     @property
     def is_lost(self) -> bool:
         """Whether it was acknowledged, but could not be folded again: offered again, it is to be received anew."""
@@ -565,6 +568,11 @@ class Ledger:
         if shot.verdict not in ("refused", "companion"):
             raise ValueError(f"only a refused shot can be forgotten, {key} is {shot.verdict}")
         self.later("DELETE FROM shot WHERE seq = ?", [(shot.seq,)])
+
+    def begin_attempt(self, seq: int) -> None:
+        """Note that a replay is about to take up a shot; when this returns, that survives whatever the shot does."""
+        self.later("UPDATE shot SET attempts = attempts + 1 WHERE seq = ?", [(seq,)])
+        self.commit()
 
     def conclude(self, seq: int, **columns: Unpack[Conclusion]) -> None:
         """Set columns of a shot: its verdict and what is known of it. The others stay as they are."""

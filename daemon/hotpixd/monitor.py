@@ -81,6 +81,9 @@ class Outcome:
     replayed: bool = False
     """Folded again after an interruption, from the spool."""
 
+    told: bool = False
+    """It had this fate already before the interruption: whoever is told of shots was told then."""
+
     seq: int | None = None
     """Its row of the ledger, if it was folded."""
 
@@ -436,7 +439,13 @@ class Monitor:
         except DecodeError as error:
             self._ledger.conclude(row.seq, verdict="refused", reason=str(error))
             return Outcome(
-                found.path, Fate.REFUSED, str(error), replayed=shot.replayed, size=row.size, origin=found.origin
+                found.path,
+                Fate.REFUSED,
+                str(error),
+                replayed=shot.replayed,
+                told=row.verdict != "received",
+                size=row.size,
+                origin=found.origin,
             )
         if row.camera_given and frame.sensor.serial is None:
             frame = replace(frame, sensor=replace(frame.sensor, serial=row.camera_given))
@@ -458,6 +467,7 @@ class Monitor:
             frame.kind,
             report,
             shot.replayed,
+            row.verdict != "received",
             row.seq,
             frame.info,
             row.size,

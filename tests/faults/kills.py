@@ -27,17 +27,25 @@ from table import Impossible, Row
 
 _SOURCES = Path(__file__).parents[2] / "daemon" / "hotpixd"
 
-_COPY = tuple(f"{when}_copy_{what}" for when, what in (("before", "fsync"), ("before", "rename"),
-                                                       ("after", "rename"), ("after", "durable")))  # fmt: skip
+
+def _steps_of_rename(step: str) -> tuple[str, ...]:
+    """Return the failpoints within `replace_durably`."""
+    return tuple(f"{place}_{step}_{what}" for place, what in (
+        ("before", "fsync"), ("before", "rename"), ("after", "rename"), ("after", "durable"),
+    ))  # fmt: skip
+
+
 STEPS = (
-    "after_link", "after_spool", "before_receive", "after_receive", "amid_generation", "before_generation_fsync",
-    "before_generation_rename", "after_generation_rename", "after_generation_durable", "before_prune", "after_prune",
-    "after_spool_drop",
+    "after_link", "after_spool", "before_receive", "after_receive", "amid_generation",
+    *_steps_of_rename("generation"), "before_prune", "after_prune", "after_spool_drop",
 )  # fmt: skip
 """Failpoints that every command passes."""
 
-_ALERT_STEPS = ("before_send", "after_send")
-_CAMERA_STEPS = ("after_album",)
+COPY_STEPS = _steps_of_rename("copy")
+ALERT_STEPS = ("before_send", "after_send")
+CAMERA_STEPS = ("after_album", *_steps_of_rename("arrival"))
+SERIES_STEPS = _steps_of_rename("series")
+"""Passed only while a series of darks is shot, which none of the commands here does."""
 _PASSES = (1, 2, 3, 5)
 """The Nth pass of a failpoint at which to die."""
 
@@ -155,8 +163,7 @@ def known_steps() -> set[str]:
     for source in _SOURCES.rglob("*.py"):
         found.update(re.findall(r'failpoint\("(\w+)"\)', source.read_text()))
         for step in re.findall(r'step="(\w+)"', source.read_text()):
-            found.update(f"{when}_{step}_{what}" for when, what in (("before", "fsync"), ("before", "rename"),
-                                                                    ("after", "rename"), ("after", "durable")))  # fmt: skip
+            found.update(_steps_of_rename(step))
     return found
 
 
@@ -176,9 +183,16 @@ def prepared(command: Command, work: Path) -> tuple[Sweep, tracing.Traced]:
 
 
 def swept(
-    command: Command, work: Path, steps: Sequence[str], *, every: int = 1, pages: int = 1, passes: Sequence[int] = _PASSES,
-    twice: int = 0, only: Sequence[str] | None = None,
-) -> tuple[Sweep, list[Row]]:  # fmt: skip
+    command: Command,
+    work: Path,
+    steps: Sequence[str],
+    *,
+    every: int = 1,
+    pages: int = 1,
+    passes: Sequence[int] = _PASSES,
+    twice: int = 0,
+    only: Sequence[str] | None = None,
+) -> tuple[Sweep, list[Row]]:
     """Kill a command before its calls and at its steps.
 
     Parameters
@@ -198,7 +212,8 @@ def swept(
     again = [Point(step=step, again=steps[-1 - n % len(steps)]) for n, step in enumerate(steps)]
     sweep.kill_at(again[:twice])
     wrong = len(sweep.wrong)
-    note = f"{before_calls} before {', '.join(sorted(calls))}; {at_steps} at failpoints"
+    before = f"{before_calls} before {', '.join(sorted(calls))}; " if calls else ""
+    note = f"{before}{at_steps} at failpoints"
     if twice:
         note += f"; {sweep.killed_again} killed once more while recovering"
     return sweep, [Row("kills", f"{command.name}: SIGKILL", sweep.killed, wrong, False, note)]
@@ -215,52 +230,56 @@ def _scans(stage: Stage, work: Path, long: bool) -> list[Row]:
         if elsewhere is not None:
             command = Scan(stage, copied=elsewhere)
             passes = (1, 2, 9) if long else (2,)
-            rows += swept(command, work, _COPY, every=1 if long else 9, passes=passes, only=("linkat", "rename", "fsync"))[1]
+            rows += swept(command, work, COPY_STEPS, every=1 if long else 20, passes=passes, only=("rename", "fsync"))[
+                1
+            ]
     return rows
 
 
 def _daemons(stage: Stage, work: Path, long: bool) -> list[Row]:
     rows = []
-    steps = (*STEPS, *_ALERT_STEPS)
+    steps = (*STEPS, *ALERT_STEPS)
     if long:
-        rows += swept(Watch(stage), work, steps, every=2, pages=12, passes=(1, 3), twice=8)[1]
+        rows += swept(Watch(stage), work, steps, every=2, pages=12, passes=(1, 3, 9), twice=8)[1]
     else:
-        rows += swept(Watch(stage), work, steps[-3:], every=20, pages=200, passes=(1,))[1]
+        rows += swept(Watch(stage), work, steps[-3:], every=25, pages=200, passes=(1,))[1]
     try:
         command = Tether(stage)
     except Impossible as reason:
         print(f"kills: no tethered camera: {reason}", file=sys.stderr)
         return rows
     if long:
-        rows += swept(command, work, (*steps, *_CAMERA_STEPS), every=4, pages=40, passes=(1,), twice=4)[1]
+        rows += swept(command, work, (*steps, *CAMERA_STEPS), every=4, pages=40, passes=(1,), twice=4)[1]
     else:
-        rows += swept(command, work, (*_CAMERA_STEPS, "after_receive"), every=100, pages=1000, passes=(1,), only=())[1]
+        rows += swept(command, work, (*CAMERA_STEPS, "after_receive"), every=100, pages=1000, passes=(1,), only=())[1]
     return rows
 
 
 def _controls(work: Path, long: bool) -> list[Row]:
     """Kill commands without one of the safeguards: some of these must end wrong."""
     rows = []
-    generation = [f"{when}_generation_{what}" for when, what in (("after", "rename"), ("after", "durable"))]
     for hook, what, begun, calls, steps in (
         ("in_place", "generations are written in place", True, ("write",), ()),
-        ("nothing_covered", "replays fold what generations hold already", False, (), (*generation, "before_prune")),
+        ("nothing_covered", "replays fold what generations hold already", False, (), ("after_generation_durable",)),
         ("let_go_early", "shots are let go of before their generation is durable", False, (), ("amid_generation",)),
     ):
-        plain, hooked = Stage(work), Stage(work, hook)
-        sweep, traced = prepared(Scan(hooked, begun=begun), work)
-        sweep.wanted = undisturbed(Scan(plain, begun=begun), work / f"plain-{hook}")
-        sweep.keep_every = sys.maxsize
-        sweep.quiet = True
+        sweep, traced = prepared(Scan(Stage(work, hook), begun=begun), work)
+        sweep.wanted = undisturbed(Scan(Stage(work), begun=begun), work / f"without-{hook}")
         counts = {name: traced.calls.get(name, 0) for name in calls}
-        sweep.kill_at(Point(call=name, nth=n) for name, n in tracing.each(counts, {"write": 1 if long else 4}))
-        sweep.kill_at(steps_of(steps, (1, 2)))
-        rows.append(Row("kills", what, sweep.killed, len(sweep.wrong), True))
-    sweep, _ = prepared(Watch(Stage(work, "send_uncommitted")), work)
-    sweep.quiet = True
-    sweep.kill_at(steps_of(("after_send",), (1, 2, 3) if long else (2,)))
-    rows.append(Row("kills", "alerts are sent before it is on the disk which", sweep.killed, len(sweep.wrong), True))
+        points = [Point(call=name, nth=n) for name, n in tracing.each(counts, {"write": 1 if long else 6})]
+        rows.append(control(sweep, what, [*points, *steps_of(steps, (1, 2))]))
+    sweep, _ = prepared(Watch(Stage(work, "alerts_again")), work)
+    points = steps_of(("before_generation_rename",), (1, 2) if long else (2,))
+    rows.append(control(sweep, "what a replay folds again is alerted again", points))
     return rows
+
+
+def control(sweep: Sweep, what: str, points: Iterable[Point]) -> Row:
+    """Kill a command that lacks a safeguard; no acknowledged shot is kept in its inbox."""
+    sweep.keep_every = sys.maxsize
+    sweep.quiet = True
+    sweep.kill_at(points)
+    return Row("kills", what, sweep.killed, len(sweep.wrong), True)
 
 
 @contextmanager

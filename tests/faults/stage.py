@@ -23,13 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from table import Impossible
+
 from conftest import HOTPIXD, environment, feed, told
-from daemons import Daemon, eventually
+from daemons import Daemon
 from hotpixd.feed import FeedError
 from hotpixd.simulate import VirtualSensor, write_series
 from hotpixd.store.spool import Spool
 from ptpip_camera import LoopbackCamera
-from table import Impossible
 
 HOOKS = Path(__file__).with_name("hooks")
 
@@ -143,7 +144,9 @@ def differs(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
     for part in parts:
         one, other = repr(found.get(part)), repr(wanted.get(part))
         at = next((n for n, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
-        told_of.append(f"{part}: ...{one[max(at - 60, 0) : at + 80]}... is not ...{other[max(at - 60, 0) : at + 80]}...")
+        told_of.append(
+            f"{part}: ...{one[max(at - 60, 0) : at + 80]}... is not ...{other[max(at - 60, 0) : at + 80]}..."
+        )
     return "; ".join(told_of)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +35,7 @@ def nothing_covered() -> None:
     from hotpixd.store.ledger import Ledger
 
     rows_to_replay = Ledger.rows_to_replay
-    Ledger.rows_to_replay = lambda self, covers: rows_to_replay(self, {})  # type: ignore[method-assign]
+    Ledger.rows_to_replay = lambda self, _covers: rows_to_replay(self, {})  # type: ignore[method-assign]
 
 
 def let_go_early() -> None:
@@ -50,14 +51,21 @@ def let_go_early() -> None:
     State.checkpoint = impatient  # type: ignore[method-assign]
 
 
-def send_uncommitted() -> None:
-    """Messages are sent before it is on the disk what they consist of."""
+def alerts_again() -> None:
+    """What a replay folds again is alerted again, under another key."""
     from hotpixd.alerts import Alerts
+    from hotpixd.monitor import Outcome
+    from hotpixd.service import _Service
 
-    compose = Alerts._compose
+    tell_folded, of_transition = _Service._tell_folded, Alerts._of_transition
 
-    def hasty(self: Alerts) -> None:
-        compose(self)
-        self._unsaved = False
+    def told(self: _Service, outcome: Outcome) -> None:
+        self._alerts.replaying = outcome.replayed  # type: ignore[attr-defined]
+        tell_folded(self, outcome)
 
-    Alerts._compose = hasty  # type: ignore[method-assign]
+    def renamed(self: Alerts, *arguments: Any) -> Any:
+        alert = of_transition(self, *arguments)
+        return dataclasses.replace(alert, key=f"{alert.key}:again") if self.replaying else alert  # type: ignore[attr-defined]
+
+    _Service._tell_folded = told  # type: ignore[method-assign]
+    Alerts._of_transition = renamed  # type: ignore[method-assign]

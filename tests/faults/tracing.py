@@ -78,19 +78,27 @@ def traced(log: Path, folder: Path) -> Traced:
     return Traced(calls, tuple(sorted(paths)))
 
 
-def saboteur(folder: Path, paths: Iterable[str], *faults: str, fast: bool = False) -> list[str]:
+def saboteur(
+    folder: Path, paths: Iterable[str], *faults: str, fast: bool = False, log: Path = Path("/dev/null")
+) -> list[str]:
     """Return what to put before a command so that its calls on some paths below a folder go wrong.
 
     Parameters
     ----------
     faults : as strace's --inject takes them, for example "fsync:signal=KILL:when=3"
     fast : stop at no other calls. Signals are not delivered then (strace 6.1)
+    log : what was done to which call; see `hit`
     """
     names = ",".join(fault.partition(":")[0] for fault in faults)
     filters = [part for path in paths for part in ("-P", str(folder / path))]
     injected = [part for fault in faults for part in ("-e", f"inject={fault}")]
     speed = ["--seccomp-bpf"] if fast else []
-    return ["strace", "-D", "-f", "-qq", *speed, "-o", "/dev/null", *filters, "-e", f"trace={names}", *injected]
+    return ["strace", "-D", "-f", "-qq", *speed, "-o", str(log), *filters, "-e", f"trace={names}", *injected]
+
+
+def hit(log: Path) -> bool:
+    """Tell from a saboteur's log whether anything went wrong."""
+    return log.exists() and "(INJECTED)" in log.read_text("utf-8", "replace")
 
 
 def each(calls: Mapping[str, int], every: Mapping[str, int] | None = None) -> Sequence[tuple[str, int]]:

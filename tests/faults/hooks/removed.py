@@ -69,3 +69,19 @@ def alerts_again() -> None:
 
     _Service._tell_folded = told  # type: ignore[method-assign]
     Alerts._of_transition = renamed  # type: ignore[method-assign]
+
+
+def full_ignored() -> None:
+    """A scan that meets a full disk ends as if it had done all."""
+    from hotpixd import scanning
+    from hotpixd.store.durable import StateFull
+
+    run_scan = scanning.run_scan
+
+    def careless(*arguments: Any) -> int:
+        try:
+            return run_scan(*arguments)
+        except StateFull:
+            return 0
+
+    scanning.run_scan = careless

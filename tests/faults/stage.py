@@ -34,6 +34,12 @@ from ptpip_camera import LoopbackCamera
 
 HOOKS = Path(__file__).with_name("hooks")
 
+HANGS_AFTER_S = 120.0
+"""A scan takes 1.3 s, some more under strace on a busy machine."""
+
+HUNG = -signal.SIGALRM
+"""Exit code of a scan that hung."""
+
 _GATHERED = "#!/bin/sh\ncat >> '{mailbox}' && echo >> '{mailbox}'\n"
 
 
@@ -231,13 +237,16 @@ class Scan:
 
     def disturbed(self, folder: Path, prefix: Sequence[str] = (), **env: str) -> Ended:
         """Run the command with something that disturbs it, to its end or death."""
-        done = subprocess.run(
-            [*prefix, *HOTPIXD, "scan", "--state", str(folder / "state"), str(self.inbox(folder))],
-            env=self.stage.environment(**env),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            timeout=300,
-        )
+        try:
+            done = subprocess.run(
+                [*prefix, *HOTPIXD, "scan", "--state", str(folder / "state"), str(self.inbox(folder))],
+                env=self.stage.environment(**env),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                timeout=HANGS_AFTER_S,
+            )
+        except subprocess.TimeoutExpired:
+            return Ended(HUNG, f"it hung for {HANGS_AFTER_S:.0f} s and was killed")
         return Ended(done.returncode, done.stderr.decode("utf-8", "replace"))
 
     def after_disturbance(self, folder: Path) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,12 @@ def eventually(condition: Callable[[], Any], what: str, within_s: float = 30.0) 
 class Daemon:
     """A running `hotpixd run` or `hotpixd watch --plain`."""
 
-    def __init__(self, state: Path, runtime: Path, *arguments: object, **env: str) -> None:
+    def __init__(self, state: Path, runtime: Path, *arguments: object, prefix: Sequence[str] = (), **env: str) -> None:
         self.state = state
         self.env = environment(XDG_RUNTIME_DIR=str(runtime), **env)
         self.runtime = runtime
         self._log = tempfile.NamedTemporaryFile("w+b", prefix="hotpixd-log-")  # noqa: SIM115 - closed with us
-        command = [*HOTPIXD, *map(str, arguments), "--state", str(state)]
+        command = [*prefix, *HOTPIXD, *map(str, arguments), "--state", str(state)]
         self.process = subprocess.Popen(command, env=self.env, stdout=self._log, stderr=self._log)
 
     @property

@@ -701,3 +701,10 @@ def test_the_cursor_is_shown_again_after_two_ctrl_c(camera, tmp_path):
         time.sleep(0.005)
     assert terminal.finish() == 130
     assert terminal.shown.rindex("\x1b[?25h") > terminal.shown.rindex("\x1b[?25l")
+
+
+def test_without_memory_a_scan_ends_with_a_sentence(camera, tmp_path):
+    """Not with a traceback: found by scans within less and less address space."""
+    done = run("scan", "--state", tmp_path / "state", camera.folder, prefix=["prlimit", f"--as={60 << 20}"])
+    assert done.returncode == 3
+    assert "there is not enough memory" in done.stderr

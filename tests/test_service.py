@@ -239,6 +239,24 @@ def test_a_refused_shot_is_told_and_not_tried_again(camera: Camera, tmp_path, st
     assert "refused a.dng" not in again.log
 
 
+def test_a_shot_refused_only_by_the_replay_is_alerted(camera: Camera, tmp_path, start):
+    """Killed between a broken shot's acknowledgement and its refusal: found by kills at `after_receive`."""
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    (inbox / "a.dng").write_bytes(camera.shots[0].read_bytes()[:5000])
+    daemon = start("watch", inbox, wait=False, HOTPIXD_FAILPOINT="after_receive:kill")
+    assert daemon.process.wait(60) == -signal.SIGKILL
+    again = start("watch", inbox)
+
+    def alerts() -> list[str]:
+        return [alert["text"] for alert in again.ask("status")["alerts"]]
+
+    eventually(lambda: alerts() and alerts()[0].startswith("a.dng was refused"), "the refusal is alerted")
+    assert again.stop() == 0
+    third = start("watch", inbox)
+    assert len(third.ask("status")["alerts"]) == 1
+
+
 def test_a_missing_directory_is_waited_for(camera: Camera, tmp_path, start):
     """The status says so; when it comes, its shots are folded, though its name holds escape codes."""
     inbox = tmp_path / "late\x1b[31m"

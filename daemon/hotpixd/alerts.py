@@ -795,7 +795,7 @@ class Watchman:
     """Watches conditions and raises an alert when one begins and when it ends.
 
     It remembers by the alerts themselves: what was alerted before a restart is not alerted again. `outcome`,
-    `counted` and `clock` are not for shots replayed after an interruption, which were told of before.
+    `counted` and `clock` are not for shots folded again after an interruption, which were told of before.
 
     Parameters
     ----------

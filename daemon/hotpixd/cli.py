@@ -123,6 +123,21 @@ def main() -> None:
         _fail(str(error), STATE_UNUSABLE)
     except OSError as error:
         _fail(_words(error), STATE_UNUSABLE)
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not _lacks_memory(error):
+            raise
+        _fail(
+            "there is not enough memory. What was acknowledged is on the disk; the next run goes on from there.",
+            STATE_UNUSABLE,
+        )
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Tell whether memory is all that was missing: for an object, a thread's stack, or a library to load."""
+    if isinstance(error, MemoryError):
+        return True
+    words = ("can't start new thread", "failed to map segment", "Cannot allocate memory")
+    return any(word in str(error) for word in words)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -96,6 +96,9 @@ class Outcome:
     replayed: bool = False
     """Folded again after an interruption, from the spool."""
 
+    told: bool = False
+    """It had this fate already before the interruption: whoever is told of shots was told then."""
+
     seq: int | None = None
     """Its row of the ledger, if it was folded."""
 
@@ -595,7 +598,13 @@ class Monitor:
                 self._lost.append(row.name)
                 self._ledger.forget_seen_shot(row.key)
             return Outcome(
-                found.path, Fate.REFUSED, str(error), replayed=shot.replayed, size=row.size, origin=found.origin
+                found.path,
+                Fate.REFUSED,
+                str(error),
+                replayed=shot.replayed,
+                told=row.verdict != "received",
+                size=row.size,
+                origin=found.origin,
             )
         kept = self._sensor_of(frame)
         report = kept.sensor.fold(frame, row.seq)
@@ -616,6 +625,7 @@ class Monitor:
             frame.kind,
             report,
             shot.replayed,
+            row.verdict != "received",
             row.seq,
             frame.info,
             row.size,

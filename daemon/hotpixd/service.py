@@ -396,7 +396,7 @@ class _Service:
         if self._series is not None and outcome.origin is not None:
             self._series.folded(outcome.origin, outcome.kind, changed=self._may_change(outcome))
         self._live.include(outcome)
-        if not outcome.replayed and not outcome.again:
+        if not outcome.told and not outcome.again:
             if source is not None and outcome.fate in (Fate.FOLDED, Fate.REFUSED):
                 self._tell_shot(source, outcome)
             self._watchman.outcome(outcome.shown, str(outcome.fate), outcome.reason)
@@ -473,7 +473,7 @@ class _Service:
         kept = self._monitor.sensor(id_)
         described = sensor_name(answers.describe(kept))
         self._alerts.folded(id_, described, kept.sensor.layout, report, seq)
-        if not outcome.replayed:
+        if not outcome.told:
             self._watchman.counted(id_, described, report.counted, report.not_counted_because)
             if outcome.info is not None and outcome.info.taken_at is not None:
                 self._watchman.clock(id_, described, outcome.info.taken_at, datetime.now(UTC))

@@ -31,11 +31,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 from PIL import Image
+from table import Row, markdown
 
 from conftest import environment
 from daemons import Daemon, memory_mb
@@ -46,7 +47,6 @@ from hotpixd.intake.decode import decode
 from hotpixd.store.spool import Spool
 from hotpixd.store.state import State
 from hotpixd.views import answers
-from table import Row, markdown
 
 SIDES = 96, 64
 BODIES = "AB"
@@ -138,9 +138,16 @@ class Shoot:
         self.root = os.geteuid() == 0
         self.daemon: Daemon | None = None
         self.clients: list[Any] = []
-        self.life = 0
+        self.life = self.answered_life = 0
         self.written = 0
         self.taken_in = 0
+        self.kills_only = False
+        """For a product of which it is known what brings its fault to light."""
+
+        self.pace_s = 0.0
+        """Least time per shot, so that a short shoot sees some faults."""
+
+        self.progress = False
         self.later: list[tuple[float, Callable[[], None]]] = []
         """What is undone again, and when."""
 
@@ -207,6 +214,9 @@ exit 0
         daemon = self.daemon
         if daemon is None:
             return
+        if daemon.process.poll() is None:
+            # Frozen, it could not obey.
+            daemon.process.send_signal(signal.SIGCONT)
         code = daemon.stop(number)
         self._look_at_the_end(daemon, code, {-signal.SIGKILL} if number == signal.SIGKILL else {0, -signal.SIGTERM})
         self.daemon = None
@@ -239,6 +249,7 @@ exit 0
             with contextlib.closing(daemon.client()) as client:
                 shots = client.ask("status")["shots"]
             self.taken_in = int(shots["folded"] + shots["refused"])
+            self.answered_life = self.life
             pid = daemon.process.pid
             spooled = sum(_size(self.state / name) for name in ("spool", "sensors"))
             ledger = sum(path.stat().st_size for path in self.state.glob("ledger.sqlite*"))
@@ -248,7 +259,7 @@ exit 0
                     self.life,
                     memory_mb(pid),
                     sum(memory_mb(child) for child in _children(pid)),
-                    len(os.listdir(f"/proc/{pid}/fd")),
+                    len(list(Path(f"/proc/{pid}/fd").iterdir())),
                     spooled / 1e6,
                     ledger / 1e6,
                 )
@@ -267,6 +278,8 @@ exit 0
             names += ["fill the disk", "take the card out"]
         if restarts:
             names += ["kill", "kill", "stop"]
+        if restarts and (self.kills_only or not self.faults["kill"]):
+            names = ["kill"]
         name = self.chance.choice(names)
         self.faults[name] += 1
         getattr(self, f"_{name.replace(' ', '_')}")()
@@ -389,7 +402,7 @@ exit 0
         """Shoot to the end, and look."""
         began = time.monotonic()
         self.start()
-        next_fault = began + 5.0
+        next_fault = began
         next_look = began
         stretch = max(self.shots // 20, 50)
         cleared = 0
@@ -399,14 +412,19 @@ exit 0
             now = time.monotonic()
             quiet = (self.written // stretch) % QUIET_EVERY == QUIET_EVERY - 1
             if now >= next_fault:
-                self.fault(restarts=not quiet)
+                # Some die as soon as they are started, most have done something first: on a slow machine it would
+                # else never get on.
+                at_work = self.answered_life == self.life or self.chance.random() < 0.1
+                self.fault(restarts=at_work and not quiet)
                 next_fault = now + self.chance.uniform(0.3, 1.7) * self.fault_every_s
             if now >= next_look:
                 self.look()
                 next_look = now + 1.0
-            if len(self.keys) - self.taken_in > AHEAD:
+                if self.progress:
+                    print(f"{now - began:.0f} s: {self.written} shot, {self.taken_in} taken in", file=sys.stderr)
+            if len(self.keys) - self.taken_in > AHEAD or self.written * self.pace_s > now - began:
                 time.sleep(0.05)
-                next_look = min(next_look, now + 0.2)
+                next_look = min(next_look, now + 0.5)
                 continue
             for _ in range(10):
                 if self.written < self.shots:
@@ -439,7 +457,10 @@ exit 0
 
     def _undelivered(self) -> str:
         assert self.daemon is not None
-        with contextlib.suppress(FeedError, AssertionError, OSError), contextlib.closing(self.daemon.client()) as client:
+        with (
+            contextlib.suppress(FeedError, AssertionError, OSError),
+            contextlib.closing(self.daemon.client()) as client,
+        ):
             if not client.ask("status")["metrics"]["alerts_waiting"]:
                 return ""
         return "waiting"
@@ -545,8 +566,12 @@ def growth(samples: list[Sample]) -> tuple[list[str], list[str]]:
     ):
         before, after = (statistics.median(getattr(s, name) for s in part) for part in (first_third, last_third))
         peaks = [max(getattr(s, name) for s in part) for part in (first_third, last_third)]
-        label = {"memory_mb": "daemon", "workers_mb": "its decoders", "spool_mb": "spool and generations"}.get(name, name)
-        table.append(f"| {label}, median (most) | {before:.1f} ({peaks[0]:.1f}) {unit} | {after:.1f} ({peaks[1]:.1f}) {unit} |")
+        label = {"memory_mb": "daemon", "workers_mb": "its decoders", "spool_mb": "spool and generations"}.get(
+            name, name
+        )
+        table.append(
+            f"| {label}, median (most) | {before:.1f} ({peaks[0]:.1f}) {unit} | {after:.1f} ({peaks[1]:.1f}) {unit} |"
+        )
         if after > 1.25 * before + spare:
             unbounded.append(f"{label}: {before:.1f} to {after:.1f} {unit}")
     rates = []
@@ -562,10 +587,20 @@ def growth(samples: list[Sample]) -> tuple[list[str], list[str]]:
     return table, unbounded
 
 
-def shot(shots: int, seed: int = 1, fault_every_s: float = 3.0, **env: str) -> Findings:
+def shot(
+    shots: int,
+    seed: int = 1,
+    fault_every_s: float = 3.0,
+    *,
+    pace_s: float = 0.0,
+    progress: bool = False,
+    kills_only: bool = False,
+    **env: str,
+) -> Findings:
     """Shoot so many."""
     with tempfile.TemporaryDirectory(prefix="hotpixd-shoot-") as folder:
         shoot = Shoot(Path(folder), shots, seed, fault_every_s, **env)
+        shoot.progress, shoot.pace_s, shoot.kills_only = progress, pace_s, kills_only
         with shoot.set_up():
             return shoot.run()
 
@@ -590,12 +625,12 @@ Outbox.add = add_anew
 """Products that are wrong in one place, by what is wrong: code that runs before the daemon's own."""
 
 
-def sabotaged(what: str, shots: int, seed: int = 1) -> Findings:
+def sabotaged(what: str, shots: int = 300, seed: int = 1) -> Findings:
     """Shoot with a product that is wrong on purpose."""
     with tempfile.TemporaryDirectory(prefix="hotpixd-shoot-") as folder:
         (Path(folder) / "sitecustomize.py").write_text(SABOTAGE[what])
         path = os.pathsep.join([folder, environment()["PYTHONPATH"]])
-        return shot(shots, seed, 1.0, PYTHONPATH=path)
+        return shot(shots, seed, 1.0, pace_s=0.05, kills_only=True, PYTHONPATH=path)
 
 
 def row_of(findings: Findings, unbounded: list[str], what: str, *, control: bool = False) -> Row:
@@ -608,16 +643,14 @@ def row_of(findings: Findings, unbounded: list[str], what: str, *, control: bool
 
 def run(long: bool) -> list[Row]:
     """Shoot a day, or a minute of it; then with products that are wrong."""
-    findings = shot(50_000 if long else 300, fault_every_s=3.0 if long else 1.0)
+    findings = shot(50_000) if long else shot(300, fault_every_s=0.7, pace_s=0.05)
     table, unbounded = growth(findings.samples)
     for line in (*findings.wrong, *unbounded):
         print(line, file=sys.stderr)
     if long:
         print("\n".join(table), file=sys.stderr)
     rows = [row_of(findings, unbounded if long else [], f"{findings.shots:,} shots, a fault every few seconds")]
-    for what in SABOTAGE:
-        rows.append(row_of(sabotaged(what, 1500 if long else 300), [], what, control=True))
-    return rows
+    return [*rows, *(row_of(sabotaged(what), [], what, control=True) for what in SABOTAGE)]
 
 
 def main() -> None:
@@ -627,9 +660,10 @@ def main() -> None:
     parser.add_argument("--hours", type=float, help="hours of a shoot with a shot every 1.73 s, instead of --shots")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--fault-every", type=float, default=3.0, metavar="S")
+    parser.add_argument("--progress", action="store_true", help="print how far it is, about once a second")
     given = parser.parse_args()
     shots = given.shots if given.hours is None else round(given.hours * 3600 / 1.728)
-    findings = shot(shots, given.seed, given.fault_every)
+    findings = shot(shots, given.seed, given.fault_every, progress=given.progress)
     table, unbounded = growth(findings.samples)
     print("\n".join(table))
     print(f"\nFaults: {dict(sorted(findings.faults.items()))}")

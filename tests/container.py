@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,6 +37,9 @@ class Machine:
     """A booted container."""
 
     def __init__(self, root: Path, leader: int) -> None:
+        self.leader = leader
+        """Its first process, as numbered by the host."""
+
         self.root = root
         """Its root directory, seen from the host. What is mounted inside is not seen."""
 
@@ -68,6 +71,50 @@ class Machine:
 @contextmanager
 def booted() -> Iterator[Machine]:
     """Boot a machine, and remove it afterwards. CannotBootError if that is impossible here."""
+    with installed() as (root, mounts), running(root, mounts) as machine:
+        yield machine
+
+
+@contextmanager
+def running(root: Path, mounts: Iterable[str]) -> Iterator[Machine]:
+    """Boot a root directory that has the program installed, and shut it down afterwards; it may be dead by then.
+
+    Parameters
+    ----------
+    mounts : options of systemd-nspawn that say what else is seen inside
+    """
+    log = root.parent / "console"
+    with log.open("wb") as console:
+        nspawn = subprocess.Popen(
+            [
+                # It shuts down with us, even if we are killed.
+                *("setpriv", "--pdeathsig", "TERM", "systemd-nspawn", "--quiet", "--boot"),
+                *(f"--directory={root}", f"--machine=hotpixd-test-{os.getpid()}"),
+                *("--register=no", "--keep-unit", "--private-network", "--console=pipe"),
+                # What a machine has, and nspawn takes away.
+                "--system-call-filter=landlock_create_ruleset landlock_add_rule landlock_restrict_self",
+                *mounts,
+            ],
+            env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=console,
+            start_new_session=True,
+        )
+    try:
+        yield Machine(root, _wait_for_boot(nspawn, log))
+    finally:
+        # Asks it to shut down.
+        nspawn.terminate()
+        try:
+            nspawn.wait(60)
+        except subprocess.TimeoutExpired:
+            nspawn.kill()
+            nspawn.wait()
+
+
+def require_container() -> None:
+    """Raise CannotBootError where none can be booted."""
     missing = [
         tool for tool in ("systemd-nspawn", "mmdebstrap", "nsenter", "runuser", "setpriv") if shutil.which(tool) is None
     ]
@@ -75,40 +122,18 @@ def booted() -> Iterator[Machine]:
         raise CannotBootError(f"not installed: {', '.join(missing)}")
     if os.getuid() != 0:
         raise CannotBootError("only root can boot a container")
+
+
+@contextmanager
+def installed() -> Iterator[tuple[Path, list[str]]]:
+    """Make the root directory of a machine, to be booted as often as one likes; gives it with what `running` needs."""
+    require_container()
     archive = _root_archive()
     with tempfile.TemporaryDirectory(prefix="hotpixd-machine-") as place:
         root = Path(place) / "root"
         root.mkdir()
         subprocess.run(["tar", "-C", root, "-xf", archive], check=True)
-        binds = _install(root)
-        log = Path(place) / "console"
-        with log.open("wb") as console:
-            nspawn = subprocess.Popen(
-                [
-                    # It shuts down with us, even if we are killed.
-                    *("setpriv", "--pdeathsig", "TERM", "systemd-nspawn", "--quiet", "--boot"),
-                    *(f"--directory={root}", f"--machine=hotpixd-test-{os.getpid()}"),
-                    *("--register=no", "--keep-unit", "--private-network", "--console=pipe"),
-                    # What a machine has, and nspawn takes away.
-                    "--system-call-filter=landlock_create_ruleset landlock_add_rule landlock_restrict_self",
-                    *(f"--bind-ro={bind}" for bind in binds),
-                ],
-                env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
-                stdin=subprocess.DEVNULL,
-                stdout=console,
-                stderr=console,
-                start_new_session=True,
-            )
-        try:
-            yield Machine(root, _wait_for_boot(nspawn, log))
-        finally:
-            # Asks it to shut down.
-            nspawn.terminate()
-            try:
-                nspawn.wait(60)
-            except subprocess.TimeoutExpired:
-                nspawn.kill()
-                nspawn.wait()
+        yield root, [f"--bind-ro={bind}" for bind in _install(root)]
 
 
 def _root_archive() -> Path:

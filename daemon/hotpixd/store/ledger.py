@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from hotpixd.store.durable import StateError, StateFull, failpoint, fsync_folder
+from hotpixd.store.durable import StateError, StateFull, failpoint
 
 Verdict = Literal["received", "folded", "refused", "companion"]
 Change = Literal["appeared", "stable", "recovered", "dropped"]
@@ -295,8 +295,7 @@ class Ledger:
             self._db.executescript(
                 f"BEGIN;{_SCHEMA}{_SCHEMA_2}{_SCHEMA_3}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;"
             )
-            # SQLite fsyncs the folder for its log, not for the database itself.
-            fsync_folder(self.path.parent)
+            # The folder needs no fsync of ours: SQLite makes one for its log, before the first commit returns.
             return
         for older in range(version, SCHEMA_VERSION):
             self._db.executescript(f"BEGIN;{_MIGRATIONS[older]}PRAGMA user_version = {older + 1};COMMIT;")

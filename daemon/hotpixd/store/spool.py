@@ -110,8 +110,6 @@ class Spool:
             If the copy does not fit.
         """
         final = self._place(path, key, placed)
-        failpoint("after_link")
-        fsync_folder(self.folder)
         failpoint("after_spool")
         return final
 
@@ -147,8 +145,9 @@ class Spool:
             if final.exists():
                 if os.path.samestat(os.fstat(fd), final.stat()) or self.verify(key):
                     placed()
-                    # Whoever put it here may have died before its own fsync.
+                    # Whoever put it here may have died before its own fsyncs.
                     fsync_file(final)
+                    fsync_folder(self.folder)
                     return final
                 # Torn by a power cut before its row was written, or edited through another link.
                 final.unlink()
@@ -157,6 +156,8 @@ class Spool:
                     placed()
                     # Link and source are one file, of the state's own disk: EIO here ends the process.
                     os.fsync(fd)
+                    failpoint("after_link")
+                    fsync_folder(self.folder)
                 else:
                     self._copy(fd, path, key)
                     placed()

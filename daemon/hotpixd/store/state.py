@@ -25,7 +25,7 @@ from typing import Any, Self
 from numpy.typing import NDArray
 
 from hotpixd.store import checkpoint
-from hotpixd.store.durable import StateError, StateFull, full_disk_as_state_full, make_folder
+from hotpixd.store.durable import StateError, StateFull, full_disk_as_state_full, make_folder, make_parents
 from hotpixd.store.ledger import Ledger
 from hotpixd.store.spool import Spool
 
@@ -79,7 +79,8 @@ class State:
             raise StateMissing(f"There is no state in {self.root} yet: no shot was ever watched or scanned.")
         try:
             with full_disk_as_state_full(f"for the state in {self.root}"):
-                self.root.parent.mkdir(parents=True, exist_ok=True)
+                if not (self.root / "ledger.sqlite").exists():
+                    make_parents(self.root)
                 make_folder(self.root)
                 self._lock = _locked(self.root / "lock")
                 try:

@@ -449,3 +449,18 @@ def _no_umask_is_left() -> Iterator[None]:
     os.umask(before)
     yield
     assert os.umask(before) == before
+
+
+def test_a_photo_that_is_there_already_is_made_durable(photos: Path, inbox: Path, monkeypatch) -> None:
+    """The user may have copied it, and copying does not fsync; its folders may be of a process that died too soon.
+
+    The file is deleted from the card then: a power cut would have taken the only copy.
+    """
+    (photos / "a" / "b").mkdir(parents=True)
+    (photos / "a" / "b" / "IMG_0001.CR2").write_bytes(b"photo")
+    synced: list[Path] = []
+    monkeypatch.setattr(album_module, "fsync_file", synced.append)
+    monkeypatch.setattr(album_module, "fsync_folder", synced.append)
+    path = Album(photos, "a/b/{name}").save(arrived(inbox, b"photo"), SHOT)
+    assert path == photos / "a" / "b" / "IMG_0001.CR2"
+    assert set(synced) == {photos, photos / "a", photos / "a" / "b", path}

@@ -22,7 +22,7 @@ from blake3 import blake3
 from hotpixd.intake import metadata
 from hotpixd.intake.arrivals import CameraFile, content_digest
 from hotpixd.intake.naming import UNKNOWN, filled
-from hotpixd.store.durable import failpoint, fsync_folder, write_all
+from hotpixd.store.durable import failpoint, fsync_file, fsync_folder, write_all
 
 _LONGEST_VALUE = 60
 """Characters of what a file says of its camera: a name has room for 255 bytes."""
@@ -57,7 +57,8 @@ class Album:
             path = wanted if not number else wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
             if os.path.lexists(path):
                 if _is_same(arrived, path):
-                    # Whoever put it there may have died before its own sync.
+                    # Whoever put it there may have died before its own sync, or never cares for one.
+                    fsync_file(path)
                     fsync_folder(path.parent)
                     return path
                 continue
@@ -94,13 +95,15 @@ def _moment(mtime: int) -> datetime:
 
 
 def _make_folders(top: Path, folder: Path) -> None:
-    missing = []
-    while folder != top and not folder.is_dir():
-        missing.append(folder)
+    """Make what is missing of the folders below `top`; all are durable then, whoever has made them."""
+    below = []
+    while folder != top:
+        below.append(folder)
         folder = folder.parent
-    for each in reversed(missing):
-        each.mkdir(exist_ok=True)
-        _open_up(each, stat.S_IMODE(each.parent.stat().st_mode) & 0o777)
+    for each in reversed(below):
+        if not each.is_dir():
+            each.mkdir(exist_ok=True)
+            _open_up(each, stat.S_IMODE(each.parent.stat().st_mode) & 0o777)
         fsync_folder(each.parent)
 
 

@@ -476,3 +476,17 @@ def test_a_name_as_long_as_can_be_is_saved_twice(photos: Path, inbox: Path, name
     saved = [Album(photos).save(arrived(inbox, content), file) for content in (b"one", b"two")]
     assert [path.read_bytes() for path in saved] == [b"one", b"two"]
     assert all(len(os.fsencode(path.name)) <= 255 for path in saved)
+
+
+def test_a_photo_that_is_there_already_is_made_durable(photos: Path, inbox: Path, monkeypatch) -> None:
+    """The user may have copied it, and copying does not fsync; its folders may be of a process that died too soon.
+
+    The file is deleted from the card then: a power cut would have taken the only copy.
+    """
+    (photos / "a" / "b").mkdir(parents=True)
+    (photos / "a" / "b" / "IMG_0001.CR2").write_bytes(b"photo")
+    synced: list[Path] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").readlink()))
+    path = Album(photos, "a/b/{name}").save(arrived(inbox, b"photo"), SHOT)
+    assert path == photos / "a" / "b" / "IMG_0001.CR2"
+    assert set(synced) == {photos, photos / "a", photos / "a" / "b", path}

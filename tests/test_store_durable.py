@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from hotpixd.store import durable
-from hotpixd.store.durable import Failpoints, StateFull, full_disk_as_state_full, replace_durably, write_all
+from hotpixd.store.durable import (
+    Failpoints,
+    StateFull,
+    full_disk_as_state_full,
+    make_folder,
+    make_parents,
+    replace_durably,
+    write_all,
+)
 
 
 def test_a_write_that_stops_short_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +45,21 @@ def test_replacing_fsyncs_the_file_before_and_the_folder_after(tmp_path: Path, m
     replace_durably(tmp, final)
     assert final.read_text() == "new"
     assert seen == [("new.tmp", True), (tmp_path.name, False)]
+
+
+def test_folders_above_are_made_durably_whoever_made_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All entries on the way to a new folder are fsynced, also where somebody made the folders and died before that.
+
+    A power cut once took the whole state with it: its parents were made, and never fsynced.
+    """
+    synced: list[Path] = []
+    monkeypatch.setattr(durable, "fsync_folder", synced.append)
+    (tmp_path / "begun").mkdir()
+    folder = tmp_path / "begun" / "new" / "state"
+    make_parents(folder)
+    make_folder(folder)
+    assert folder.is_dir()
+    assert {tmp_path, tmp_path / "begun", tmp_path / "begun" / "new"} <= set(synced)
 
 
 def test_a_full_disk_is_told_apart_from_a_broken_one() -> None:

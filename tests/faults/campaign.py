@@ -26,7 +26,7 @@ HARNESSES = ("kills", "disks", "power", "damage", "fuzz", "shoot")
 # The harnesses and what the tests share are modules without a package, as the tests are.
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1] / "daemon")]
 
-from table import Impossible, Row, markdown  # noqa: E402 - after the path
+from table import Impossible, Row, markdown
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from blake3 import blake3
 from hotpixd.intake import metadata
 from hotpixd.intake.arrivals import CameraFile, content_digest
 from hotpixd.intake.naming import UNKNOWN, filled
-from hotpixd.store.durable import failpoint, fsync_folder, write_all
+from hotpixd.store.durable import failpoint, fsync_file, fsync_folder, write_all
 
 _LONGEST_VALUE = 60
 """Characters of what a file says of its camera: a name has room for 255 bytes."""
@@ -62,7 +62,8 @@ class Album:
                 if os.path.lexists(path):
                     if not _is_same(arrived, path):
                         continue
-                    # Whoever put it there may have died before its own sync.
+                    # Whoever put it there may have died before its own sync, or never cares for one.
+                    fsync_file(path)
                     fsync_folder(inside)
                     return self.folder / name.parent / step
                 with suppress(FileExistsError):
@@ -120,7 +121,8 @@ def _folder_below(top: Path, steps: tuple[str, ...]) -> Iterator[Path]:
             else:
                 mode = stat.S_IMODE(os.fstat(at).st_mode) & 0o777
                 _open_up(Path(f"/proc/self/fd/{at}", step), mode)
-                os.fsync(at)
+            # Durable then, whoever has made it.
+            os.fsync(at)
             try:
                 inner = os.open(step, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
             except NotADirectoryError as error:

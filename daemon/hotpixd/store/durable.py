@@ -168,6 +168,17 @@ def replace_durably(tmp: Path, final: Path, step: str = "file") -> None:
     failpoint(f"after_{step}_durable")
 
 
+def make_parents(folder: Path) -> None:
+    """Make the folders above one that are missing; all are durable then, whoever has made them."""
+    parent = folder.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    for above in parent.parents:
+        if above.stat().st_dev != parent.stat().st_dev:
+            break
+        with suppress(PermissionError):
+            fsync_folder(above)
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder for nobody else's eyes, durably. One that exists keeps its mode."""
     try:

@@ -41,7 +41,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from hotpixd.store import wal
-from hotpixd.store.durable import StateDamaged, StateError, StateFull, failpoint, fsync_folder, make_folder
+from hotpixd.store.durable import StateDamaged, StateError, StateFull, failpoint, make_folder
 
 Verdict = Literal["received", "folded", "refused", "companion"]
 Change = Literal["appeared", "stable", "recovered", "dropped"]
@@ -418,10 +418,8 @@ class Ledger:
         (self._tag,) = self._db.execute("PRAGMA application_id").fetchone()
         if version == 0:
             # One transaction: after a power cut there is all of the schema, or a new ledger is made.
+            # The folder needs no fsync of ours: SQLite makes one for its log, before the first commit returns.
             self._make(f"{_SCHEMA}{_SCHEMA_2}{_SCHEMA_3}{_MIGRATIONS[3]}", SCHEMA_VERSION)
-            # SQLite fsyncs the folder for its log, not for the database itself.
-            if self.path is not None:
-                fsync_folder(self.path.parent)
             return
         for older in range(version, SCHEMA_VERSION):
             self._make(_MIGRATIONS[older], older + 1)

@@ -185,8 +185,6 @@ class Spool:
             final = self._place(held, placed)
         finally:
             self.release(held)
-        failpoint("after_link")
-        fsync_folder(self.folder)
         failpoint("after_spool")
         return final
 
@@ -251,8 +249,9 @@ class Spool:
         if os.path.lexists(final):
             if self._is(held.fd, final) or self.verify(held.key):
                 placed()
-                # Whoever put it here may have died before its own fsync.
+                # Whoever put it here may have died before its own fsyncs.
                 fsync_file(final)
+                fsync_folder(self.folder)
                 return final
             # Torn by a power cut before its row was written, or edited through another link.
             if final.is_dir():
@@ -263,6 +262,8 @@ class Spool:
                 placed()
                 # Link and source are one file, of the state's own disk: EIO here ends the process.
                 os.fsync(held.fd)
+                failpoint("after_link")
+                fsync_folder(self.folder)
                 return final
             if held.fd is not None:
                 # The same disk, but no link is to be had: a file of another owner, FAT.

@@ -39,6 +39,7 @@ from hotpixd.store.durable import (
     fsync_folder,
     full_disk_as_state_full,
     make_folder,
+    make_parents,
     set_aside,
 )
 from hotpixd.store.ledger import Ledger
@@ -102,7 +103,8 @@ class State:
             raise StateMissing(f"There is no state in {self.root} yet: no shot was ever watched or scanned.")
         try:
             with full_disk_as_state_full(f"for the state in {self.root}"):
-                self.root.parent.mkdir(parents=True, exist_ok=True)
+                if not (self.root / "ledger.sqlite").exists():
+                    make_parents(self.root)
                 make_folder(self.root)
                 self._lock = os.open(os.devnull, os.O_RDONLY) if locked else _locked(self.root / "lock")
                 try:

@@ -29,12 +29,19 @@ def write_dng(
     *,
     pattern: tuple[int, int, bytes] | None = RGGB,
     active_area: tuple[int, int, int, int] | None = None,
+    crop: tuple[int, int, int, int] | None = None,
     dng: bool = True,
     black: int = 256,
     white: int = 16383,
     **described: object,
 ) -> None:
-    """Write an uncompressed DNG; without a pattern of a monochrome sensor, without `dng` a mere mosaic."""
+    """Write an uncompressed DNG; without a pattern of a monochrome sensor, without `dng` a mere mosaic.
+
+    Parameters
+    ----------
+    active_area : top, left, bottom, right
+    crop : left, top, width, height of the default crop, within the active area
+    """
     about = {"make": "Acme", "model": "Acme One", "serial": "0042", "exposure_s": 0.5, "iso": 800} | described
     unit = tuple(v for one in (1, 0, 0, 0, 1, 0, 0, 0, 1) for v in (one, 1))
     tags: list[Tag] = [
@@ -64,6 +71,8 @@ def write_dng(
         ]
     if active_area is not None:
         tags.append((50829, "I", 4, active_area, True))
+    if crop is not None:
+        tags += [(50719, "I", 2, crop[:2], True), (50720, "I", 2, crop[2:], True)]
     photometric = 34892 if samples.ndim == 3 else 32803 if pattern is not None else 1
     tifffile.imwrite(path, samples, photometric=photometric, extratags=tags, compression=None, metadata=None)
     if photometric == 1:

@@ -108,6 +108,8 @@ class SceneOption(StrEnum):
 
 def main() -> None:
     """Run the command line; every foreseeable fault ends in a sentence and an exit code."""
+    # NumPy's linear algebra, which nothing here uses, would take 32 MB per core, and asks for them without end.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _prepare_streams()
     from hotpixd.store.durable import StateError
 

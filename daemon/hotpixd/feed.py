@@ -682,8 +682,10 @@ class FeedClient:
                 if message.get("id") == id_:
                     break
         if message["type"] == "error":
-            raise FeedError(message["error"])
-        answer: dict[str, Any] = message["answer"]
+            raise FeedError(str(message.get("error")))
+        answer = message.get("answer")
+        if not isinstance(answer, dict):
+            raise self._line.foreign()
         return answer
 
     def watch(self) -> Iterator[Live]:
@@ -705,10 +707,11 @@ class FeedClient:
                     live = {}
                 elif message["type"] != "change":
                     continue
+                changed, gone = message.get("set"), message.get("gone", [])
+                if not isinstance(changed, dict) or not isinstance(gone, list):
+                    raise line.foreign()
                 # Never changed in place: another thread may be drawing the one before.
-                live = {**live, **message["set"]}
-                for key in message.get("gone", ()):
-                    live.pop(key, None)
+                live = {key: value for key, value in {**live, **changed}.items() if key not in gone}
                 yield live
         except FeedError:
             if not self._closed:
@@ -750,7 +753,7 @@ class _Line:
         try:
             self.hello = self.read(timeout_s, _LONGEST_LINE)
             if self.hello["type"] != "hello" or self.hello.get("app") != "hotpixd":
-                raise FeedError(f"What answers at {path} is not hotpixd.")
+                raise self.foreign()
             if (proto := self.hello.get("proto")) != PROTO:
                 raise FeedError(
                     f"The daemon at {path} speaks version {proto} of the protocol, this program {PROTO}: one of them is"
@@ -780,7 +783,7 @@ class _Line:
         while (end := self._received.find(b"\n", searched)) < 0:
             searched = len(self._received)
             if longest is not None and searched > longest:
-                raise FeedError(f"What answers at {self._path} is not hotpixd.")
+                raise self.foreign()
             try:
                 self._socket.settimeout(silence_s)
                 received = self._socket.recv(256 * 1024)
@@ -795,10 +798,10 @@ class _Line:
         del self._received[: end + 1]
         try:
             message = json.loads(line)
-        except ValueError as error:
-            raise FeedError(f"What answers at {self._path} is not hotpixd.") from error
+        except (ValueError, RecursionError) as error:
+            raise self.foreign() from error
         if not isinstance(message, dict) or "type" not in message:
-            raise FeedError(f"What answers at {self._path} is not hotpixd.")
+            raise self.foreign()
         if message["type"] == "bye":
             raise FeedError(f"The daemon at {self._path} has stopped.")
         if message["type"] == "error" and "id" not in message:
@@ -824,6 +827,10 @@ class _Line:
     def close(self) -> None:
         """Free the socket, which no other thread may be using."""
         self._socket.close()
+
+    def foreign(self) -> FeedError:
+        """Return what to raise when something is said that no daemon says."""
+        return FeedError(f"What answers at {self._path} is not hotpixd.")
 
     def _gone(self) -> FeedError:
         return FeedError(f"The daemon at {self._path} has gone.")

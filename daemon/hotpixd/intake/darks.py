@@ -175,9 +175,22 @@ class Journal:
         """Return the journal of an unfinished series, if there is one that can be read."""
         try:
             plain = json.loads(path.read_text("utf-8"))
-            return cls(**{**plain, "order": SeriesOrder(**plain["order"])})
-        except (OSError, ValueError, TypeError, KeyError):
+            journal = cls(**{**plain, "order": SeriesOrder(**plain["order"])})
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
+        return journal if journal._is_sound() else None
+
+    def _is_sound(self) -> bool:
+        """Tell whether its values are of the kinds that `write` writes."""
+        return (
+            isinstance(self.camera, str)
+            and type(self.taken) is int
+            and self.taken >= 0
+            and isinstance(self.restore, dict)
+            and isinstance(self.bulb_open, bool)
+            and type(self.at) in (int, float)
+            and math.isfinite(self.at)
+        )
 
     def write(self, path: Path) -> None:
         """Put it on the disk, durably."""

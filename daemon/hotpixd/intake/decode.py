@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import io
 import logging
 import platform
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from hotpixd.core.darkness import looks_dark
 from hotpixd.core.frame import Frame, SampleKind, Samples, SensorIdentity, SensorLayout, ShotInfo, ShotKind
-from hotpixd.intake import metadata
+from hotpixd.intake import extent, metadata
 from hotpixd.intake.metadata import Metadata
 
 MAX_PIXELS = 400_000_000
@@ -254,6 +255,7 @@ def _read_png(data: bytes) -> _Picture:
     if depth == 16 and colour_type != 0:
         # Pillow would silently drop the low bytes.
         raise DecodeError("this PNG has 16 bit per sample in colour or with alpha; save it as TIFF")
+    _refuse_if(extent.png_fault(data))
 
     def load() -> NDArray[np.generic]:
         # Not Image.open, whose guard against decompression bombs bites below the largest cameras.
@@ -294,7 +296,8 @@ def _read_tiff_or_raw(file: BinaryIO) -> _Picture:
         return _read_raw(file)
     except DecodeError:
         # A plain mosaic that LibRaw does not take for a camera's. A damaged raw begins with a preview.
-        if first.number(0x0106) != _CFA or first.number(0x00FE):
+        dng = {0xC612, 0xC614, 0xC68D} & first.entries.keys()  # its version, its camera, its visible area
+        if first.number(0x0106) != _CFA or first.number(0x00FE) or dng:
             raise
         with contextlib.suppress(DecodeError):
             return _read_tiff(file)
@@ -315,6 +318,7 @@ def _read_tiff(file: BinaryIO) -> _Picture:
             _require_tiff_size(page)
             if len(tiff.pages) > 1 and tiff.pages[1].shape == page.shape:
                 raise DecodeError("this TIFF holds several pictures; save each in a file of its own")
+            _refuse_if(extent.page_fault(page, file))
             photometric = int(page.photometric)
             colours = _tiff_pattern(page) if photometric == _CFA else ""
             try:
@@ -346,12 +350,12 @@ def _require_tiff_size(page: Any) -> None:
 
 
 def _tiff_pattern(page: Any) -> str:
-    """Return the colours of a TIFF/EP mosaic, or "" if it does not name a 2x2 pattern."""
-    tag = page.tags.get(33422)
-    repeat = page.tags.get(33421)
-    values = tuple(bytes(tag.value) if isinstance(tag.value, bytes) else tag.value) if tag else ()
-    if repeat is None or tuple(repeat.value) != (2, 2) or len(values) != 4 or max(values) > 6:
-        return ""
+    """Return the colours of a TIFF/EP mosaic, which are known to be there."""
+    values, sides = page.tags.valueof(33422), tuple(page.tags.valueof(33421))
+    if sides not in ((2, 2), (6, 6)):
+        raise DecodeError(
+            f"the colours of this mosaic repeat after {sides[0]} x {sides[1]}; hotpixd handles 2 x 2 and 6 x 6"
+        )
     return "".join("RGBCMYW"[value] for value in values)
 
 
@@ -376,6 +380,7 @@ def _from_pixels(samples: NDArray[np.generic], about: Metadata, colours: str = "
     if samples.ndim == 3 and samples.shape[2] in (1, 2):
         samples = samples[:, :, 0]
     if samples.ndim == 2:
+        _refuse_if(extent.filter_fault(colours or "LLLL"))
         return _Picture(samples, colours or "LLLL", 1, SampleKind.RAW, about)
     if samples.ndim != 3 or samples.shape[2] not in (3, 4):
         raise DecodeError(f"this picture has the shape {samples.shape}; hotpixd reads grey and RGB")
@@ -412,6 +417,8 @@ def _unpacked(file: BinaryIO, about: Metadata) -> _Picture:
         sizes = raw.sizes
         _require_size(sizes.width, sizes.height)
         colours = _raw_colours(raw)
+        _refuse_if(extent.raw_fault(file, sizes.raw_width, sizes.raw_height, colours))
+        _refuse_if(extent.filter_fault(colours))
         # The array keeps `raw` alive, which must not be closed then. Only margins make a copy necessary.
         samples = np.ascontiguousarray(raw.raw_image_visible)
         black = [float(level) for level in raw.black_level_per_channel]
@@ -484,20 +491,26 @@ def _read_fits(file: BinaryIO) -> _Picture:
     except ImportError as error:
         raise DecodeError('reading FITS needs astropy: pip install "hotpixd[fits]"') from error
 
-    def load() -> tuple[NDArray[np.generic], dict[str, object]]:
+    def load() -> tuple[NDArray[np.generic], dict[str, object], float]:
         # Warning filters are one for all threads: two that save and restore them would mix them up.
         with _warnings_lock, warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            _refuse_if(extent.fits_fault(file))
             with fits.open(file, memmap=False, lazy_load_hdus=True) as units:
                 for unit in units:
                     shape: tuple[int, ...] = getattr(unit, "shape", ())
                     if unit.is_image and (len(shape) == 2 or (len(shape) == 3 and shape[0] == 3)):
                         _require_size(shape[-1], shape[-2])
-                        return np.asarray(unit.data), dict(unit.header)
+                        # Reading the samples takes it from the header.
+                        zero = unit.header.get("BZERO", 0)
+                        return np.asarray(unit.data), dict(unit.header), zero
         raise DecodeError("this FITS file holds no picture of two axes")
 
-    data, header = _guarded("FITS", load)
+    data, header, zero = _guarded("FITS", load)
     samples = _whole_numbers(data)
+    if samples.ndim == 2 and (samples[-1] == zero).all():
+        # What was never written is zero in the file, and stands at its end whichever way the rows go.
+        _refuse_half_written(samples != zero, 1 if zero else MIN_EMPTY_ROWS)
     # The standard counts rows from the bottom; programs that store the top row first say so.
     bottom_up = str(header.get("ROWORDER", "")).strip().upper() != "TOP-DOWN"
     if bottom_up:
@@ -564,7 +577,8 @@ def _guarded(format_name: str, load: Callable[[], _Loaded]) -> _Loaded:
     except (DecodeError, MemoryError):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the disk; readers give theirs no number
+        # The disk: readers give theirs no number, and EINVAL answers offsets that no file has.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise DecodeError(_broken(format_name)) from error
 
@@ -596,8 +610,8 @@ def require_sides(layout: SensorLayout) -> None:
         )
 
 
-def _refuse_half_written(samples: Samples) -> None:
-    """Refuse raw samples with rows of zeros where chance puts none: at the end, or where a block was never written."""
+def _refuse_half_written(samples: Samples | NDArray[np.bool_], least: int = MIN_EMPTY_ROWS) -> None:
+    """Refuse raw samples with so many rows of zeros, one after the other, as chance does not put there."""
     empty = ~samples.any(axis=1)
     if not empty.any():
         return
@@ -609,7 +623,7 @@ def _refuse_half_written(samples: Samples) -> None:
     longest = int(lengths.max())
     # In an 8-bit dark two of five rows are all zero too, but then they are everywhere, not one after the other.
     elsewhere = (np.count_nonzero(empty) - longest) / (empty.size - longest)
-    if longest >= MIN_EMPTY_ROWS and empty.size * elsewhere**longest < 1e-9:
+    if longest >= least and empty.size * elsewhere**longest < 1e-9:
         at = int(edges[2 * int(lengths.argmax())])
         where = f"the last {longest}" if at + longest == empty.size else f"{longest} (from row {at} on)"
         raise DecodeError(
@@ -655,6 +669,12 @@ def _refuse_edited(about: Metadata, width: int, height: int) -> None:
 def _broken(format_name: str, error: BaseException | None = None) -> str:
     reason = f" ({' '.join(str(error).split())})" if error is not None and str(error) else ""
     return f"the {format_name} file is damaged or cut off{reason}; copy it from the camera again"
+
+
+def _refuse_if(fault: str | None) -> None:
+    """Refuse a file that contradicts itself."""
+    if fault is not None:
+        raise DecodeError(f"{fault}; the file is damaged, copy it from the camera again")
 
 
 def keep_large_buffers() -> bool:

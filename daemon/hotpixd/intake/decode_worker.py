@@ -66,7 +66,7 @@ class _Worker:
         except DecodeError as error:
             return {"refused": str(error)}
         except MemoryError:
-            return {"refused": "it takes more memory to decode than any camera's picture should; the file is damaged"}
+            return {"no_memory": True}
         except Exception as error:
             if isinstance(error, OSError) and error.errno not in (errno.EACCES, errno.EPERM):
                 # The disk. What the jail forbids is a fault like any other: the file is open already.

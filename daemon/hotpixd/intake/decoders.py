@@ -50,6 +50,8 @@ _START_WITHIN_S = 60.0
 _PATIENCE_S, _PATIENCE_S_PER_MB = 30.0, 1.0
 """Time that a file may take. A raw file of 60 MB takes 1 s on a laptop and 15 s on a small computer."""
 
+_NO_MEMORY = "it takes more memory than any camera's picture should"
+
 _TRIES = 2
 """Workers that a file may cost before it is refused."""
 
@@ -452,6 +454,9 @@ def _failure(answer: dict[str, Any]) -> Exception:
     match answer:
         case {"refused": str(reason)}:
             return DecodeError(reason[: 4 * _LONGEST_TEXT])
+        case {"no_memory": True}:
+            # Perhaps of what it did before, or of the machine just now: a new one is given the file as well.
+            return _Died(_NO_MEMORY)
         case {"errno": int(code), "strerror": str(words)}:
             return OSError(code, words[:_LONGEST_TEXT])
         case {"fault": str(fault), "traceback": str(trace)}:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,6 +18,9 @@ Answer = Callable[[dict[str, Any] | None, dict[str, Any] | None], None]
 
 _LEAVE_S = 5.0
 """How long a worker may take to let go of its camera."""
+
+_LONGEST_LINE = 64 << 20
+"""Bytes: a listing of a hundred thousand files has a fifth of it."""
 
 
 class Link:
@@ -78,7 +82,7 @@ class Link:
             os.write(self._in, line.encode())
 
     def read(self, event: Callable[[dict[str, Any]], None]) -> bool:
-        """Take in what was said; False if the worker has ended."""
+        """Take in what was said; False if the worker has ended, or says what no worker says."""
         while True:
             try:
                 data = os.read(self._out, 1 << 16)
@@ -89,7 +93,32 @@ class Link:
             self.heard_at = time.monotonic()
             *lines, self._partial = (self._partial + data).split(b"\n")
             for line in lines:
-                self._hear(json.loads(line), event)
+                message = self._understood(line)
+                if message is None:
+                    return False
+                self._hear(message, event)
+            if len(self._partial) > _LONGEST_LINE:
+                return False
+
+    def _understood(self, line: bytes) -> dict[str, Any] | None:
+        """Return a message; None if it is none. A library of the worker may have written into its pipe."""
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+        match message:
+            case {"failed": {"code": int(), "text": str(), "doing": str()}}:
+                return dict(message)
+            case {"failed": _}:
+                return None
+            case {"id": int(id_)} if id_ in self._waiting:
+                parts = (message.get("ok"), message.get("error"))
+                return dict(message) if all(part is None or isinstance(part, dict) for part in parts) else None
+            case {"event": "beat", "patience_s": int() | float() as patience_s} if 0 <= patience_s < math.inf:
+                return dict(message)
+            case {"event": str(name)} if name != "beat" and "id" not in message:
+                return dict(message)
+        return None
 
     def _hear(self, message: dict[str, Any], event: Callable[[dict[str, Any]], None]) -> None:
         if "failed" in message:

@@ -14,6 +14,7 @@ documented by ExifTool (https://exiftool.org/TagNames/).
 from __future__ import annotations
 
 import math
+import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -104,7 +105,12 @@ def from_file(file: BinaryIO) -> Metadata:
         If the disk cannot be read. Content that makes no sense is no error.
     """
 
+    end = file.seek(0, os.SEEK_END)
+
     def read(offset: int, size: int) -> bytes:
+        # Offsets come from the file: some are none that the system takes.
+        if not 0 <= offset < end:
+            return b""
         file.seek(offset)
         return file.read(size)
 

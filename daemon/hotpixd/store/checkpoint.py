@@ -57,6 +57,7 @@ _DIGEST_BYTES = 32
 _CHUNK_BYTES = 4 << 20
 _CHUNK_HEAD = struct.Struct("<IB")
 _HEADER_LENGTH = struct.Struct("<I")
+_DTYPE = re.compile(r"\|[biu]1|<[iuf][248]")
 _NAME = re.compile(r"gen-(\d{8})\.hpx")
 
 # Compression takes most of the time; the main thread only writes and hashes.
@@ -370,6 +371,9 @@ def _header(
     described = []
     chunks = 0
     for name, dtype, shape in content["arrays"]:
+        # numpy makes something of nearly any text.
+        if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
+            raise ValueError(f"{dtype!r} is no kind of number")
         described.append((str(name), np.dtype(dtype), tuple(int(n) for n in shape)))
         elements = 1
         for n in described[-1][2]:

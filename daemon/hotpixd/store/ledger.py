@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sqlite3
@@ -34,7 +35,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, get_args
 
 import numpy as np
 from blake3 import blake3
@@ -313,6 +314,8 @@ class Tally:
     companion: int = 0
 
 
+_KEY = re.compile(r"[0-9a-f]{64}")
+_VERDICTS = get_args(Verdict)
 _SHOT_COLUMNS = ", ".join(field.name for field in fields(ShotRow))
 _CONCLUSION_COLUMNS = frozenset(Conclusion.__annotations__)
 
@@ -641,7 +644,10 @@ class Ledger:
         found = {}
         for seq in seqs:
             for (moment,) in self.rows(query, (seq,)):
-                found[seq] = datetime.fromisoformat(moment).strftime("%Y-%m-%dT%H:%M:%SZ")
+                try:
+                    found[seq] = datetime.fromisoformat(moment).strftime("%Y-%m-%dT%H:%M:%SZ")
+                except (ValueError, TypeError) as error:
+                    raise self._damaged(f"the time of shot {seq} is {moment!r}") from error
         return found
 
     def not_counted(self, sensor_id: str) -> dict[str, int]:
@@ -679,7 +685,8 @@ class Ledger:
 
     def sensors(self) -> dict[str, dict[str, Any]]:
         """Return the identity of each sensor by its id, in the order in which they came."""
-        return {id_: json.loads(text) for id_, text in self.rows("SELECT id, identity FROM sensor ORDER BY number")}
+        rows = self.rows("SELECT id, identity FROM sensor ORDER BY number")
+        return {id_: self._described(text, f"sensor {id_}") for id_, text in rows}
 
     def add_observations(
         self,
@@ -746,7 +753,7 @@ class Ledger:
         """Return the changes of life cycle of a sensor's sites, ordered by (seq, site)."""
         query = "SELECT site, seq, change, detail FROM transition WHERE sensor = ? ORDER BY seq, site, change"
         return [
-            TransitionRow(sensor_id, site, seq, change, json.loads(detail))
+            TransitionRow(sensor_id, site, seq, change, self._described(detail, f"a transition of site {site}"))
             for site, seq, change, detail in self.rows(query, (self._numbers.get(sensor_id),))
         ]
 
@@ -864,7 +871,12 @@ class Ledger:
                     columns[name] = columns[name].decode("utf-8", "surrogateescape")
             if columns["counted"] is not None:
                 columns["counted"] = bool(columns["counted"])
-            yield ShotRow(**columns)
+            shot = ShotRow(**columns)
+            # SQLite keeps whatever stands in a row, and a key is the name of a file.
+            sound = all(isinstance(text, str) for text in (shot.key, shot.name, shot.path, shot.received_at))
+            if not sound or not _KEY.fullmatch(shot.key) or shot.verdict not in _VERDICTS:
+                raise self._damaged(f"the row of shot {shot.seq} holds what none holds")
+            yield shot
 
     @contextmanager
     def _in_plain_words(self) -> Iterator[None]:
@@ -873,6 +885,8 @@ class Ledger:
             yield
         except BaseException as error:
             self._roll_back()
+            if isinstance(error, UnicodeDecodeError):  # of a name in the schema, which SQLite's own message quotes
+                raise self._damaged("a name in it is no text") from error
             if not isinstance(error, sqlite3.DatabaseError) or isinstance(
                 error, sqlite3.IntegrityError | sqlite3.ProgrammingError
             ):
@@ -891,6 +905,19 @@ class Ledger:
             # What was not committed is rolled back when the file is opened next.
             pass
 
+    def _described(self, text: str, subject: str) -> dict[str, Any]:
+        """Return what was written as JSON."""
+        try:
+            described = json.loads(text)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise self._damaged(f"{subject} is not described in JSON") from error
+        if not isinstance(described, dict):
+            raise self._damaged(f"{subject} is described by {described!r}")
+        return described
+
+    def _damaged(self, what: str) -> StateError:
+        return StateDamaged(f"The ledger {self.path} is damaged: {what}.")
+
     def _sentence(self, error: sqlite3.DatabaseError) -> StateError:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_CANTOPEN and self._has_no_room()):
@@ -899,7 +926,7 @@ class Ledger:
             self._failed = True
             return StateError(f"The disk of the ledger {self.path} fails: {error}.")
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            return StateDamaged(f"The ledger {self.path} is damaged: {error}.")
+            return self._damaged(str(error))
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return StateError(f"The ledger {self.path} is open in another program: {error}.")
         return StateError(f"The ledger {self.path} cannot be used: {error}.")

@@ -12,6 +12,7 @@ Run as a program: ``posix_log.py MOUNTPOINT LOG`` (FUSE; package fusepy).
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import os
 import pickle
@@ -70,6 +71,16 @@ class _File:
     pending: list[tuple[int, bytes | None]] = field(default_factory=list)
     """Since the last fsync: what was written at which offset; None: cut or grown to that size."""
 
+    @functools.cached_property
+    def now(self) -> bytes:
+        """The content as it is; kept until it changes."""
+        return bytes(self.live)
+
+    def changed(self, at: int, data: bytes | None) -> None:
+        """Take down a change of `live`."""
+        self.pending.append((at, data))
+        self.__dict__.pop("now", None)
+
 
 @dataclass
 class _Folder:
@@ -102,12 +113,12 @@ class Tree:
     def _write(self, node: int, at: int, data: bytes) -> None:
         file = self._file(node)
         _written(file.live, at, data)
-        file.pending.append((at, data))
+        file.changed(at, data)
 
     def _truncate(self, node: int, size: int) -> None:
         file = self._file(node)
         _cut(file.live, size)
-        file.pending.append((size, None))
+        file.changed(size, None)
 
     def _create(self, folder: int, name: str, node: int) -> None:
         self._nodes[node] = _File()
@@ -138,7 +149,7 @@ class Tree:
     def _fsync(self, node: int) -> None:
         synced = self._nodes[node]
         if isinstance(synced, _File):
-            synced.durable = bytes(synced.live)
+            synced.durable = synced.now
         else:
             synced.durable = dict(synced.live)
         synced.pending.clear()
@@ -186,7 +197,7 @@ class Remains:
 
     contents: dict[int, bytes]
 
-    @property
+    @functools.cached_property
     def digest(self) -> bytes:
         """The same for the same files and folders."""
         numbers = {node: number for number, node in enumerate(dict.fromkeys(sorted(self.files.values())))}
@@ -194,7 +205,7 @@ class Remains:
         digest.update(repr(sorted(self.folders)).encode())
         for path, node in sorted(self.files.items()):
             digest.update(repr((path, numbers[node])).encode(errors="surrogateescape"))
-            digest.update(hashlib.blake2b(self.contents[node]).digest())
+            digest.update(_digest(self.contents[node]))
         return digest.digest()
 
     def put_into(self, root: Path) -> None:
@@ -210,9 +221,16 @@ class Remains:
                 first[node] = root / path
 
 
+@functools.lru_cache(4096)
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content).digest()
+
+
 def _left_of_file(file: _File, survival: Survival, chance: random.Random) -> bytes:
+    if not file.pending:
+        return file.durable
     if survival == "contents":
-        return bytes(file.live)
+        return file.now
     if survival == "zeros":
         left = bytearray(file.durable[: len(file.live)])
         _cut(left, len(file.live))
@@ -262,7 +280,8 @@ def power_cuts(records: list[Record], seed: int = 0) -> Iterator[tuple[int, Surv
     """
     last: dict[bytes, tuple[int, Survival]] = {}
     for end, survival, remains in _all_power_cuts(records, seed):
-        last[remains.digest] = end, survival
+        if last.get(remains.digest, (0, ""))[0] < end:
+            last[remains.digest] = end, survival
     wanted = set(last.values())
     for end, survival, remains in _all_power_cuts(records, seed):
         if (end, survival) in wanted:

@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -54,11 +54,11 @@ SITES: dict[str, str] = {
     "album.save#1": "fsync of a photo that was there already",
     "album.save#2": "fsync of the folder of a photo that was there already",
     "album.save#3": "fsync of a photo's folder",
-    "camera_worker.do_fetch": "fsync of a fetched file by the camera's process",
+    "camera_worker.do_fetch": "first fsync of a file that has arrived",
     "durable.make_folder#1": "fsync of the folder above one that was there already",
     "durable.make_folder#2": "fsync of the folder above a new one",
     "durable.make_parents": "fsync of the folders above the state's",
-    "durable.replace_durably#1 arrival": "fsync of a file that has arrived",
+    "durable.replace_durably#1 arrival": "second fsync of a file that has arrived",
     "durable.replace_durably#1 copy": "fsync of a copy in the spool",
     "durable.replace_durably#1 generation": "fsync of a generation",
     "durable.replace_durably#1 series": "fsync of the journal of a dark series",
@@ -74,7 +74,7 @@ SITES: dict[str, str] = {
 """Every place at which the product fsyncs, in words."""
 
 TOGETHER: dict[str, tuple[str, ...]] = {
-    "fsync of a file that has arrived": ("camera_worker.do_fetch", "durable.replace_durably#1 arrival"),
+    "both fsyncs of a file that has arrived": ("camera_worker.do_fetch", "durable.replace_durably#1 arrival"),
 }
 """Sites that do each other's work: a control takes them out together. The camera's process fsyncs what it has fetched,
 so that waiting for the disk does not keep the other cameras waiting; the second fsync then has nothing left to do."""
@@ -299,15 +299,18 @@ def try_trace(
     known : what may be left with all safeguards, see `left_of`. Then only what is not among it is tried, or what is
         left at a later time, when more is promised; and only until enough is wrong
     """
-    cuts = [(end, remains) for end, _, remains in power_cuts(trace.records)]
+    cuts = list(power_cuts(trace.records))
     if known is not None:
-        cuts = [(end, remains) for end, remains in cuts if end > known.get(remains.digest, -1)]
+        cuts = [cut for cut in cuts if cut[0] > known.get(cut[2].digest, -1)]
     if known is not None or (most is not None and len(cuts) > most):
-        cuts = random.Random(0).sample(cuts, min(len(cuts), most or len(cuts)))
+        random.Random(0).shuffle(cuts)
+    if known is not None:
+        # There are few of these, and they are the worst.
+        cuts.sort(key=lambda cut: cut[1] != "synced")
     return tried(
         processes,
-        cuts,
-        lambda cut: processes.submit(_recover_remains, trace.job, *cut),
+        cuts[:most],
+        lambda cut: processes.submit(_recover_remains, trace.job, cut[0], cut[2]),
         None if known is None else _ENOUGH,
     )
 
@@ -424,33 +427,36 @@ def posix_rows(
     processes: ProcessPoolExecutor,
     long: bool,
     names: Iterable[str] = tuple(WORKLOADS),
-    others: Iterable[str] = OTHERS,
     most: int = _SAMPLE,
+    controls: Collection[str] | None = None,
 ) -> list[Row]:
-    """Try the disk that keeps nothing but what POSIX promises, and on it all controls that these workloads have.
+    """Try the disk that keeps nothing but what POSIX promises, and on it the controls.
 
     Parameters
     ----------
     long : all power cuts, not at most `most` of each workload and control
-    others : safeguards other than our fsyncs that are left out
+    controls : what is left out, in words; None: everything in turn
     """
     rows = []
-    controls: dict[str, Tally] = {}
+    missed: dict[str, Tally] = {}
     for name in names:
         with traced(WORKLOADS[name]) as trace:
             tally = try_trace(processes, trace, None if long else most)
             rows.append(_row(f"what POSIX promises: {name}", tally))
             known = left_of(trace)
             for what, left_out in {**_controls(trace), **_sqlite_controls(trace)}.items():
-                so_far = controls.setdefault(what, Tally())
-                if so_far.wrong < _ENOUGH:
+                so_far = missed.setdefault(what, Tally())
+                if so_far.wrong < _ENOUGH and (controls is None or what in controls):
                     so_far.include(try_trace(processes, left_out, None if long else most, known))
-    for without in others:
+    for without in OTHERS if controls is None else ():
         with traced(WORKLOADS["scan"], (without,)) as trace:
-            controls[without] = try_trace(processes, trace, None if long else most, {})
-    return rows + [
-        _row(f"without {what}, what POSIX promises", tally, control=True) for what, tally in controls.items()
+            missed[without] = try_trace(processes, trace, None if long else most, {})
+    rows += [
+        _row(f"what POSIX promises, without {what}", tally, control=True)
+        for what, tally in missed.items()
+        if controls is None or what in controls
     ]
+    return rows
 
 
 def _controls(trace: Trace) -> dict[str, Trace]:

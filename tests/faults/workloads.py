@@ -344,7 +344,7 @@ class Tethered(Workload):
                 "port": camera.port,
                 "verify_after_s": 0.5,
                 "save_to": str(run.disk / "photos"),
-                "save_as": "{make}/{date:%Y}/{name}",
+                "save_as": "{make}/{stem}/{name}",
                 "delete": True,
             }
             plain = {"cameras": [section], "checkpoint": {"every_shots": 2, "idle_s": 1}}
@@ -358,7 +358,9 @@ class Tethered(Workload):
                             raise RuntimeError(f"not killed at {kill}: {daemon.log}")
                         for photo in (run.disk / "photos").rglob("*.DNG"):
                             # Not fsynced: no user does that.
-                            shutil.copyfile(shots[-1], photo.with_name(shots[-1].name))
+                            theirs = photo.parents[1] / shots[-1].stem
+                            theirs.mkdir()
+                            shutil.copyfile(shots[-1], theirs / shots[-1].name)
                             break
                         continue
                     daemon.wait_ready()

@@ -595,7 +595,11 @@ class Ledger:
 
     def strange_sensors(self) -> list[str]:
         """Return the sensors that shots are of, but which the ledger does not know: their rows were lost."""
-        query = "SELECT DISTINCT sensor_id FROM shot WHERE sensor_id NOT IN (SELECT id FROM sensor) ORDER BY sensor_id"
+        # Not in an empty list is all, NULL too.
+        query = (
+            "SELECT DISTINCT sensor_id FROM shot"
+            " WHERE sensor_id IS NOT NULL AND sensor_id NOT IN (SELECT id FROM sensor) ORDER BY sensor_id"
+        )
         return [id_ for (id_,) in self.rows(query)]
 
     def last_shot(self, sensor_id: str | None = None) -> ShotRow | None:

@@ -617,6 +617,16 @@ def test_a_row_that_something_else_changed_is_noticed(tmp_path: Path, table: str
     assert path.read_bytes() == content
 
 
+def test_shots_of_a_sensor_that_is_not_known_are_noticed(ledger: Ledger) -> None:
+    """Those that are of no sensor yet are not of a strange one, even while there is none at all."""
+    ledger.receive([shot(1), shot(2)])
+    assert ledger.strange_sensors() == []
+    ledger.conclude(2, verdict="folded", sensor_id="cam")
+    assert ledger.strange_sensors() == ["cam"]
+    ledger.add_sensor("cam", {})
+    assert ledger.strange_sensors() == []
+
+
 def test_attempts_are_not_sealed(tmp_path: Path) -> None:
     """They say nothing about a shot that a replay would have to believe."""
     path = tmp_path / "ledger.sqlite"

@@ -208,7 +208,8 @@ class Monitor:
         self._since_checkpoint = 0
         self._depths = {id_: about.get("depth") for id_, about in self._ledger.sensors().items()}
         self._memory = memory_bytes()
-        self._lost: list[str] = []
+        self.lost: dict[str, str] = {}
+        """Names by key of shots that were acknowledged, could not be folded again, and were not offered since."""
         self.warnings: list[str] = []
         """Sentences about damage found and worked around."""
 
@@ -262,9 +263,9 @@ class Monitor:
                 self._ledger.commit()
         while self._waiting:
             yield from self._next_concluded()
-        if self._lost:
-            named = ", ".join(self._lost[:_LOST_NAMED])
-            more = f" and {len(self._lost) - _LOST_NAMED} more" if len(self._lost) > _LOST_NAMED else ""
+        if self.lost:
+            named = ", ".join(list(self.lost.values())[:_LOST_NAMED])
+            more = f" and {len(self.lost) - _LOST_NAMED} more" if len(self.lost) > _LOST_NAMED else ""
             self.warnings.append(
                 f"Shots that were folded or received cannot be folded again, as neither their copies in the spool nor"
                 f" the originals are there as they were: {named}{more}. If you have their files, scan them: they are"
@@ -466,6 +467,7 @@ class Monitor:
                 if row is not None and row.is_lost:
                     # As if it had never come: a later row, since its frame is folded after all the others.
                     self._ledger.forget(key)
+                    self.lost.pop(key, None)
                 elif row is not None:
                     self._let_go(future)
                     yield self._known(shot, row)
@@ -595,7 +597,7 @@ class Monitor:
         except DecodeError as error:
             self._ledger.conclude(row.seq, verdict="refused", reason=str(error))
             if str(error) == LOST:
-                self._lost.append(row.name)
+                self.lost[row.key] = row.name
                 self._ledger.forget_seen_shot(row.key)
             return Outcome(
                 found.path,
@@ -611,7 +613,7 @@ class Monitor:
         kept.fold_in(row)
         digest = report.fingerprint
         # It depends on the frames before it, too: on their defects.
-        if row.samples_digest not in (None, digest) and not self._lost:
+        if row.samples_digest not in (None, digest) and not self.lost:
             self.warnings.append(
                 f"{row.name} decodes to other samples than when it was first folded; a decoder was changed in between"
             )

@@ -62,7 +62,7 @@ def run_scan(state: State, wanted: list[str], kind: str | None, stop: Callable[[
         _print_found(monitor, state, outcomes)
     if left:
         print(f"Interrupted: {left} shots are left. Run the same command again to go on where it stopped.")
-    bad = listing.unreadable or any(o.fate in (Fate.REFUSED, Fate.UNREADABLE) for o in outcomes)
+    bad = listing.unreadable or monitor.lost or any(o.fate in (Fate.REFUSED, Fate.UNREADABLE) for o in outcomes)
     return 1 if bad else 0
 
 

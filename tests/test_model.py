@@ -263,7 +263,7 @@ class Machine(RuleBasedStateMachine):
         self.deaf = False
         self.count: Counter[str] = Counter()
         self.time = 1000.0
-        self.up = False
+        self.up = self.woken = False
         self.patches = ExitStack()
 
     @initialize()
@@ -649,7 +649,7 @@ class Machine(RuleBasedStateMachine):
             self.alerts = Alerts(
                 self.state.ledger,
                 AlertSettings(command=("people",), gather_s=0.0),
-                wake=lambda: None,
+                wake=self._wake,
                 clock=lambda: self.time,
                 now=self._now,
             )
@@ -706,7 +706,14 @@ class Machine(RuleBasedStateMachine):
 
     def _tick(self) -> None:
         self.state.ledger.commit()
-        self.alerts.work()
+        self.woken = True
+        while self.woken:
+            # Whoever has sent something wakes the loop, and the next message is sent.
+            self.woken = False
+            self.alerts.work()
+
+    def _wake(self) -> None:
+        self.woken = True
 
     def _checkpoint(self) -> None:
         for outcome in self.monitor.process(()):

@@ -153,6 +153,8 @@ def test_a_dng_of_other_sides_than_its_strips_hold_is_refused(tmp_path, name, ta
         ("cropped", 50829, (4, 8, 60, 108)),
         ("behind a preview", 50720, (112, 92)),
         ("uncompressed", 33422, (0, 1, 2, 1)),
+        ("uncompressed", 33422, (6, 1, 1, 2)),
+        ("lossless JPEG", 33422, (1, 2, 3, 1)),
         ("X-Trans", 33422, tuple(sorted(XTRANS[2]))),
     ],
 )

@@ -71,6 +71,18 @@ def test_a_row_that_nobody_wrote_is_damage(tmp_path, change):
         ledger.rows_to_replay({})
 
 
+def test_a_schema_whose_constraints_are_not_ours_is_damage(tmp_path):
+    """One letter of it changed on the disk: new shots cannot be received, and the ledger is said to be why."""
+    path = tmp_path / "ledger.sqlite"
+    Ledger(path).close()
+    content = path.read_bytes()
+    assert content.count(b"verdict IN ('received'") == 1
+    path.write_bytes(content.replace(b"verdict IN ('received'", b"verdict IN ('rec<ived'"))
+    ledger = Ledger(path)
+    with pytest.raises(StateError, match="is damaged: CHECK constraint failed"):
+        ledger.receive([Received("b" * 64, "IMG_2.DNG", "/card", 1000, "2026-01-02T03:04:05Z")])
+
+
 # Generation: its digest proves what was written, not that it makes sense
 
 

@@ -123,6 +123,9 @@ def _holds(content: bytes, tags: dict[int, Entry], width: int, height: int) -> b
         rows = down if tiled else min(down, height - index % -(-height // down) * down)
         needed = across * samples * rows if value(259, 1) == 7 else row * rows
         held = _unpacked(content[start : start + size], value(259, 1))
+        if held < 0 < index < count - 1:
+            # What it holds is damaged. The others tell the sides.
+            continue
         if held != needed and not (value(259, 1) == 1 and held == needed + needed % 2):
             return False
     return True
@@ -173,7 +176,7 @@ def _fits(content: bytes, geometry: Geometry, original: Geometry) -> bool:
     at, same = 0, geometry[3] == original[3]
     while at < len(content):
         end = at
-        while content[end : end + 80] != b"END".ljust(80):
+        while content[end : end + 8].rstrip() != b"END":
             end += 80
             if end >= len(content):
                 return False

@@ -136,6 +136,11 @@ def raw_fault(file: BinaryIO, width: int, height: int, colours: str) -> str | No
     fault = next(filter(None, map(_area_fault, directories)), None)
     if fault:
         return fault
+    # LibRaw takes a colour that it does not expect for another one; of four it has names of its own.
+    patterns = [{int(colour) for colour in directory.numbers(_PATTERN)} for directory in directories]
+    read_as = {"RGBCMYW".find(colour) for colour in colours}
+    if len(colours) > 1 and any(len(pattern) < 4 and not pattern <= read_as for pattern in patterns):
+        return f"the raw file names other colours than {colours}"
     if 0xC612 not in first.entries and first.number(0x0106) not in (CFA, LINEAR_RAW):
         own = (first.number(0x0100), first.number(0x0101)) == (width, height)
         alone = len(directories) == 1 and not first.next_offset

@@ -844,11 +844,14 @@ class Ledger:
             "received" if shot.companion_of is None else "companion",
             None if shot.companion_of is None else _file_text(f"companion of {shot.companion_of}"),
         )
-        added = self._db.execute(
-            "INSERT INTO shot(key, name, path, size, received_at, kind_given, camera_given, verdict, reason)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            row,
-        )
+        try:
+            added = self._db.execute(
+                "INSERT INTO shot(key, name, path, size, received_at, kind_given, camera_given, verdict, reason)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                row,
+            )
+        except sqlite3.IntegrityError as error:  # our rows keep the constraints, so these are not ours any more
+            raise self._damaged(str(error)) from error
         return added.lastrowid or 0
 
     def _commit(self) -> None:

@@ -83,6 +83,12 @@ def test_a_schema_whose_constraints_are_not_ours_is_damage(tmp_path):
         ledger.receive([Received("b" * 64, "IMG_2.DNG", "/card", 1000, "2026-01-02T03:04:05Z")])
 
 
+def test_a_negative_format_is_damage(tmp_path):
+    """There is no way to upgrade from it."""
+    with pytest.raises(StateError, match="is damaged: its format is -5"):
+        damaged_ledger(tmp_path, "PRAGMA user_version = -5")
+
+
 # Generation: its digest proves what was written, not that it makes sense
 
 

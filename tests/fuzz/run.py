@@ -12,6 +12,7 @@ to the working directory as `crash-...`. Replay it with `run.py TARGET FILE`. Th
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -39,6 +40,7 @@ def main() -> None:
         for path in options.files:
             target(path.read_bytes())
             print(path, "ends well")
+        targets.remove_files()
         return
     found = options.keep or Path(tempfile.mkdtemp(prefix="hotpixd-corpus-"))
     found.mkdir(exist_ok=True)
@@ -54,13 +56,16 @@ def main() -> None:
         str(found),
         str(HERE / "corpus" / options.target),
     ]
-    atheris.Setup(arguments, target)
-    try:
+    # In a process of its own: the fuzzer ends it without a word to Python.
+    child = os.fork()
+    if child == 0:
+        atheris.Setup(arguments, target)
         atheris.Fuzz()
-    finally:
-        targets.remove_files()
-        if options.keep is None:
-            shutil.rmtree(found, ignore_errors=True)
+    _, status = os.waitpid(child, 0)
+    targets.remove_files()
+    if options.keep is None:
+        shutil.rmtree(found, ignore_errors=True)
+    sys.exit(os.waitstatus_to_exitcode(status))
 
 
 if __name__ == "__main__":

@@ -201,6 +201,9 @@ def _values_of(directory: Directory) -> set[tuple[int, int]]:
     return spans
 
 
+_PAGE = 4096
+
+
 def _stored_fault(stored: _Stored, file: BinaryIO, taken: Sequence[tuple[int, int]]) -> str | None:
     """Compare strips or tiles with what sides and depth need.
 
@@ -220,8 +223,10 @@ def _stored_fault(stored: _Stored, file: BinaryIO, taken: Sequence[tuple[int, in
         return "parts of the file lie over each other"
     needed = [-(-across * stored.bits // 8) * rows for across, rows in sizes]
     if stored.compression == _STORED:
-        # Writers may fill up to an even length.
-        right = all(0 <= count - size <= size % 2 for count, size in zip(stored.counts, needed, strict=True))
+        # Writers may fill up to an even length, a sector or a page; that is less than a row.
+        row = max(-(-sizes[0][0] * stored.bits // 8), 2)
+        spare = min(row, _PAGE)
+        right = all(0 <= count - size < spare for count, size in zip(stored.counts, needed, strict=True))
     else:
         # The first and the last tell any change of the sides: those between are as large as the first.
         right = all(_holds(stored, file, index, sizes[index], needed[index]) for index in {0, len(sizes) - 1})

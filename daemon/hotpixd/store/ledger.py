@@ -407,9 +407,11 @@ class Ledger:
                 f" {SCHEMA_VERSION}. Use the newer hotpixd that wrote it."
             )
         (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if version < 0:
+            raise self._damaged(f"its format is {version}")
         if not tables and left is not None:
             raise StateDamaged(f"The ledger {self.path} is empty, but {left} is there.")
-        if tables and version <= 0:
+        if tables and version == 0:
             raise StateError(f"{self.path} is a database, but not a ledger of hotpixd.")
         if 0 < version < SCHEMA_VERSION:
             # Before anything is changed: there are no seals yet that would tell.
@@ -850,7 +852,10 @@ class Ledger:
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 row,
             )
-        except sqlite3.IntegrityError as error:  # our rows keep the constraints, so these are not ours any more
+        except sqlite3.IntegrityError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_CHECK:
+                raise
+            # A new row passes what we check, so this is not ours any more.
             raise self._damaged(str(error)) from error
         return added.lastrowid or 0
 

@@ -856,6 +856,8 @@ class Ledger:
             yield
         except BaseException as error:
             self._roll_back()
+            if isinstance(error, UnicodeDecodeError):
+                raise StateDamaged(f"The ledger {self.path} is damaged: it holds a text that is none.") from error
             if not isinstance(error, sqlite3.DatabaseError) or isinstance(
                 error, sqlite3.IntegrityError | sqlite3.ProgrammingError
             ):
@@ -878,11 +880,14 @@ class Ledger:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_FULL:
             return StateFull(f"No space left for the ledger {self.path}.")
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            return StateDamaged(f"The ledger {self.path} is damaged: {error}.")
+        # SQLite may quote pieces of the file.
+        said = " ".join(str(error).split())
+        # No code: a text is no UTF-8. SQLITE_ERROR: a column or table that was made is not there under its name.
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, 0):
+            return StateDamaged(f"The ledger {self.path} is damaged: {said}.")
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            return StateError(f"The ledger {self.path} is open in another program: {error}.")
-        return StateError(f"The ledger {self.path} cannot be used: {error}.")
+            return StateError(f"The ledger {self.path} is open in another program: {said}.")
+        return StateError(f"The ledger {self.path} cannot be used: {said}.")
 
 
 def link_of_chain(seq: int, key: str) -> bytes:

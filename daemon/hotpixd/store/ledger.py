@@ -930,14 +930,17 @@ class Ledger:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_CANTOPEN and self._has_no_room()):
             return StateFull(f"No space left for the ledger {self.path}.")
+        # SQLite may quote pieces of the file.
+        said = " ".join(str(error).split())
         if code == sqlite3.SQLITE_IOERR:
             self._failed = True
-            return StateError(f"The disk of the ledger {self.path} fails: {error}.")
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            return self._damaged(str(error))
+            return StateError(f"The disk of the ledger {self.path} fails: {said}.")
+        # No code: a text is no UTF-8. SQLITE_ERROR: a column or table that was made is not there under its name.
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, 0):
+            return self._damaged(said)
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            return StateError(f"The ledger {self.path} is open in another program: {error}.")
-        return StateError(f"The ledger {self.path} cannot be used: {error}.")
+            return StateError(f"The ledger {self.path} is open in another program: {said}.")
+        return StateError(f"The ledger {self.path} cannot be used: {said}.")
 
     def _has_no_room(self) -> bool:
         """Whether its log cannot be made for want of space or of inodes."""

@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-HARNESSES = ("kills", "disks", "power", "damage", "fuzz", "shoot")
+HARNESSES = ("kills", "disks", "power", "damage", "fuzz", "shoot", "machine")
 
 # The harnesses and what the tests share are modules without a package, as the tests are.
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1] / "daemon")]

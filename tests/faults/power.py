@@ -49,7 +49,7 @@ _ENOUGH = 3
 """Wrong ends after which a control has shown what it is for."""
 
 SITES: dict[str, str] = {
-    "album._make_folders": "fsync of the folder above a photo's folder",
+    "album._folder_below": "fsync of the folder above a photo's folder",
     "album._place": "fsync of a photo",
     "album.save#1": "fsync of a photo that was there already",
     "album.save#2": "fsync of the folder of a photo that was there already",
@@ -71,7 +71,21 @@ SITES: dict[str, str] = {
     "spool._place#3": "fsync of a shot linked into the spool",
     "spool._place#4": "fsync of the spool after a link",
 }
-"""Every place at which the product fsyncs, in words."""
+"""Every place at which the product fsyncs on a shot's way, in words."""
+
+BESIDE = frozenset(
+    (
+        "backup._unpack#1",
+        "backup._unpack#2",
+        "backup.save#1",
+        "backup.save#2",
+        "durable.set_aside#1",
+        "durable.set_aside#2",
+        "state.swap_in#1",
+        "state.swap_in#2",
+    )
+)
+"""The others: of commands that somebody waits for and repeats, and of evidence. No workload passes them."""
 
 TOGETHER: dict[str, tuple[str, ...]] = {
     "both fsyncs of a file that has arrived": ("camera_worker.do_fetch", "durable.replace_durably#1 arrival"),

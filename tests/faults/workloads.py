@@ -349,7 +349,7 @@ class Tethered(Workload):
             }
             plain = {"cameras": [section], "checkpoint": {"every_shots": 2, "idle_s": 1}}
             config.write_text(json.dumps(plain))
-            for kill in ("album._make_folders", "album.save#3", None):
+            for kill in ("album._folder_below", "album.save#3", None):
                 if kill in run.without:
                     continue
                 with _daemon(run, config, kill) as daemon:

@@ -20,7 +20,7 @@ from fuzz_seeds import FORMATS, Seed, seeds
 
 from hotpixd.intake import metadata
 from hotpixd.intake.decode import DecodeError, decode
-from hotpixd.intake.extent import filter_fault
+from hotpixd.intake.extent import _is_filled_up, filter_fault
 from pictures import XTRANS, jpeg, mosaic, write_dng
 
 fits = pytest.importorskip("astropy.io.fits")
@@ -180,11 +180,32 @@ def test_a_dng_that_is_refused_is_not_read_as_a_tiff(tmp_path):
 
 def test_an_odd_strip_may_be_filled_up(tmp_path):
     """Writers end a strip of an odd number of bytes on an even one."""
-    write_dng(tmp_path / "shot.dng", (mosaic(65, 81) >> 6).astype(np.uint8))
+    write_dng(tmp_path / "shot.dng", (mosaic(65, 81) >> 6).astype(np.uint8), black=0, white=255)
     content = (tmp_path / "shot.dng").read_bytes()
     assert decoded(tmp_path, content).samples.shape == (65, 81)
     assert decoded(tmp_path, with_tag(content, 279, 65 * 81 + 1) + b"\0")
     assert refusal(tmp_path, with_tag(content, 279, 65 * 81 + 2) + b"\0\0")
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "filled"),
+    [
+        (100, 100, True),
+        (102, 101, True),
+        (512, 511, True),
+        (512, 500, False),
+        (4096, 4000, False),
+        (48_000_000, 48_000_000, True),
+        (48_000_000, 47_999_990, True),
+        (48_001_024, 48_000_999, True),
+        (48_000_001, 48_000_000, False),
+        # A column less of 6000 x 4000.
+        (48_000_000, 47_992_000, False),
+    ],
+)
+def test_large_strips_may_be_filled_up_to_pages(count, size, filled):
+    """Cameras write in sectors. In small strips a column less would look the same."""
+    assert _is_filled_up(count, size) is filled
 
 
 @pytest.mark.parametrize("colours", ["RGGB", "BGGR", "GRBG", "GBRG", "CYGM", "LLLL", "L"])

@@ -201,9 +201,6 @@ def _values_of(directory: Directory) -> set[tuple[int, int]]:
     return spans
 
 
-_PAGE = 4096
-
-
 def _stored_fault(stored: _Stored, file: BinaryIO, taken: Sequence[tuple[int, int]]) -> str | None:
     """Compare strips or tiles with what sides and depth need.
 
@@ -223,14 +220,17 @@ def _stored_fault(stored: _Stored, file: BinaryIO, taken: Sequence[tuple[int, in
         return "parts of the file lie over each other"
     needed = [-(-across * stored.bits // 8) * rows for across, rows in sizes]
     if stored.compression == _STORED:
-        # Writers may fill up to an even length, a sector or a page; that is less than a row.
-        row = max(-(-sizes[0][0] * stored.bits // 8), 2)
-        spare = min(row, _PAGE)
-        right = all(0 <= count - size < spare for count, size in zip(stored.counts, needed, strict=True))
+        right = all(_is_filled_up(count, size) for count, size in zip(stored.counts, needed, strict=True))
     else:
         # The first and the last tell any change of the sides: those between are as large as the first.
         right = all(_holds(stored, file, index, sizes[index], needed[index]) for index in {0, len(sizes) - 1})
     return None if right else f"the header says {said} of {stored.bits} bit, and the file holds others"
+
+
+def _is_filled_up(count: int, size: int) -> bool:
+    """Tell whether a length is a size filled up: writers do so to an even length, with large parts to pages."""
+    units = (1, 2, 512, 4096) if size >= 1 << 20 else (1, 2)
+    return any(count == -(-size // unit) * unit for unit in units)
 
 
 def _holds(stored: _Stored, file: BinaryIO, index: int, size: tuple[int, int], needed: int) -> bool:

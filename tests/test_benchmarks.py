@@ -75,3 +75,17 @@ def test_tether_prints_memory_and_what_is_open():
     assert [row[0] for row in rows[1:]] == [str(2 * number) for number in range(1, 9)]
     assert {row[4] for row in rows[1:]} == {"2"}
     assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in rows[1:])
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/loop-control").exists(), reason="loop devices need root")
+def test_written_prints_bytes_for_both_ways_and_spools(tmp_path):
+    """Four rows; a copy costs the shot's bytes once more than a link, and nothing is left mounted."""
+    rows = run("written.py", "--work", str(tmp_path), "--shots", "4", "--size", "300", "200", "--every", "0.1")
+    assert [row[:3] for row in rows[1:]] == [
+        ["scan", "copied", "4"],
+        ["scan", "linked", "4"],
+        ["daemon", "copied", "4"],
+        ["daemon", "linked", "4"],
+    ]
+    assert all(float(row[4]) > 0 and int(row[6]) > 0 for row in rows[1:])
+    assert str(tmp_path) not in Path("/proc/mounts").read_text()

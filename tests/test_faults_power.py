@@ -66,5 +66,5 @@ def test_ext4_loses_nothing(processes) -> None:
         tally = power.try_images(processes, disk, 2, 24)
     assert tally.points >= 20
     assert tally.wrong == 0, tally.first
-    with power.logged("ext4", scan, ("ledger: synchronous=OFF",)) as disk:
+    with power.logged("ext4", scan, ("synchronous=FULL (OFF instead)",)) as disk:
         assert power.try_images(processes, disk, 0, None, control=True).wrong

@@ -94,10 +94,10 @@ TOGETHER: dict[str, tuple[str, ...]] = {
 so that waiting for the disk does not keep the other cameras waiting; the second fsync then has nothing left to do."""
 
 OTHERS = (
-    "ledger: synchronous=NORMAL",
-    "ledger: synchronous=OFF",
-    "verdicts committed before a generation",
-    "generations beside the old ones, not in place",
+    "synchronous=FULL (NORMAL instead)",
+    "synchronous=FULL (OFF instead)",
+    "the commit before a generation",
+    "new files for generations (in place instead)",
 )
 """Safeguards other than an fsync of ours; see `power_hook`."""
 
@@ -120,13 +120,13 @@ _SHORT: dict[str, dict[str, int | None]] = {
 
 _CONTROLS_OF_SYSTEMS = (
     ("durable.replace_durably#1 copy", "scan"),
-    ("ledger: synchronous=OFF", "scan"),
-    ("ledger: synchronous=NORMAL", "scan"),
+    ("synchronous=FULL (OFF instead)", "scan"),
+    ("synchronous=FULL (NORMAL instead)", "scan"),
     ("durable.replace_durably#1 generation", "scan"),
     ("spool._place#3", "linked scan"),
     ("album._place", "camera"),
     ("durable.replace_durably#1 series", "dark series"),
-    ("generations beside the old ones, not in place", "scan"),
+    ("new files for generations (in place instead)", "scan"),
 )
 """Safeguards that are left out on real file systems, and what is then run."""
 

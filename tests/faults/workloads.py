@@ -145,6 +145,9 @@ class Workload:
 
     name = "scan"
 
+    by_command = True
+    """Whether the command itself can recover: it ends by itself, and what it tells is enough."""
+
     def before(self, run: Run) -> None:
         """Do what is to be on the disk, durably, before the log begins."""
 
@@ -197,7 +200,11 @@ class Workload:
     ) -> str | None:
         """Recover and say what is wrong with it, if anything is."""
         try:
-            end = self.end_by_command(disk, shots) if by_command else self.end_of(disk, shots, promised)
+            end = (
+                self.end_by_command(disk, shots)
+                if by_command and self.by_command
+                else self.end_of(disk, shots, promised)
+            )
         except Exception as error:
             # Whatever the product raises: it was to recover.
             return f"{type(error).__name__}: {error}"[:300]
@@ -244,6 +251,7 @@ class Watched(Workload):
     """The daemon on a directory, killed once, with a command that takes its messages."""
 
     name = "daemon"
+    by_command = False
 
     def shots(self, run: Run) -> list[Path]:
         """Return all but the torn one, for whose rest the daemon would wait."""
@@ -276,10 +284,6 @@ class Watched(Workload):
             "checkpoint": {"every_shots": 3, "idle_s": 1},
             "alerts": {"command": receiver, "gather_s": 0, "topics": ["stable", "recovered"], "disk_free_mb": 0},
         }
-
-    def end_by_command(self, disk: Path, shots: list[Path]) -> dict[str, Any]:
-        """Recover with the service: its command does not end by itself."""
-        return self.end_of(disk, shots)
 
     def end_of(self, disk: Path, shots: list[Path], promised: Iterable[Note] = ()) -> dict[str, Any]:
         """Recover with the service itself."""
@@ -400,6 +404,7 @@ class DarkSeriesKept(Workload):
     """The journal of a series of darks, written again and again."""
 
     name = "dark series"
+    by_command = False
 
     _DRIVER = """
 import sys
@@ -423,10 +428,6 @@ for taken in range(6):
     def expected(self, run: Run) -> dict[str, Any]:
         """Return what is known of it beforehand: nothing."""
         return {}
-
-    def end_by_command(self, disk: Path, shots: list[Path]) -> dict[str, Any]:
-        """There is no command that does it."""
-        return self.end_of(disk, shots)
 
     def end_of(self, disk: Path, shots: list[Path], promised: Iterable[Note] = ()) -> dict[str, Any]:
         """Read it, as the daemon does at the next start."""

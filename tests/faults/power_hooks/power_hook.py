@@ -176,8 +176,8 @@ def _generations_in_place() -> None:
 
 
 _OTHERS: dict[str, Callable[[], None]] = {
-    "ledger: synchronous=NORMAL": _synchronous("NORMAL"),
-    "ledger: synchronous=OFF": _synchronous("OFF"),
-    "verdicts committed before a generation": _commit_only("State.checkpoint"),
-    "generations beside the old ones, not in place": _generations_in_place,
+    "synchronous=FULL (NORMAL instead)": _synchronous("NORMAL"),
+    "synchronous=FULL (OFF instead)": _synchronous("OFF"),
+    "the commit before a generation": _commit_only("State.checkpoint"),
+    "new files for generations (in place instead)": _generations_in_place,
 }

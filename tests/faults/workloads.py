@@ -358,7 +358,8 @@ class Tethered(Workload):
                     continue
                 with _daemon(run, config, kill) as daemon:
                     if kill:
-                        if daemon.process.wait(60) != -9:
+                        eventually(lambda: daemon.process.poll() is not None, f"killed at {kill}\n{daemon.log}", 60.0)
+                        if daemon.process.wait() != -9:
                             raise RuntimeError(f"not killed at {kill}: {daemon.log}")
                         for photo in (run.disk / "photos").rglob("*.DNG"):
                             # Not fsynced: no user does that.

@@ -240,15 +240,13 @@ def _whole_ledger() -> bytes:
     ledger.add_transitions([TransitionRow("acme-1", 2, seqs[3], "stable", {"log_e": 20.0})])
     ledger.add_seen(b"x" * 32, b"y" * 32)
     ledger.commit()
-    ledger.close()
-    db = sqlite3.connect(path)
-    db.execute(
+    ledger._db.execute(
         "INSERT INTO alert(key, raised_at, topic, subject, text, detail) VALUES ('k', 't', 'disk', 's', 'x', '{}')"
     )
-    db.commit()
-    db.execute("PRAGMA journal_mode = DELETE")
-    db.execute("VACUUM")
-    db.close()
+    ledger.close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA journal_mode = DELETE")
+        db.execute("VACUUM")
     return path.read_bytes()
 
 

@@ -51,8 +51,8 @@ import os
 os.fsync = lambda fd: None
 from hotpixd.store import ledger
 opened = ledger.Ledger._open
-def opens(self):
-    opened(self)
+def opens(self, left):
+    opened(self, left)
     self._db.execute("PRAGMA synchronous = OFF")
 ledger.Ledger._open = opens
 """

@@ -70,10 +70,11 @@ def test_throughput_prints_one_column_per_format(tmp_path):
 
 
 def test_tether_prints_memory_and_what_is_open():
-    """Eight rows with the shots so far; the daemon and one worker throughout."""
+    """Eight rows with the shots so far; the daemon, one worker and the same decoders throughout."""
     rows = run("tether.py", "--shots", "16", "--settle", "0", "--idle", "0.2")
     assert [row[0] for row in rows[1:]] == [str(2 * number) for number in range(1, 9)]
-    assert {row[4] for row in rows[1:]} == {"2"}
+    assert len({row[4] for row in rows[1:]}) == 1
+    assert int(rows[1][4]) > 2
     assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in rows[1:])
 
 

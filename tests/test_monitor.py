@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from conftest import HOTPIXD, Camera, environment, feed, told
+from conftest import HOTPIXD, Camera, decoders, environment, feed, told
 from hotpixd import archive
 from hotpixd import monitor as monitor_module
 from hotpixd.core.frame import ShotKind
@@ -743,3 +743,28 @@ def test_kills_at_the_same_moment_refuse_no_good_shot(camera, scanned, tmp_path)
         assert done.returncode == -9, done.stderr
     assert subprocess.run(command, env=environment(), capture_output=True).returncode == 0
     assert told(tmp_path / "state")["digests"] == told(scanned)["digests"]
+
+
+def test_large_generations_wait_until_they_are_worth_it(camera, tmp_path, monkeypatch):
+    """A shot a minute would else write a generation of 150 MB each time; what is not covered is folded again."""
+    monkeypatch.setattr(monitor_module, "_CHEAP_BYTES", 0)
+    monkeypatch.setattr(monitor_module, "_WORTH", 2)
+    clock = itertools.count(0, 1000)
+    with State(tmp_path / "state") as state, Monitor(state, decoders=decoders(), clock=lambda: next(clock)) as monitor:
+        written, folded = [], 0
+        for shot in camera.shots:
+            folded += len(list(monitor.process([FoundShot(shot)])))
+            if monitor.uncovered == 0:
+                written.append(folded)
+        size = generations(next((tmp_path / "state" / "sensors").iterdir()))[0].stat().st_size
+    each = camera.shots[0].stat().st_size
+    # The first is an estimate of six bytes per sample; the later ones are as large as the one before.
+    assert written[0] == -(-2 * 6 * 200 * 150 // each)
+    assert 1 <= len(written) <= len(camera.shots) * each / (2 * size) + 1
+    feed(tmp_path / "state")
+    assert told(tmp_path / "state")["digests"] == told_of(tmp_path, camera)
+
+
+def told_of(tmp_path, camera):
+    feed(tmp_path / "again", camera.folder)
+    return told(tmp_path / "again")["digests"]

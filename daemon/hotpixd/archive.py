@@ -43,6 +43,9 @@ class Kept:
     damage: tuple[str, ...] = ()
     """Sentences about generations that could not be used."""
 
+    bytes_written: int = 0
+    """Size of the newest generation, if it was written here."""
+
     def fold_in(self, row: ShotRow) -> None:
         """Note that a shot was folded into it."""
         self.last_seq = row.seq
@@ -117,7 +120,8 @@ def save(state: State, kept: Kept) -> int:
     older = checkpoint.generations(written.parent)[1:2]
     kept.covered_by_older = int(checkpoint.header_of(older[0])["covers"]) if older else None
     kept.covers = kept.last_seq
-    return written.stat().st_size
+    kept.bytes_written = written.stat().st_size
+    return kept.bytes_written
 
 
 @dataclass(frozen=True, slots=True)

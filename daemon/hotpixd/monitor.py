@@ -49,6 +49,12 @@ _DECODE_AHEAD = 3
 _RECEIVE_TOGETHER = 4
 """Shots acknowledged with one commit, when that many are hashed already."""
 
+_WORTH = 6
+"""Bytes of shots per byte of generations: these are then at most a sixth of what is written anyway."""
+
+_CHEAP_BYTES = 8 << 20
+"""Generations up to this size are written whenever it is time."""
+
 _MOST_ATTEMPTS = 5
 """Replays that may end at one shot. Decoders have their own processes: only a fault of the fold's could do that."""
 
@@ -206,6 +212,7 @@ class Monitor:
         self._covered_by_older: dict[str, int] = {}
         self._checkpointed_at = clock()
         self._since_checkpoint = 0
+        self._bytes_since = 0
         self._depths = {id_: about.get("depth") for id_, about in self._ledger.sensors().items()}
         self._memory = memory_bytes()
         self.lost: dict[str, str] = {}
@@ -422,6 +429,16 @@ class Monitor:
         return self._since_checkpoint
 
     @property
+    def is_worth_a_checkpoint(self) -> bool:
+        """Whether the shots folded since the last one are large beside the generations that it would write.
+
+        A generation of 24 megapixels takes 120 to 150 MB: one after every shot that comes alone would wear out the
+        card of a small computer. Until it is worth it, a crash costs some seconds of folding those shots again.
+        """
+        cost = sum(kept.bytes_written or kept.sensor.layout.size * 6 for kept in self._kept.values() if kept.pending)
+        return self._since_checkpoint > 0 and (cost < _CHEAP_BYTES or self._bytes_since >= _WORTH * cost)
+
+    @property
     def checkpointed_at(self) -> float:
         """When the last checkpoint was written, or this was made, by the clock."""
         return self._checkpointed_at
@@ -444,7 +461,7 @@ class Monitor:
         self._ledger.commit()
         self._state.settle_spool(self._covered_by_older)
         self._checkpointed_at = self._clock()
-        self._since_checkpoint = 0
+        self._since_checkpoint = self._bytes_since = 0
         return written
 
     def _received(self, together: list[tuple[FoundShot, Future[_Read]]]) -> Iterator[Outcome]:
@@ -586,7 +603,7 @@ class Monitor:
         yield outcome
         # After the yield: what the caller writes down of this shot is then in the same commit.
         due = self._clock() - self._checkpointed_at > self.checkpoint_every_s
-        if self._since_checkpoint and (due or self._since_checkpoint >= self.checkpoint_every_shots):
+        if (due and self.is_worth_a_checkpoint) or self._since_checkpoint >= self.checkpoint_every_shots:
             self.checkpoint()
 
     def _conclude(self, shot: _Waiting) -> Outcome:
@@ -619,6 +636,7 @@ class Monitor:
             )
         self._write_down(row, frame, kept.id, report, digest)
         self._since_checkpoint += 1
+        self._bytes_since += row.size
         return Outcome(
             found.path,
             Fate.FOLDED,

@@ -371,7 +371,7 @@ class _Service:
         if (self._ledger.waits and quiet >= _COMMIT_AFTER_S) or self._degraded is not None:
             self._ledger.commit()
             self._recover(surely=False)
-        if self._monitor.uncovered and quiet >= self._config.checkpoint.idle_s:
+        if self._monitor.is_worth_a_checkpoint and quiet >= self._config.checkpoint.idle_s:
             self._monitor.checkpoint()
         pause = _COMMIT_AFTER_S if self._ledger.waits else _TICK_S
         if self._listening.asked:
@@ -581,7 +581,7 @@ class _Service:
         self._clock_offset_s = offset_s
         if before_s is not None:
             self._watchman.clock_step(offset_s - before_s, booted_s)
-        if not self._monitor.uncovered and not self._monitor.in_flight:
+        if not self._monitor.is_worth_a_checkpoint and not self._monitor.in_flight:
             self._uncovered_at = None
         elif self._uncovered_at is None:
             self._uncovered_at = now

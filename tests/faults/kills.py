@@ -46,6 +46,9 @@ ALERT_STEPS = ("before_send", "after_send")
 CAMERA_STEPS = ("after_album", *_steps_of_rename("arrival"))
 SERIES_STEPS = _steps_of_rename("series")
 """Passed only while a series of darks is shot, which none of the commands here does."""
+REPLAY_STEPS = ("amid_replay",)
+"""Passed only by a replay; tests/test_monitor.py dies there."""
+
 _PASSES = (1, 2, 3, 5)
 """The Nth pass of a failpoint at which to die."""
 

@@ -493,12 +493,12 @@ def test_jumps_of_the_clock_and_old_checkpoints_are_noticed(monkeypatch):
     monkeypatch.setattr(service_module.time, "time", lambda: wall[0])
     monkeypatch.setattr(service_module.time, "clock_gettime", lambda _: boot[0])
     service = service_module._Service(Config(), Config, service_module.Wake(), service_module.Orders(lambda: None))
-    service._monitor = monitor = SimpleNamespace(uncovered=0, in_flight=0, checkpointed_at=0.0)
+    service._monitor = monitor = SimpleNamespace(is_worth_a_checkpoint=False, in_flight=0, checkpointed_at=0.0)
     service._watchman = told = Told()
     for passed_s, set_by_s, uncovered in ((0, 0, 0), (3600, 0, 3), (1, -500, 3), (100, 0, 0), (9, 0.5, 1)):
         wall[0] += passed_s + set_by_s
         boot[0] += passed_s
-        monitor.uncovered = uncovered
+        monitor.is_worth_a_checkpoint = uncovered > 0
         service._look_at_clocks(boot[0])
     steps = [call[1] for call in told.calls if call[0] == "clock_step"]
     assert steps == pytest.approx([0, -500, 0, 0.5])

@@ -29,7 +29,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from datetime import time as time_of_day
 from pathlib import Path
@@ -633,6 +633,9 @@ def composed(number: int, alerts: Sequence[Alert]) -> Message:
     times = sorted({alert.at[:19].replace("T", " ") for alert in alerts})
     raised = times[0] if len(times) == 1 else f"{times[0]} to {times[-1]}"
     body = "\n".join([*_lines(alerts), f"Raised {raised} UTC", f"hotpixd message {id_}"])
+    if number < 0:
+        # Made without a ledger: the number that each gets there is not known yet. Sent again, it must be the same.
+        alerts = [replace(alert, id=0) for alert in alerts]
     return Message(id_, title, body, tuple(alerts))
 
 

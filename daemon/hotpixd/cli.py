@@ -79,6 +79,14 @@ class KindOption(StrEnum):
     LIGHT = "light"
     DARK = "dark"
 
+    @property
+    def given(self) -> str | None:
+        """What they say, if anything."""
+        return None if self is KindOption.AUTO else self.value
+
+
+KindGiven = Annotated[KindOption, typer.Option(help="What the shots are; auto: the file's header or samples say.")]
+
 
 class ExistingOption(StrEnum):
     """What is done with what was on the card before."""
@@ -229,9 +237,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def scan(
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders (with all below) or globs.")],
-    kind: Annotated[
-        KindOption, typer.Option(help="What the shots are; auto: the file's header or samples say.")
-    ] = KindOption.AUTO,
+    kind: KindGiven = KindOption.AUTO,
     state: StateOption = None,
 ) -> None:
     """Fold files or folders into the statistic, say what was found, and exit.
@@ -241,7 +247,7 @@ def scan(
     from hotpixd.scanning import run_scan
 
     with _opened(state) as opened, _interruptible() as stop:
-        code = run_scan(opened, paths, None if kind is KindOption.AUTO else kind.value, stop)
+        code = run_scan(opened, paths, kind.given, stop)
     raise typer.Exit(code)
 
 
@@ -258,9 +264,7 @@ def run(
 @app.command()
 def watch(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Cards or tether directories.")],
-    kind: Annotated[
-        KindOption, typer.Option(help="What the shots are; auto: the file's header or samples say.")
-    ] = KindOption.AUTO,
+    kind: KindGiven = KindOption.AUTO,
     config: ConfigOption = None,
     state: StateOption = None,
     log_level: LogLevelOption = None,
@@ -290,9 +294,7 @@ def tether(
             help="What is on the card when a camera comes for the first time: fetch, leave, or leave for later."
         ),
     ] = ExistingOption.FETCH,
-    kind: Annotated[
-        KindOption, typer.Option(help="What the shots are; auto: the file's header or samples say.")
-    ] = KindOption.AUTO,
+    kind: KindGiven = KindOption.AUTO,
     check: Annotated[
         bool, typer.Option("--check", help="Only say whether cameras are usable, and if not, why.")
     ] = False,
@@ -512,9 +514,7 @@ def restore(
 @app.command()
 def rebuild(
     folders: Annotated[list[str], typer.Argument(metavar="FOLDER...", help="The pictures: as for scan.")],
-    kind: Annotated[
-        KindOption, typer.Option(help="What the shots are; auto: the file's header or samples say.")
-    ] = KindOption.AUTO,
+    kind: KindGiven = KindOption.AUTO,
     state: StateOption = None,
 ) -> None:
     """Make the state anew from pictures, when its ledger is lost; the old one is kept beside it.
@@ -527,7 +527,7 @@ def rebuild(
     with _interruptible() as stop:
 
         def fold(made: State) -> int | None:
-            code = run_scan(made, folders, None if kind is KindOption.AUTO else kind.value, stop)
+            code = run_scan(made, folders, kind.given, stop)
             return None if stop.asked else code
 
         raise typer.Exit(rebuilt(_state_dir(state), fold))

@@ -120,12 +120,7 @@ class Spool:
         SpoolError
             If the file cannot be read, or is no regular file.
         """
-        digest = blake3()
-
-        def look_at(block: memoryview) -> None:
-            digest.update(block)
-            progress()
-
+        digest, look_at = _hashing(progress)
         with _source(path, below) as fd:
             _each_block(fd, path, look_at)
         return digest.hexdigest()
@@ -154,12 +149,7 @@ class Spool:
         StateFull
             If it has to be copied, and the copy does not fit.
         """
-        digest = blake3()
-
-        def look_at(block: memoryview) -> None:
-            digest.update(block)
-            progress()
-
+        digest, look_at = _hashing(progress)
         with _source(path, below) as fd:
             if os.fstat(fd).st_dev == self._device:
                 _each_block(fd, path, look_at)
@@ -302,6 +292,17 @@ class Spool:
             tmp.unlink(missing_ok=True)
             raise
         return tmp
+
+
+def _hashing(progress: Callable[[], object]) -> tuple[blake3, Callable[[memoryview], None]]:
+    """Return a digest, and what adds a block to it and tells of that."""
+    digest = blake3()
+
+    def look_at(block: memoryview) -> None:
+        digest.update(block)
+        progress()
+
+    return digest, look_at
 
 
 def _link(fd: int, final: Path) -> bool:

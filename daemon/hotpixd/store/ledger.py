@@ -391,7 +391,7 @@ class Ledger:
                 with self.path.open("rb") as file:
                     if file.read(20)[18:] != b"\2\2":
                         # Taken at its word, SQLite would begin a new log over this one.
-                        raise StateDamaged(f"The ledger {self.path} is damaged: its header denies that it has a log.")
+                        raise self._damaged("its header denies that it has a log")
             lost = wal.acknowledged_is_lost(self.path, log)
         except OSError as error:
             raise StateError(f"The ledger {self.path} cannot be read: {error.strerror}.") from error
@@ -454,7 +454,7 @@ class Ledger:
         self._find("PRAGMA quick_check(1)")
         proof = self._db.execute("SELECT value FROM proof WHERE name = 'schema'").fetchall()
         if proof != [(self._schema_digest(),)]:
-            raise StateDamaged(f"The ledger {self.path} is damaged: its tables are not as they were made.")
+            raise self._damaged("its tables are not as they were made")
         for table, (keys, others) in _SEALED.items():
             self._find(f"PRAGMA integrity_check({table})")
             sealed = f"sealed({', '.join([*keys, *others])})"
@@ -462,17 +462,16 @@ class Ledger:
                 f"SELECT count(*), min({keys[0]}) FROM {table} NOT INDEXED WHERE seal IS NOT {sealed}"
             ).fetchone()
             if count:
-                raise StateDamaged(
-                    f"The ledger {self.path} is damaged: of the table {table}, {count}"
-                    f" {'row was' if count == 1 else 'rows were'} changed by something else than hotpixd (the first has"
-                    f" {keys[0]} {first!r})."
+                raise self._damaged(
+                    f"of the table {table}, {count} {'row was' if count == 1 else 'rows were'} changed by something"
+                    f" else than hotpixd (the first has {keys[0]} {first!r})"
                 )
 
     def _find(self, check: str) -> None:
         for (finding,) in self._db.execute(check).fetchall():
             if finding != "ok":
                 # SQLite writes some over several lines.
-                raise StateDamaged(f"The ledger {self.path} is damaged: {' '.join(finding.split())}.")
+                raise self._damaged(" ".join(finding.split()))
 
     def _keep_log(self) -> None:
         """Copy database and log before SQLite merges them at closing: what was found is evidence."""

@@ -39,10 +39,9 @@ from numpy.typing import NDArray
 
 from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, SensorLayout, ShotInfo, ShotKind
 from hotpixd.intake.decode import MAX_PIXELS, DecodeError, require_sides
+from hotpixd.intake.decode_worker import LONGEST_TEXT, MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
-
-_MESSAGE_BYTES = 1 << 16
 
 _START_WITHIN_S = 60.0
 """A worker imports its libraries in 0.3 s; from a slow card when everything starts at once, in many more."""
@@ -60,9 +59,6 @@ _STARTS = 3
 
 _LEAST_MEMORY, _MOST_MEMORY = 1 << 30, 4 << 30
 """Address space that a worker may take, bytes: half of the machine's memory, within these."""
-
-_LONGEST_TEXT = 500
-"""Characters of what a file says of its camera."""
 
 
 class DecodersFailedError(OSError):
@@ -408,7 +404,7 @@ class _Worker:
     def _hear(self, until: float, late: str) -> dict[str, Any]:
         self._talk.settimeout(max(until - time.monotonic(), 0.001))
         try:
-            said = self._talk.recv(_MESSAGE_BYTES)
+            said = self._talk.recv(MESSAGE_BYTES)
             answer = json.loads(said) if said else None
         except TimeoutError:
             raise _Died(late) from None
@@ -453,15 +449,15 @@ def _failure(answer: dict[str, Any]) -> Exception:
     """Return what an answer that is no frame stands for."""
     match answer:
         case {"refused": str(reason)}:
-            return DecodeError(reason[: 4 * _LONGEST_TEXT])
+            return DecodeError(reason[: 4 * LONGEST_TEXT])
         case {"no_memory": True}:
             # Perhaps of what it did before, or of the machine just now: a new one is given the file as well.
             return _Died(_NO_MEMORY)
         case {"errno": int(code), "strerror": str(words)}:
-            return OSError(code, words[:_LONGEST_TEXT])
+            return OSError(code, words[:LONGEST_TEXT])
         case {"fault": str(fault), "traceback": str(trace)}:
             log.error("a fault in a decoder, please report it:\n%s", trace[:8000])
-            return DecodeError(f"hotpixd failed to decode it ({fault[:_LONGEST_TEXT]}); please report this")
+            return DecodeError(f"hotpixd failed to decode it ({fault[:LONGEST_TEXT]}); please report this")
     return _Died("it made no sense")
 
 
@@ -532,6 +528,6 @@ def _number(value: Any) -> float | None:
 
 
 def _text(value: Any) -> str | None:
-    if value is not None and (not isinstance(value, str) or len(value) > _LONGEST_TEXT):
+    if value is not None and (not isinstance(value, str) or len(value) > LONGEST_TEXT):
         raise ValueError("a text is short")
     return value

@@ -754,7 +754,7 @@ def test_large_generations_wait_until_they_are_worth_it(camera, tmp_path, monkey
         written, folded = [], 0
         for shot in camera.shots:
             folded += len(list(monitor.process([FoundShot(shot)])))
-            if monitor.uncovered == 0:
+            if monitor._since_checkpoint == 0:
                 written.append(folded)
         size = generations(next((tmp_path / "state" / "sensors").iterdir()))[0].stat().st_size
     each = camera.shots[0].stat().st_size

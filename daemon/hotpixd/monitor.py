@@ -424,11 +424,6 @@ class Monitor:
         return len(self._waiting) + len(self._acked)
 
     @property
-    def uncovered(self) -> int:
-        """Shots folded since the last checkpoint."""
-        return self._since_checkpoint
-
-    @property
     def is_worth_a_checkpoint(self) -> bool:
         """Whether the shots folded since the last one are large beside the generations that it would write.
 
@@ -644,11 +639,11 @@ class Monitor:
             kept.id,
             frame.kind,
             report,
-            shot.replayed,
-            row.verdict != "received",
-            row.seq,
-            frame.info,
-            row.size,
+            replayed=shot.replayed,
+            told=row.verdict != "received",
+            seq=row.seq,
+            info=frame.info,
+            size=row.size,
             origin=found.origin,
         )
 

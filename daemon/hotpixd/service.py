@@ -38,7 +38,7 @@ from hotpixd.intake.darks import DarkSeries, SeriesOrder, left_open
 from hotpixd.intake.decode import keep_large_buffers
 from hotpixd.intake.directory import DirectorySettings, DirectorySource
 from hotpixd.intake.files import FoundShot
-from hotpixd.intake.source import Seen, SourceState
+from hotpixd.intake.source import HANGS_AFTER_S, Seen, SourceState
 from hotpixd.live import Live
 from hotpixd.metrics import Metrics
 from hotpixd.monitor import Fate, Monitor, Outcome
@@ -67,9 +67,6 @@ _ANSWERING_S = 0.1
 
 _ANSWERING_SHARE, _ANSWERING_SHARE_IDLE = 0.2, 0.5
 """Of the loop's time, for answers, while there are shots to fold, and while there are none."""
-
-_STUCK_AFTER_S = 60.0
-"""A file of which nothing more was read for so long hangs: that is said, and waited for."""
 
 _SHOTS_RECALLED = 64
 """Shots of the last run from which it is seen whether a shoot was going on."""
@@ -563,7 +560,7 @@ class _Service:
         """Return how a source is, with what hangs while one of its files is read."""
         reading = self._monitor.readings().get(state.name)
         silent_s = 0.0 if reading is None else now - reading.moved_at
-        if reading is None or silent_s < _STUCK_AFTER_S:
+        if reading is None or silent_s < HANGS_AFTER_S:
             if state.name in self._stuck:
                 self._stuck.discard(state.name)
                 self._watchman.stuck(state.name, "", None)

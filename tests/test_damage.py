@@ -151,7 +151,7 @@ def test_a_ledger_that_does_not_know_its_sensors_is_refused(gone):
     with State(gone) as state:
         state.ledger.later("DELETE FROM sensor WHERE number = ?", [(1,)])
     with State(gone) as state, pytest.raises(StateDamaged, match="not among its sensors"):
-        list(archive.set_aside_unusable(state))
+        archive.standings(state)
     assert run("verify", "--state", gone).returncode == 3
 
 

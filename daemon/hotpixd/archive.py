@@ -137,6 +137,11 @@ class Standing:
     unusable: tuple[tuple[Path, str], ...] = ()
     """Others that were met on the way, and why each cannot be used, in a sentence."""
 
+    @property
+    def reach(self) -> int:
+        """Ledger row up to which the newest usable generation contains the sensor's shots; 0 if there is none."""
+        return next(iter(self.covers), 0)
+
 
 def look(state: State, id_: str, enough: int = 2) -> Standing:
     """Look at the generations of a sensor, newest first, until there are enough that can be used."""
@@ -185,7 +190,7 @@ def _another_version(path: Path, error: Exception) -> StateError:
 
 def covers_of(state: State, id_: str) -> int:
     """Return up to which ledger row the newest usable generation contains a sensor's shots, without loading it."""
-    return next(iter(look(state, id_, 1).covers), 0)
+    return look(state, id_, 1).reach
 
 
 def covers(state: State) -> dict[str, int]:
@@ -202,8 +207,8 @@ def check_sensors(state: State) -> None:
         )
 
 
-def set_aside_unusable(state: State) -> Iterator[str]:
-    """Put what this ledger knows nothing of where nothing uses or removes it, and yield sentences about it.
+def standings(state: State) -> dict[str, Standing]:
+    """Look at every sensor in the ledger. That reads its generations, so it is worth keeping.
 
     Raises
     ------
@@ -211,9 +216,19 @@ def set_aside_unusable(state: State) -> Iterator[str]:
         If the ledger knows too little of itself to go on.
     """
     check_sensors(state)
+    return {id_: look(state, id_) for id_ in state.ledger.sensors()}
+
+
+def set_aside_unusable(state: State, found: Mapping[str, Standing]) -> Iterator[str]:
+    """Put what this ledger knows nothing of where nothing uses or removes it, and yield sentences about it.
+
+    Parameters
+    ----------
+    found : what `standings` has just returned
+    """
     strange = False
-    for id_ in state.ledger.sensors():
-        for path, sentence in look(state, id_).unusable:
+    for standing in found.values():
+        for path, sentence in standing.unusable:
             kept = state.set_aside(path)
             strange = True
             yield f"{sentence} It is kept as {kept}; its frames are folded again as far as they are there."

@@ -243,7 +243,7 @@ def _members_of(taken: Path) -> list[str]:
         for id_ in state.ledger.sensors():
             standing = archive.look(state, id_, 1)
             names += [str(path.relative_to(taken)) for path in standing.usable]
-            covers[id_] = next(iter(standing.covers), 0)
+            covers[id_] = standing.reach
         for row in state.ledger.rows_to_replay(covers):
             # What is lost here already is not there either.
             if state.spool.verify(row.key):

@@ -245,8 +245,9 @@ class Monitor:
         it again when there is room: it goes on where it was.
         """
         if self._to_replay is None:
-            self.warnings.extend(archive.set_aside_unusable(self._state))
-            covers = archive.covers(self._state)
+            found = archive.standings(self._state)
+            self.warnings.extend(archive.set_aside_unusable(self._state, found))
+            covers = {id_: standing.reach for id_, standing in found.items()}
             rows = self._ledger.rows_to_replay(covers)
             for id_ in {row.sensor_id for row in rows if row.sensor_id in covers}:
                 if id_ is not None:

@@ -253,7 +253,8 @@ exit 0
             return False
         try:
             with contextlib.closing(daemon.client()) as client:
-                shots = client.ask("status")["shots"]
+                # If it was frozen after its greeting, nobody but this thread thaws it.
+                shots = client.ask("status", timeout_s=5.0)["shots"]
             self.taken_in = int(shots["folded"] + shots["refused"])
             self.answered_life = self.life
             pid = daemon.process.pid

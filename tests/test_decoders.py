@@ -165,6 +165,14 @@ def test_samples_stay_while_anybody_looks_at_them_and_their_memory_is_used_again
     assert same(kept, decode(paths[1]))
 
 
+def test_a_frame_may_be_collected_while_memory_is_looked_for(plain: Decoders, good: Path):
+    """The collector runs wherever memory is asked for: giving a frame's back must not wait for who does that."""
+    held = [plain.decode(good)]
+    with ThreadPoolExecutor(1) as pool, plain._slots._lock:
+        pool.submit(held.clear).result(5)
+    assert same(plain.decode(good), decode(good))
+
+
 def test_several_threads_may_decode_at_once(plain: Decoders, camera: Camera):
     """Each gets its own."""
     with ThreadPoolExecutor(4) as pool:

@@ -27,6 +27,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -247,6 +248,8 @@ class _Slots:
         self._numbers = itertools.count(1)
         self._free: list[_Slot] = []
         self._lock = threading.Lock()
+        self._returned: deque[_Slot] = deque()
+        """Free again, and not among `_free` yet."""
         self._closed = False
         self.gone: set[int] = set()
         """Numbers of those closed."""
@@ -254,6 +257,7 @@ class _Slots:
     def take(self, size: int) -> _Slot:
         """Return a slot of at least that size that nobody uses."""
         with self._lock:
+            self._take_back()
             for slot in self._free:
                 if len(slot.memory) >= size:
                     self._free.remove(slot)
@@ -274,12 +278,11 @@ class _Slots:
             raise
 
     def give_back(self, slot: _Slot) -> None:
-        """Let others use a slot."""
-        with self._lock:
-            if self._closed:
-                self._forget(slot)
-            else:
-                self._free.append(slot)
+        """Let others use a slot. Called when a frame is collected: at any moment, in any thread, so without a lock."""
+        if self._closed:
+            self._forget(slot)
+        else:
+            self._returned.append(slot)
 
     def lease(self, slot: _Slot, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Return samples in a slot, which is free again when nobody has them, nor a view of them, any more."""
@@ -290,9 +293,14 @@ class _Slots:
     def close(self) -> None:
         with self._lock:
             self._closed = True
+            self._take_back()
             for slot in self._free:
                 self._forget(slot)
             self._free.clear()
+
+    def _take_back(self) -> None:
+        while self._returned:
+            self._free.append(self._returned.popleft())
 
     def _forget(self, slot: _Slot) -> None:
         self.gone.add(slot.number)

@@ -693,7 +693,11 @@ def test_a_terminal_without_colours_is_served_too(changes, camera, tmp_path):
 
 def test_the_cursor_is_shown_again_after_two_ctrl_c(camera, tmp_path):
     """The bar hides it; a terminal without a cursor is no good to its user."""
-    terminal = Terminal("scan", camera.folder, "--state", tmp_path / "state")
+    # With a file at which its decoder sleeps, the scan cannot end between the two.
+    asleep = tmp_path / "asleep.jpg"
+    asleep.write_bytes(b"HOSTILE sleep\n")
+    hooks = f"{Path(__file__).with_name('decoder_hooks')}:{environment()['PYTHONPATH']}"
+    terminal = Terminal("scan", asleep, camera.folder, "--state", tmp_path / "state", PYTHONPATH=hooks)
     while "\x1b[?25l" not in terminal.shown and terminal.read():
         pass
     while terminal.process.poll() is None:

@@ -700,6 +700,10 @@ def test_the_cursor_is_shown_again_after_two_ctrl_c(camera, tmp_path):
     terminal = Terminal("scan", asleep, camera.folder, "--state", tmp_path / "state", PYTHONPATH=hooks)
     while "\x1b[?25l" not in terminal.shown and terminal.read():
         pass
+    # Asked to stop before it has received a shot, it would end at the first.
+    while not any((tmp_path / "state" / "spool").glob("?" * 64)):
+        time.sleep(0.01)
+    time.sleep(0.5)
     while terminal.process.poll() is None:
         terminal.process.send_signal(signal.SIGINT)
         time.sleep(0.005)

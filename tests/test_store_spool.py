@@ -340,3 +340,26 @@ print(spool.Spool.hash_file({str(path)!r}))
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == blake3(bytes(1 << 20)).hexdigest()
+
+
+def test_what_is_held_on_a_disk_that_failed_is_let_go_of_without_a_word(tmp_path: Path, shot: Path) -> None:
+    """An aborted journal makes ext4 read-only; the copy that was under way then cannot even be removed."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting takes root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", disk], check=True)
+    try:
+        spool = Spool(disk / "spool")
+        held = spool.hold(shot)
+        assert held.copy is not None
+        left = held.copy
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        spool.release(held)
+        assert held.copy is None
+        assert left.exists()
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        Spool(disk / "spool")
+        assert not left.exists()
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -121,6 +121,9 @@ def main() -> None:
     _prepare_streams()
     from hotpixd.store.durable import StateError
 
+    # Before memory may be short: what says so needs it.
+    from hotpixd.views.text import printable  # noqa: F401
+
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
     _prepare_cache()
     try:

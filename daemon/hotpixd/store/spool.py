@@ -184,7 +184,9 @@ class Spool:
             os.close(held.fd)
             held.fd = None
         if held.copy is not None:
-            held.copy.unlink(missing_ok=True)
+            # A disk that has failed keeps it; the next start removes it.
+            with suppress(OSError):
+                held.copy.unlink()
             held.copy = None
 
     def take(self, path: Path | str, key: str, placed: Callable[[], object] = lambda: None) -> Path:

@@ -67,7 +67,9 @@ def test_sums_and_counts_equal_numpys_over_all_frames(layout: SensorLayout, dtyp
     every = np.arange(layout.size)
     np.testing.assert_array_equal(accumulator.counts_at(every), counts.reshape(4, -1))
     np.testing.assert_allclose(accumulator.mean(every), frames.mean(axis=0).ravel(), rtol=1e-12)
-    np.testing.assert_allclose(accumulator.variance(every), frames.astype(float).var(axis=0).ravel(), rtol=1e-9)
+    mean, variance = accumulator.mean_and_variance(every)
+    np.testing.assert_allclose(mean, frames.mean(axis=0).ravel(), rtol=1e-12)
+    np.testing.assert_allclose(variance, frames.astype(float).var(axis=0).ravel(), rtol=1e-9)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -274,4 +276,25 @@ def test_least_variance_ranks_as_welfords_algorithm_does(dtype: str, n: int, lev
         np.testing.assert_allclose(found_m2, m2.ravel()[sites], rtol=1e-9, atol=1e-9 * np.iinfo(dtype).max)
         np.testing.assert_allclose(found_mean, mean.ravel()[sites], rtol=1e-12)
     first, _, _ = accumulator.least_variance(1)
-    assert n == 1 or accumulator.variance(first) == 0
+    assert n == 1 or accumulator.mean_and_variance(first)[1] == 0
+
+
+@pytest.mark.parametrize("held", [1, 1 << 30], ids=["summed at once", "summed by fours"])
+def test_sites_are_told_of_alike_before_and_after_the_sums_are_made(held: int):
+    """Frames may wait to be added to the sums together; no answer may depend on that."""
+    layout = SensorLayout(40, 32, "RGGB")
+    rng = np.random.default_rng(3)
+    frames = rng.integers(0, 65536, (11, *layout.shape)).astype(np.uint16)
+    accumulator = Accumulator(layout, "uint16", held_bytes=held)
+    sites = rng.choice(layout.size, 9, replace=False)
+    for n, frame in enumerate(frames, 1):
+        accumulator.fold(frame, lone=False)
+        exact = frames[:n].reshape(n, -1)[:, sites].astype(float)
+        mean, variance = accumulator.mean_and_variance(sites)
+        np.testing.assert_allclose(mean, exact.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(variance, exact.var(axis=0), rtol=1e-9)
+        if n % 5 == 0:
+            every = np.arange(layout.size)
+            np.testing.assert_allclose(accumulator.mean(every), frames[:n].mean(axis=0).ravel(), rtol=1e-12)
+    accumulator.sum_up()
+    np.testing.assert_array_equal(accumulator.total, frames.sum(axis=0, dtype=np.uint64))

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hotpixd.core.accumulator import EachSlab
+from hotpixd.core.accumulator import HELD_BYTES, EachSlab
 from hotpixd.core.frame import SampleKind, SensorIdentity, SensorLayout
 from hotpixd.core.sensor import DetectionSettings, Sensor
 from hotpixd.store import checkpoint
@@ -91,9 +91,10 @@ def load(
     *,
     each_slab: EachSlab = map,
     slabs: int = 1,
+    held_bytes: int = HELD_BYTES,
 ) -> Kept:
     """Load a sensor from its newest generation that is whole; a new one if there is none."""
-    sensor = Sensor(identity, settings, each_slab=each_slab, slabs=slabs)
+    sensor = Sensor(identity, settings, each_slab=each_slab, slabs=slabs, held_bytes=held_bytes)
     standing = look(state, id_)
     damage = tuple(sentence for _, sentence in standing.unusable)
     for path in standing.usable[:1]:

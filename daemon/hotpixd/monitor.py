@@ -44,7 +44,11 @@ _HASH_AHEAD = 6
 """Files whose content is being hashed ahead of time."""
 
 _DECODE_AHEAD = 3
-"""Frames being decoded, or waiting for the fold: with the one in the fold, four are in memory."""
+"""Frames being decoded, or waiting for the fold, at most: with the one in the fold, four are in memory."""
+
+_SHARE_OF_FRAMES = 16
+"""Of memory: what these may take, and as much those that wait to be added to the sums together. But never fewer than
+one of each."""
 
 _RECEIVE_TOGETHER = 4
 """Shots acknowledged with one commit, when that many are hashed already."""
@@ -215,6 +219,7 @@ class Monitor:
         self._bytes_since = 0
         self._depths = {id_: about.get("depth") for id_, about in self._ledger.sensors().items()}
         self._memory = memory_bytes()
+        self._ahead = _DECODE_AHEAD
         self.lost: dict[str, str] = {}
         """Names by key of shots that were acknowledged, could not be folded again, and were not offered since."""
         self.warnings: list[str] = []
@@ -254,7 +259,7 @@ class Monitor:
                     self._ledger.delete_derived_after(id_, covers[id_])
             self._to_replay = deque(rows)
         while self._to_replay and not stop():
-            while len(self._waiting) > _DECODE_AHEAD:
+            while len(self._waiting) > self._ahead:
                 yield from self._next_concluded()
             row = self._to_replay[0]
             suspect = row.verdict == "received" and row.attempts > 0
@@ -328,6 +333,7 @@ class Monitor:
             elif self._next_is_decoded():
                 yield from self._next_concluded()
             elif more or hashed or self._waiting:
+                self._sum_up()
                 yield None
             else:
                 break
@@ -337,6 +343,11 @@ class Monitor:
                 yield from self._next_concluded()
             else:
                 yield None
+
+    def _sum_up(self) -> None:
+        """Do what folding has put off, now that there is time for it."""
+        for kept in self._kept.values():
+            kept.sensor.accumulator.sum_up()
 
     def _hash(self, shot: FoundShot, wake: Callable[[], None] | None) -> Future[_Read]:
         if shot.source not in self._hashers:
@@ -518,7 +529,7 @@ class Monitor:
     def _begun(self, *, wait: bool = False) -> Iterator[Outcome]:
         """Hand those acknowledged to the decoders; as far as these have room, unless they are to be waited for."""
         while self._acked:
-            if len(self._waiting) <= _DECODE_AHEAD:
+            if len(self._waiting) <= self._ahead:
                 self._waiting.append(self._decode(*self._acked.popleft(), replayed=False))
             elif wait or self._next_is_decoded():
                 yield from self._next_concluded()
@@ -532,7 +543,7 @@ class Monitor:
 
     def _decode_early(self, shot: FoundShot, key: str) -> None:
         """Start decoding while the shot is made durable; nobody sees the frame before that is done."""
-        if shot.raw is None and len(self._waiting) + len(self._early) <= _DECODE_AHEAD:
+        if shot.raw is None and len(self._waiting) + len(self._early) <= self._ahead:
             self._early[key] = self._decoding.submit(self.decoders.decode, self._state.spool.path(key), shot.kind)
 
     def _received_now(self, shot: FoundShot, key: str) -> Received:
@@ -621,6 +632,7 @@ class Monitor:
                 size=row.size,
                 origin=found.origin,
             )
+        self._ahead = min(self._memory // _SHARE_OF_FRAMES // frame.samples.nbytes, _DECODE_AHEAD)
         kept = self._sensor_of(frame)
         report = kept.sensor.fold(frame, row.seq)
         kept.fold_in(row)
@@ -711,8 +723,15 @@ class Monitor:
         kept = self._kept.get(id_)
         if kept is None:
             self._make_room()
-            each_slab = self._folders.map
-            kept = archive.load(self._state, id_, identity, self._settings, each_slab=each_slab, slabs=self._slabs)
+            kept = archive.load(
+                self._state,
+                id_,
+                identity,
+                self._settings,
+                each_slab=self._folders.map,
+                slabs=self._slabs,
+                held_bytes=self._memory // _SHARE_OF_FRAMES,
+            )
             self.warnings.extend(kept.damage)
             self._kept[id_] = kept
             if kept.covered_by_older is not None:

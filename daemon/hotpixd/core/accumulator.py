@@ -29,6 +29,15 @@ EachSlab = Callable[[Callable[[tuple[int, int]], Any], Sequence[tuple[int, int]]
 _ROOM = 1 << 17
 """Samples at a limit that one slab of one frame can report."""
 
+_FRAMES_PER_PASS = 4
+"""Frames added to the sums in one pass, as many as `kernels.add_rows` takes."""
+
+HELD_BYTES = 320 << 20
+"""Four frames of a 24-megapixel JPEG."""
+
+_FEW = 100
+"""Share of the sites up to which it is faster to look at frames not summed up than to sum them up."""
+
 _BLOCK = 1 << 20
 """Samples per step where a whole-sensor computation needs temporary arrays."""
 
@@ -73,9 +82,18 @@ class Accumulator:
     dtype : "uint8" or "uint16", of the samples
     each_slab : a `map`; a thread pool's spreads the rows over cores
     slabs : number of slabs
+    held_bytes : of samples, which may wait to be added to the sums together
     """
 
-    def __init__(self, layout: SensorLayout, dtype: str, *, each_slab: EachSlab = map, slabs: int = 1) -> None:
+    def __init__(
+        self,
+        layout: SensorLayout,
+        dtype: str,
+        *,
+        each_slab: EachSlab = map,
+        slabs: int = 1,
+        held_bytes: int = HELD_BYTES,
+    ) -> None:
         if min(layout.height // layout.row_step, layout.shape[1] // layout.col_step) < kernels.WINDOW:
             raise ValueError(
                 f"a plane needs at least {kernels.WINDOW} rows and columns; "
@@ -87,8 +105,10 @@ class Accumulator:
         self.counted = 0
         self._largest = int(np.iinfo(self.dtype).max)
         rows, cols = layout.shape
-        self.total: NDArray[Any] = np.zeros((rows, cols), np.uint32)
-        self.squares: NDArray[Any] = np.zeros((rows, cols), np.uint32 if dtype == "uint8" else np.uint64)
+        self._total: NDArray[Any] = np.zeros((rows, cols), np.uint32)
+        self._squares: NDArray[Any] = np.zeros((rows, cols), np.uint32 if dtype == "uint8" else np.uint64)
+        self._unsummed: list[NDArray[Any]] = []
+        self._most_unsummed = min(max(held_bytes // (layout.size * self.dtype.itemsize), 1), _FRAMES_PER_PASS)
         self.counts: dict[str, NDArray[Any]] = {name: np.zeros((rows, cols), np.uint8) for name in COUNTS}
         padded = -(-cols // kernels.PHASE_COLS) * kernels.PHASE_COLS
         self._events = np.zeros((rows, padded), np.uint8)
@@ -102,7 +122,8 @@ class Accumulator:
 
         Parameters
         ----------
-        samples : (height, width * channels), ADU, of the accumulator's dtype; not modified
+        samples : (height, width * channels), ADU, of the accumulator's dtype; not modified, and kept for `sum_up`:
+            must not change any more
         lone : drop extremes that touch an extreme of another plane. For light frames of a mosaic: stars and
             details light several colours at once, a defect lights one site.
 
@@ -116,23 +137,56 @@ class Accumulator:
                 f"a frame of shape {samples.shape} {samples.dtype} cannot be folded into "
                 f"{self.layout.shape} {self.dtype}"
             )
-        self._make_room_for_sums(self.frames + 1)
         contiguous = np.ascontiguousarray(samples)
 
-        def fold_slab(slab: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        def find_in_slab(slab: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
             totals = np.zeros(len(COUNTS), np.int64)
             phases = np.zeros((kernels.PHASE_ROWS, kernels.PHASE_COLS), np.int64)
-            kernels.fold_rows(
-                contiguous, self.layout.row_step, self.layout.col_step, lone, self.total, self.squares,
-                self._events, totals, phases, self._bits, *slab,
+            kernels.find_events(
+                contiguous, self.layout.row_step, self.layout.col_step, lone, self._events, totals, phases,
+                self._bits, *slab,
             )  # fmt: skip
             return totals, phases
 
-        parts = list(self._each_slab(fold_slab, self._slabs))
+        if len(self._unsummed) >= self._most_unsummed:
+            self.sum_up()
+        parts = list(self._each_slab(find_in_slab, self._slabs))
+        self._unsummed.append(contiguous)
         self.frames += 1
         totals = np.sum([totals for totals, _ in parts], axis=0)
         phases = np.sum([phases for _, phases in parts], axis=0)
         return FrameEvents(self._events, totals, self._bits, phases)
+
+    def sum_up(self) -> None:
+        """Add the frames folded last to the sums, and let go of their samples.
+
+        Several go in one pass, as it takes longer to read and write the sums than to add to them. Until then what is
+        asked of a few sites is answered with these frames looked at one by one.
+        """
+        frames, self._unsummed = self._unsummed, []
+        if not frames:
+            return
+        self._make_room_for_sums(self.frames)
+        total, squares = self._total, self._squares
+        # Only as many as there are are looked at.
+        four = [*frames, *frames[:1] * (_FRAMES_PER_PASS - len(frames))]
+
+        def sum_slab(slab: tuple[int, int]) -> None:
+            kernels.add_rows(*four, len(frames), total, squares, *slab)
+
+        list(self._each_slab(sum_slab, self._slabs))
+
+    @property
+    def total(self) -> NDArray[Any]:
+        """(height, width * channels) unsigned: sum of the samples, ADU."""
+        self.sum_up()
+        return self._total
+
+    @property
+    def squares(self) -> NDArray[Any]:
+        """(height, width * channels) unsigned: sum of their squares, ADU^2."""
+        self.sum_up()
+        return self._squares
 
     def count(self, frame: FrameEvents, limits: NDArray[np.int64]) -> NDArray[np.int64]:
         """Add the events of the frame folded last to the counts, in place.
@@ -190,10 +244,11 @@ class Accumulator:
         """
         if other.layout != self.layout or other.dtype != self.dtype:
             raise ValueError("accumulators of different sensors cannot be merged")
+        self.sum_up()
         self._make_room_for_sums(self.frames + other.frames)
         self._make_room_for_counts(self.counted + other.counted)
-        self.total += other.total
-        self.squares += other.squares
+        self._total += other.total
+        self._squares += other.squares
         for name, count in self.counts.items():
             count += other.counts[name]
         self.frames += other.frames
@@ -201,9 +256,9 @@ class Accumulator:
 
     def _make_room_for_sums(self, frames: int) -> None:
         width = _width_for(frames * self._largest, np.uint32, np.uint64)
-        self.total = self.total.astype(max(width, self.total.dtype), copy=False)
+        self._total = self._total.astype(max(width, self._total.dtype), copy=False)
         width = _width_for(frames * self._largest**2, np.uint32, np.uint64)
-        self.squares = self.squares.astype(max(width, self.squares.dtype), copy=False)
+        self._squares = self._squares.astype(max(width, self._squares.dtype), copy=False)
 
     def _make_room_for_counts(self, counted: int) -> None:
         # One more than the largest count must fit too: it is the limit that is never reached.
@@ -215,11 +270,13 @@ class Accumulator:
         """Return the mean sample at flat indices `sites`, ADU; NaN before the first frame."""
         if not self.frames:
             return np.full(sites.shape, np.nan)
-        return np.asarray(self.total.ravel()[sites] / self.frames)
+        return np.asarray(self._sums_at(sites)[0] / self.frames)
 
-    def variance(self, sites: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return the population variance of the samples at flat indices `sites`, ADU^2."""
-        return self._m2(sites) / max(self.frames, 1)
+    def mean_and_variance(self, sites: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return mean (ADU) and population variance (ADU^2) of the samples at flat indices `sites`."""
+        n = max(self.frames, 1)
+        total, squares = self._sums_at(sites)
+        return total / n, _scaled_m2(self.frames, total, squares) / n / n
 
     def counts_at(self, sites: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the four counts at flat indices `sites`: (4, K) in the order of COUNTS."""
@@ -240,6 +297,7 @@ class Accumulator:
         ----------
         Welford (1962), Technometrics 4(3), 419-420.
         """
+        self.sum_up()
         best = np.empty(0, np.int64)
         keys = np.empty(0, np.uint64)
         for start in range(0, self.layout.size, _BLOCK):
@@ -254,10 +312,19 @@ class Accumulator:
         return best, self._m2(best), self.mean(best)
 
     def _scaled_m2(self, where: slice | NDArray[np.int64]) -> NDArray[np.uint64]:
-        # n M2 = n Q - S^2 exactly. The terms may wrap, the difference does not while n^2 2^30 < 2^64 for
-        # 16-bit samples, that is up to 131,072 frames.
-        total = self.total.ravel()[where].astype(np.uint64)
-        return np.uint64(self.frames) * self.squares.ravel()[where].astype(np.uint64) - total * total
+        return _scaled_m2(self.frames, *self._sums_at(where))
+
+    def _sums_at(self, where: slice | NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """Return sums of samples and of squares, those of frames not summed up yet included."""
+        if not isinstance(where, slice) and where.size > self.layout.size // _FEW:
+            self.sum_up()
+        total = self._total.ravel()[where].astype(np.uint64)
+        squares = self._squares.ravel()[where].astype(np.uint64)
+        for samples in self._unsummed:
+            values = samples.ravel()[where].astype(np.uint64)
+            total += values
+            squares += values * values
+        return total, squares
 
     def _m2(self, sites: NDArray[np.int64]) -> NDArray[np.float64]:
         return np.asarray(self._scaled_m2(sites) / max(self.frames, 1))
@@ -295,12 +362,21 @@ class Accumulator:
         for name in ("total", "squares", *COUNTS):
             if name not in arrays or arrays[name].shape != self.layout.shape:
                 raise ValueError(f"saved array {name!r} is missing or not of shape {self.layout.shape}")
-        self.total, self.squares = arrays["total"], arrays["squares"]
+        self._unsummed = []
+        self._total, self._squares = arrays["total"], arrays["squares"]
         self.counts = {name: arrays[name] for name in COUNTS}
         self.frames, self.counted = frames, counted
 
     @property
     def nbytes(self) -> int:
         """Bytes held in memory."""
-        held = (self.total, self.squares, self._events, self._bits, *self.counts.values())
+        held = (self._total, self._squares, *self._unsummed, self._events, self._bits, *self.counts.values())
         return sum(array.nbytes for array in held)
+
+
+def _scaled_m2(frames: int, total: NDArray[np.uint64], squares: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return n M2 = n Q - S^2, exactly.
+
+    The terms may wrap, the difference does not while n^2 2^30 < 2^64 for 16-bit samples, that is up to 131,072 frames.
+    """
+    return np.uint64(frames) * squares - total * total

@@ -6,7 +6,7 @@ Everything works on all tracks at once, as arrays of one entry per track.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -132,10 +132,8 @@ def weigh(
 ) -> Suspects:
     """Return the statistics of all tracks from the sums over all frames."""
     sites, around = tracks.rows["site"], tracks.neighbours
-    mean = accumulator.mean(sites)
-    around_mean = np.median(accumulator.mean(around), axis=1)
-    variance = accumulator.variance(sites)
-    around_variance = np.median(accumulator.variance(around), axis=1)
+    mean, variance = accumulator.mean_and_variance(sites)
+    around_mean, around_variance = (np.median(each, axis=1) for each in accumulator.mean_and_variance(around))
     plane_noise = noise[accumulator.layout.planes_of(sites)]
     # Only a scene that changes tells a sample that does not: the neighbours must vary by more than noise.
     still = (around_variance > 9 * plane_noise**2) & (variance < 0.05 * around_variance)
@@ -165,7 +163,77 @@ def classify(
     floor_sigma : an excess below this many deviations is too small to matter
     """
     rows = tracks.rows
-    recent, held = tracks.recent_of(np.arange(len(rows)))
+    seen = _seen(tracks, sample_kind, white_level_adu)
+    # Events before excess: a mean over dark and bright frames may hide which side it is.
+    dim = np.where(counts[0] == counts[1], suspects.excess < 0, counts[1] > counts[0])
+    kind = np.full(len(rows), int(Kind.BRIGHT))
+    kind[seen.in_darks | seen.grows] = Kind.HOT
+    kind[seen.comes_and_goes] = Kind.UNSTABLE
+    # Once strong, always strong: darks show what a hundred short exposures after them do not.
+    strength = np.fmax(
+        np.abs(suspects.sigma), np.where(suspects.excess > 0, np.fmax(seen.clear, rows["strength"]), 0.0)
+    )
+    kind[(strength < floor_sigma) & (kind != Kind.UNSTABLE)] = Kind.WARM
+    kind[dim] = Kind.DIM
+    # Without a black level, a sample that hardly ever is above its neighbours has no response.
+    no_response = suspects.response < 0.25
+    unknown = np.isnan(suspects.response)
+    kind[suspects.still] = Kind.STUCK
+    sinks = counts[1] > 3 * counts[0]
+    kind[suspects.still & (no_response | (unknown & sinks))] = Kind.DEAD
+    kind[dim & ~suspects.still & (suspects.response < 0.5)] = Kind.DEAD
+    kind[dim & ~suspects.still & unknown & (suspects.sigma < -floor_sigma)] = Kind.DEAD
+    rows["kind"] = kind
+    rows["strength"] = strength
+    rows["rate"] = np.where(kind == Kind.UNSTABLE, seen.on_rate, seen.rate)
+    rows["level"] = seen.level
+    rows["share_on"] = seen.share_on
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the observations of tracks say; every array has one entry per track."""
+
+    in_darks: NDArray[np.bool_]
+    """Three darks show it."""
+
+    grows: NDArray[np.bool_]
+    """The excess grows with exposure."""
+
+    comes_and_goes: NDArray[np.bool_]
+
+    clear: NDArray[np.float64]
+    """Median excess in deviations of the neighbourhood; 0 where there are too few."""
+
+    rate: NDArray[np.float64]
+    """Median excess per unit of exposure, ADU; 0 if unknown."""
+
+    on_rate: NDArray[np.float64]
+    """The same while it is on."""
+
+    level: NDArray[np.float64]
+    """Median value, ADU; 0 if unknown."""
+
+    share_on: NDArray[np.float64]
+    """Share of telling frames in which the excess was there; NaN without any."""
+
+
+def _seen(tracks: Tracks, sample_kind: SampleKind, white_level_adu: float) -> _Seen:
+    count = len(tracks)
+    never, nothing = np.zeros(count, bool), np.zeros(count)
+    every = _Seen(never, never, never, nothing, nothing, nothing, nothing, np.full(count, np.nan))
+    # The others are told by counts and sums alone; there may be many times as many of them.
+    positions = tracks.observed()
+    of_observed = _seen_at(tracks, positions, sample_kind, white_level_adu)
+    for field in fields(_Seen):
+        whole = getattr(every, field.name).copy()
+        whole[positions] = getattr(of_observed, field.name)
+        setattr(every, field.name, whole)
+    return every
+
+
+def _seen_at(tracks: Tracks, positions: NDArray[np.int64], sample_kind: SampleKind, white_level_adu: float) -> _Seen:
+    recent, held = tracks.recent_of(positions)
     linear = sample_kind is SampleKind.RAW
     excess = np.where(held, recent["excess"], np.nan)
     exposure = _exposure(recent, linear)
@@ -189,32 +257,18 @@ def classify(
     n_telling = telling.sum(axis=1)
     share_on = np.where(n_telling > 0, present.sum(axis=1) / np.maximum(n_telling, 1), np.nan)
 
-    # Events before excess: a mean over dark and bright frames may hide which side it is.
-    dim = np.where(counts[0] == counts[1], suspects.excess < 0, counts[1] > counts[0])
-    kind = np.full(len(rows), int(Kind.BRIGHT))
-    in_darks = (held & (recent["dark"] != 0)).sum(axis=1) >= 3
-    kind[in_darks | _grows(excess, exposure_of(recent), useful)] = Kind.HOT
-    comes_and_goes = (n_telling >= 8) & (n_telling - present.sum(axis=1) >= 3) & (share_on < 0.8)
-    kind[comes_and_goes] = Kind.UNSTABLE
-    # Once strong, always strong: darks show what a hundred short exposures after them do not.
     clear = _quantile(np.abs(excess) / recent["spread"], 0.5)
     clear[held.sum(axis=1) < _ENOUGH] = 0.0
-    strength = np.fmax(np.abs(suspects.sigma), np.where(suspects.excess > 0, np.fmax(clear, rows["strength"]), 0.0))
-    kind[(strength < floor_sigma) & (kind != Kind.UNSTABLE)] = Kind.WARM
-    kind[dim] = Kind.DIM
-    # Without a black level, a sample that hardly ever is above its neighbours has no response.
-    no_response = suspects.response < 0.25
-    unknown = np.isnan(suspects.response)
-    kind[suspects.still] = Kind.STUCK
-    sinks = counts[1] > 3 * counts[0]
-    kind[suspects.still & (no_response | (unknown & sinks))] = Kind.DEAD
-    kind[dim & ~suspects.still & (suspects.response < 0.5)] = Kind.DEAD
-    kind[dim & ~suspects.still & unknown & (suspects.sigma < -floor_sigma)] = Kind.DEAD
-    rows["kind"] = kind
-    rows["strength"] = strength
-    rows["rate"] = np.nan_to_num(np.where(kind == Kind.UNSTABLE, on_rate, rate))
-    rows["level"] = np.nan_to_num(_quantile(np.where(held, recent["value"], np.nan), 0.5))
-    rows["share_on"] = share_on
+    return _Seen(
+        in_darks=(held & (recent["dark"] != 0)).sum(axis=1) >= 3,
+        grows=_grows(excess, exposure_of(recent), useful),
+        comes_and_goes=(n_telling >= 8) & (n_telling - present.sum(axis=1) >= 3) & (share_on < 0.8),
+        clear=clear,
+        rate=np.nan_to_num(rate),
+        on_rate=np.nan_to_num(on_rate),
+        level=np.nan_to_num(_quantile(np.where(held, recent["value"], np.nan), 0.5)),
+        share_on=share_on,
+    )
 
 
 def exposure_of(recent: NDArray[Any]) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hotpixd.core import defects, evidence
-from hotpixd.core.accumulator import Accumulator, EachSlab, FrameEvents
+from hotpixd.core.accumulator import HELD_BYTES, Accumulator, EachSlab, FrameEvents
 from hotpixd.core.defects import Defect
 from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, SensorLayout, ShotInfo, ShotKind
 from hotpixd.core.tracks import OBSERVATION, RECENT, Kind, Status, Tracks, neighbours_of
@@ -165,7 +165,7 @@ class Sensor:
     ----------
     identity : whose frames
     settings : what it takes to call a site defective
-    each_slab, slabs : how to spread rows over cores, see `Accumulator`
+    each_slab, slabs, held_bytes : how to spread rows over cores, and how much to keep for one pass, see `Accumulator`
     """
 
     def __init__(
@@ -175,11 +175,14 @@ class Sensor:
         *,
         each_slab: EachSlab = map,
         slabs: int = 1,
+        held_bytes: int = HELD_BYTES,
     ) -> None:
         self.identity = identity
         self.layout = identity.layout
         self.settings = settings or DetectionSettings()
-        self.accumulator = Accumulator(self.layout, identity.dtype, each_slab=each_slab, slabs=slabs)
+        self.accumulator = Accumulator(
+            self.layout, identity.dtype, each_slab=each_slab, slabs=slabs, held_bytes=held_bytes
+        )
         self._rates = evidence.NullRates()
         self._gate = evidence.SceneGate(self.layout, self.settings.scene_memory)
         self._tracks = Tracks(self.layout)
@@ -294,12 +297,15 @@ class Sensor:
         Candidates that turn out weaker than a new neighbour are dropped.
         """
         tracks = self._tracks
+        tx, ty = self._pixels(tracks.rows["site"])
+        fixed = tracks.rows["status"] != Status.CANDIDATE
+        # What a known defect lights comes again with every frame, and there may be dozens around each.
+        clear = ~_near_any(*self._pixels(sites), tx[fixed], ty[fixed], _MERGED_WITHIN)
+        sites, log_e = sites[clear], log_e[clear]
         excess = np.abs(self._mean_excess(sites))
         order = np.lexsort((sites, -excess, -log_e))
         kept: list[int] = []
         x, y = self._pixels(sites)
-        tx, ty = self._pixels(tracks.rows["site"])
-        fixed = tracks.rows["status"] != Status.CANDIDATE
         strength = np.where(fixed, np.inf, tracks.rows["log_e"])
         weaker = np.zeros(len(tracks), bool)
         for i in order:
@@ -621,6 +627,20 @@ class Sensor:
 
 def _near(xs: NDArray[np.int64], ys: NDArray[np.int64], x: int, y: int, within: int) -> NDArray[np.bool_]:
     return np.asarray((np.abs(xs - x) <= within) & (np.abs(ys - y) <= within))
+
+
+def _near_any(
+    xs: NDArray[np.int64], ys: NDArray[np.int64], x: NDArray[np.int64], y: NDArray[np.int64], within: int
+) -> NDArray[np.bool_]:
+    """Return which of the pixels (xs, ys) have one of the pixels (x, y) in the square around them."""
+    # Rows so far apart that the end of one is not near the begin of the next.
+    length = int(max(xs.max(initial=0), x.max(initial=0))) + 2 * within + 1
+    there = np.sort(y * length + x)
+    near = np.zeros(len(xs), bool)
+    for dy in range(-within, within + 1):
+        at = (ys + dy) * length + xs
+        near |= np.searchsorted(there, at - within) < np.searchsorted(there, at + within, side="right")
+    return near
 
 
 def warm_up() -> None:

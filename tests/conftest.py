@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -79,19 +79,28 @@ def feed(root: Path, *wanted: Path, kind: Any = None) -> list[Outcome]:
 
 
 def told(root: Path) -> dict[str, Any]:
-    """Return all that a state tells and that must not depend on how its shots came in; it must be undamaged."""
+    """Return all that a state tells and that must not depend on how its shots came in; it must be undamaged.
+
+    Rows are told by their place among those folded: a torn file is waited for, and refused earlier or later.
+    """
     with State(root, create=False) as state:
         checked = answers.verify(state)
         assert checked["ok"], checked["problems"]
         assert not checked["waiting"]
         ids = list(state.ledger.sensors())
+        folded = [row.seq for row in state.ledger.rows_to_replay({}) if row.verdict == "folded"]
+        place = {seq: n for n, seq in enumerate(folded)}
         return {
             "digests": {sensor["id"]: sensor["digest"] for sensor in checked["sensors"]},
             "defects": answers.defects(state, candidates=True),
-            "transitions": {id_: state.ledger.transitions(id_) for id_ in ids},
-            "observations": {id_: state.ledger.observations(id_) for id_ in ids},
+            "transitions": {
+                id_: [replace(row, seq=place[row.seq]) for row in state.ledger.transitions(id_)] for id_ in ids
+            },
+            "observations": {
+                id_: [row._replace(seq=place[row.seq]) for row in state.ledger.observations(id_)] for id_ in ids
+            },
             "least": answers.least_variance(state, 20),
-            "refused": [(row.name, row.reason) for row in state.ledger.refused()],
+            "refused": sorted((row.name, row.reason) for row in state.ledger.refused()),
             "shots": [{k: v for k, v in shot.items() if k != "received_at"} for shot in _last_shots(state, ids)],
         }
 

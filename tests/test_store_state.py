@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shlex
+import signal
 import stat
 import subprocess
 import sys
@@ -239,3 +240,21 @@ def test_the_lock_tells_where_its_holder_answers(tmp_path: Path) -> None:
     with State(tmp_path / "state"), pytest.raises(StateLocked) as locked:
         State(tmp_path / "state")
     assert locked.value.feed is None
+
+
+def test_what_a_killed_process_was_about_to_start_is_waited_for(tmp_path: Path):
+    """Between fork and exec a child has its parent's lock; on a busy machine that lasted longer than a restart."""
+    killed = (
+        "import os, signal, sys, time\n"
+        "from hotpixd.store.state import State\n"
+        "with State(sys.argv[1]):\n"
+        "    if os.fork() == 0:\n"
+        "        time.sleep(1.0)\n"
+        "        os._exit(0)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    root = tmp_path / "state"
+    done = subprocess.run([sys.executable, "-c", killed, root], env=ENVIRONMENT)
+    assert done.returncode == -signal.SIGKILL
+    with State(root) as state:
+        assert state.ledger.find("0" * 64) is None

@@ -21,6 +21,7 @@ import re
 import shlex
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -46,6 +47,9 @@ from hotpixd.store.ledger import Ledger
 from hotpixd.store.spool import Spool
 
 __all__ = ["State", "StateDamaged", "StateError", "StateFull", "StateLocked", "StateMissing", "default_state_dir"]
+
+_LEFT_WITHIN_S = 5.0
+"""What a killed process has left behind lets go of the lock."""
 
 _SENSOR_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
 
@@ -358,14 +362,34 @@ def _look_for_ledger(root: Path) -> Path | None:
 def _locked(path: Path) -> int:
     """Take the lock and write into it who we are; return its descriptor."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    until = time.monotonic() + _LEFT_WITHIN_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder, feed = _read_lock(fd)
+            if _is_gone(holder) and time.monotonic() < until:
+                # It was killed while it started a process, which has the lock until it runs its own program.
+                time.sleep(0.05)
+                continue
+            os.close(fd)
+            raise StateLocked(f"The state {path.parent} is in use by {holder}.", feed) from None
+        _write_lock(fd, None)
+        return fd
+
+
+def _is_gone(holder: str) -> bool:
+    """Tell whether the process that wrote its name into the lock has ended."""
+    named = re.match(r"process (\d+) ", holder)
+    if named is None:
+        return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder, feed = _read_lock(fd)
-        os.close(fd)
-        raise StateLocked(f"The state {path.parent} is in use by {holder}.", feed) from None
-    _write_lock(fd, None)
-    return fd
+        os.kill(int(named[1]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
 
 
 def _write_lock(fd: int, feed: Path | None) -> None:

@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 
 from hotpixd.core.darkness import looks_dark
 from hotpixd.core.frame import Frame, SampleKind, Samples, SensorIdentity, SensorLayout, ShotInfo, ShotKind
-from hotpixd.intake import extent, metadata
+from hotpixd.intake import extent, metadata, plain_dng
 from hotpixd.intake.metadata import Metadata
+from hotpixd.intake.plain_dng import Reading
 
 MAX_PIXELS = 400_000_000
 """Twice the largest sensor on sale with pixel shift; more is a broken header or a decompression bomb."""
@@ -56,6 +57,8 @@ EDITORS = (
     "topaz", "ufraw", "viewnx", "vsco", "windows photo", "xnview", "zerene",
 )  # fmt: skip
 """What the names of programs that change pictures contain, in lower case. Firmware names itself otherwise."""
+
+_CUT_OFF = "the raw file is cut off before its end; copy it from the camera again"
 
 _FOREIGN = (
     (0, b"GIF8", "a GIF"),
@@ -200,7 +203,7 @@ def _read(file: BinaryIO, place: Place) -> _Picture:
     if head[:9] == b"SIMPLE  =":
         return _read_fits(file)
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return _read_tiff_or_raw(file)
+        return _read_tiff_or_raw(file, place)
     if any(head[offset:].startswith(start) for offset, start in _RAW_STARTS):
         return _read_raw(file)
     for offset, start, name in _FOREIGN:
@@ -270,7 +273,7 @@ def _read_png(data: bytes) -> _Picture:
 # TIFF
 
 
-def _read_tiff_or_raw(file: BinaryIO) -> _Picture:
+def _read_tiff_or_raw(file: BinaryIO, place: Place) -> _Picture:
     def read(offset: int, size: int) -> bytes:
         file.seek(offset)
         return file.read(size)
@@ -293,7 +296,7 @@ def _read_tiff_or_raw(file: BinaryIO) -> _Picture:
     if not camera_raw:
         return _read_tiff(file)
     try:
-        return _read_raw(file)
+        return _read_dng(file, place)
     except DecodeError:
         # A plain mosaic that LibRaw does not take for a camera's. A damaged raw begins with a preview.
         dng = {0xC612, 0xC614, 0xC68D} & first.entries.keys()  # its version, its camera, its visible area
@@ -391,15 +394,52 @@ def _from_pixels(samples: NDArray[np.generic], about: Metadata, colours: str = "
 # Camera raw
 
 
-def _read_raw(file: BinaryIO) -> _Picture:
+def _read_dng(file: BinaryIO, place: Place) -> _Picture:
+    """Read a raw file that is a TIFF: without LibRaw where that would only copy."""
+    plain = plain_dng.find(file)
+    reading = None if plain is None else plain_dng.known(plain)
     file.seek(0)
     about = metadata.from_file(file)
+    # What is missing LibRaw may know.
+    if plain is None or reading is None or None in (about.exposure_s, about.iso, about.taken_at):
+        samples, about, reading = _by_libraw(file, about)
+        if plain is not None and plain_dng.is_new(plain):
+            plain_dng.learn(plain, reading, samples, file)
+        return _raw_picture(samples, about, reading)
+    _refuse_if(extent.raw_fault(file, plain.width, plain.height, reading.colours))
+    placed = place((reading.height, reading.width), np.dtype(np.uint16))
+    if not plain_dng.read_into(placed, plain, reading, file):
+        raise DecodeError(_CUT_OFF)
+    if placed[-1].any():
+        _refuse_empty_end(file)
+    return _raw_picture(placed, about, reading)
+
+
+def _read_raw(file: BinaryIO) -> _Picture:
+    file.seek(0)
+    return _raw_picture(*_by_libraw(file, metadata.from_file(file)))
+
+
+def _raw_picture(samples: NDArray[Any], about: Metadata, reading: Reading) -> _Picture:
+    return _Picture(
+        samples,
+        reading.colours,
+        1,
+        SampleKind.RAW,
+        about,
+        black_level_adu=reading.black_level_adu,
+        white_level_adu=reading.white_level_adu,
+    )
+
+
+def _by_libraw(file: BinaryIO, about: Metadata) -> tuple[NDArray[Any], Metadata, Reading]:
+    """Return the visible samples, `about` with what LibRaw knows besides, and what it has made of the file."""
     file.seek(0)
     with _silent_stderr():
         return _unpacked(file, about)
 
 
-def _unpacked(file: BinaryIO, about: Metadata) -> _Picture:
+def _unpacked(file: BinaryIO, about: Metadata) -> tuple[NDArray[Any], Metadata, Reading]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # about fork, for the developer and not the photographer
         import rawpy
@@ -427,7 +467,7 @@ def _unpacked(file: BinaryIO, about: Metadata) -> _Picture:
         if samples[-1].any():
             _refuse_empty_end(file)
     except rawpy.LibRawIOError as error:
-        raise DecodeError("the raw file is cut off before its end; copy it from the camera again") from error
+        raise DecodeError(_CUT_OFF) from error
     except rawpy.LibRawFileUnsupportedError as error:
         raise DecodeError(
             "LibRaw does not know this raw file: it is damaged, or its camera is newer than this rawpy"
@@ -436,15 +476,8 @@ def _unpacked(file: BinaryIO, about: Metadata) -> _Picture:
         raise DecodeError(_broken("raw")) from error
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise DecodeError(_broken("raw")) from error
-    return _Picture(
-        samples,
-        colours,
-        1,
-        SampleKind.RAW,
-        about,
-        black_level_adu=sum(black) / len(black),
-        white_level_adu=white or None,
-    )
+    visible = sizes.top_margin, sizes.left_margin, samples.shape[1], samples.shape[0]
+    return samples, about, Reading(*visible, colours, sum(black) / len(black), white or None)
 
 
 def _refuse_empty_end(file: BinaryIO) -> None:

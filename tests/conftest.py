@@ -81,7 +81,8 @@ def feed(root: Path, *wanted: Path, kind: Any = None) -> list[Outcome]:
 def told(root: Path) -> dict[str, Any]:
     """Return all that a state tells and that must not depend on how its shots came in; it must be undamaged.
 
-    Rows are told by their place among those folded: a torn file is waited for, and refused earlier or later.
+    Rows are told by their place among those folded: a torn file is waited for, and refused earlier or later. Neither a
+    kill nor a power cut damages a generation, so none may have been set aside.
     """
     with State(root, create=False) as state:
         checked = answers.verify(state)
@@ -99,6 +100,7 @@ def told(root: Path) -> dict[str, Any]:
             "observations": {
                 id_: [row._replace(seq=place[row.seq]) for row in state.ledger.observations(id_)] for id_ in ids
             },
+            "generations set aside": sorted(path.name for path in (root / "damaged").glob("gen-*")),
             "least": answers.least_variance(state, 20),
             "refused": sorted((row.name, row.reason) for row in state.ledger.refused()),
             "shots": [{k: v for k, v in shot.items() if k != "received_at"} for shot in _last_shots(state, ids)],

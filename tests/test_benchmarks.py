@@ -59,7 +59,7 @@ def test_detection_counts_found_false_and_duplicates(monkeypatch: pytest.MonkeyP
 def test_throughput_prints_one_column_per_format(tmp_path):
     """Speeds, ratios and memory of both formats."""
     rows = run("throughput.py", "--work", str(tmp_path), "--size", "300", "200", "--shots", "3", "--memory", "2",
-               "--repeats", "1", "--textbook", "2")  # fmt: skip
+               "--repeats", "1", "--textbook", "2", "--no-enhance")  # fmt: skip
     assert rows[0] == ["", "JPEG", "DNG"]
     table = {row[0]: row[1:] for row in rows[1:]}
     for name in ("decode alone", "kernel alone", "bare", "scan, steady", "textbook"):

@@ -1,7 +1,7 @@
 """Show how many shots per second a scan folds, beside what decoding and the kernels alone allow on the same cores.
 
-Makes pictures of a virtual camera once, JPEG and uncompressed DNG, then prints a Markdown table of one run. From the
-repository (80 shots take 5 GB and some minutes to make; give `--work` to keep them for the next run):
+Makes pictures of a virtual camera once, then prints a Markdown table of one run. From the repository (80 shots take 5
+GB and some minutes to make; give `--work` to keep them for the next run):
 
     PYTHONPATH=daemon python tests/benchmarks/throughput.py --work /var/tmp/hotpixd-throughput
 
@@ -11,16 +11,22 @@ cache; each is repeated, and the fastest counts. Measure on a quiet machine.
 What the rows mean:
 
 - decode alone, kernel alone: one thread, per shot. Kernel is the sums, the events and the counts.
+- copy: to copy once what the kernel must read and write: the samples, the events, the counts, and a quarter of the
+  sums, to which four frames are added together.
 - allowed: cores / (decode + kernel), what perfect use of every core would give.
 - bare: measured, threads that decode and fold; no ledger, no spool, no evidence, no checkpoint.
 - scan: `hotpixd scan` as a user runs it, with an empty state. Whole is from the start of the process to its end,
   steady is from the second outcome to the last, start-up and final checkpoint left out.
-- textbook: Pillow (rawpy for DNG), then Welford's update in float64 on whole arrays, one process.
+- textbook: what reads the format (Pillow, rawpy, tifffile, astropy), then Welford's update in float64 on whole
+  arrays, one process.
+- rawpy.enhance: `find_bad_pixels(find_dead=False)` over some of the same DNGs, with the default of two of three.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import resource
@@ -36,32 +42,95 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-FORMATS = {"JPEG": "jpg", "DNG": "dng"}
+FORMATS = {"JPEG": ".jpg", "DNG": ".dng", "DNG, lossless JPEG": "_lossless.dng", "TIFF": ".tif", "FITS": ".fits"}
+"""Ends of names by format. TIFF and FITS are mosaics of 16 bit; nothing but the JPEGs is lossy."""
+
+USUAL = ("JPEG", "DNG")
 
 # --- making the pictures
 
 
-def make_pictures(work: Path, shots: int, size: tuple[int, int], quality: int, processes: int) -> None:
+def make_pictures(
+    work: Path,
+    shots: int,
+    size: tuple[int, int],
+    quality: int,
+    processes: int,
+    formats: Sequence[str] = USUAL,
+) -> None:
     """Write the shots that are missing."""
     work.mkdir(parents=True, exist_ok=True)
-    missing = [i for i in range(shots) if not all(_picture(work, f, i).exists() for f in FORMATS)]
+    missing = [i for i in range(shots) if not all(_picture(work, f, i).exists() for f in formats)]
     parts = [missing[k::processes] for k in range(processes)]
+    make = partial(_make, work=work, size=size, quality=quality, formats=formats)
     with get_context("spawn").Pool(processes) as pool:
-        pool.map(partial(_make, work=work, size=size, quality=quality), [part for part in parts if part], chunksize=1)
+        pool.map(make, [part for part in parts if part], chunksize=1)
 
 
-def _make(indices: Sequence[int], work: Path, size: tuple[int, int], quality: int) -> None:
+def _make(indices: Sequence[int], work: Path, size: tuple[int, int], quality: int, formats: Sequence[str]) -> None:
     from hotpixd.simulate import VirtualSensor
 
     camera = VirtualSensor(*size, seed=5)
     for index in indices:
         shot = camera.shot(index, "moving")
-        camera.write_jpeg(_picture(work, "JPEG", index), shot, quality)
-        camera.write_dng(_picture(work, "DNG", index), shot)
+        for file_format in formats:
+            path = _picture(work, file_format, index)
+            if file_format == "JPEG":
+                camera.write_jpeg(path, shot, quality)
+            elif file_format == "DNG":
+                camera.write_dng(path, shot)
+            elif file_format == "TIFF":
+                _write_tiff(path, shot.mosaic)
+            elif file_format == "FITS":
+                _write_fits(path, shot)
+            else:
+                _write_lossless(path, camera, shot)
+
+
+def _write_tiff(path: Path, mosaic: Any) -> None:
+    import tifffile
+
+    tifffile.imwrite(path, mosaic, photometric="minisblack", metadata=None, software=False)
+
+
+def _write_fits(path: Path, shot: Any) -> None:
+    from astropy.io import fits
+
+    unit = fits.PrimaryHDU(shot.mosaic)
+    unit.header.update({"BAYERPAT": "RGGB", "ROWORDER": "TOP-DOWN", "EXPTIME": shot.exposure_s})
+    unit.writeto(path, overwrite=True)
+
+
+def _write_lossless(path: Path, camera: Any, shot: Any) -> None:
+    """Write a DNG in tiles of lossless JPEG, with the header of an uncompressed one."""
+    import imagecodecs
+    import numpy as np
+    import tifffile
+
+    plain = path.with_name(f"plain_{path.name}")
+    camera.write_dng(plain, shot)
+    with tifffile.TiffFile(plain) as file:
+        page = file.pages.first
+        ours = {256, 257, 258, 259, 262, 273, 277, 278, 279, 282, 283, 296, 305, 322, 323, 324, 325}
+        tags = [(t.code, t.dtype, t.count, t.value, True) for t in page.tags.values() if t.code not in ours]
+    plain.unlink()
+    side = 256
+
+    def tiles() -> Any:
+        for y in range(0, shot.mosaic.shape[0], side):
+            for x in range(0, shot.mosaic.shape[1], side):
+                part = shot.mosaic[y : y + side, x : x + side]
+                rest = (side - part.shape[0], side - part.shape[1])
+                yield imagecodecs.ljpeg_encode(np.pad(part, ((0, rest[0]), (0, rest[1])), "edge"), bitspersample=16)
+
+    tifffile.imwrite(
+        path, tiles(), shape=shot.mosaic.shape, dtype=np.uint16, tile=(side, side), compression=7, photometric=32803,
+        extratags=tags, metadata=None, software=False,
+    )  # fmt: skip
 
 
 def _picture(work: Path, file_format: str, index: int) -> Path:
-    return work / f"shot_{index:04d}.{FORMATS[file_format]}"
+    return work / f"shot_{index:04d}{FORMATS[file_format]}"
 
 
 # --- what runs in processes of its own, each printing one JSON object as its last line
@@ -72,18 +141,45 @@ def alone(files: Sequence[Path], _: Path) -> dict[str, float]:
     from hotpixd.intake.decode import decode, keep_large_buffers
 
     keep_large_buffers()
-    accumulator, fold = _folder(decode(files[0]), 1, map)
-    decoding, folding = [], []
-    for path in files:
-        start = time.perf_counter()
-        frame = decode(path)
-        decoded = time.perf_counter()
-        fold(frame)
-        folding.append(time.perf_counter() - decoded)
-        decoding.append(decoded - start)
-    assert accumulator.frames == len(files) + 1
+    frame = decode(files[0])
+    accumulator, fold = _folder(frame, 1, map)
+    decoding, passes = [], []
+    frames = []
+    accumulator.sum_up()
+    # Four frames go into the sums together, so the time of four is taken.
+    for start in range(0, len(files), 4):
+        frames.clear()
+        for path in files[start : start + 4]:
+            began = time.perf_counter()
+            frames.append(decode(path))
+            decoding.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        for frame in frames:
+            fold(frame)
+        accumulator.sum_up()
+        passes.append((time.perf_counter() - began) / len(frames))
+    held = [frames[0].samples, *accumulator.held()]
+    sums = [accumulator.total, accumulator.squares]
     # The first shots still get their memory.
-    return {"decode_s": _typical(decoding[2:] or decoding), "kernel_s": _typical(folding[2:] or folding)}
+    return {
+        "decode_s": _typical(decoding[2:] or decoding),
+        "kernel_s": _typical(passes[1:] or passes),
+        "copy_s": _copying(held) + _copying(sums) / 4,
+    }
+
+
+def _copying(arrays: Sequence[Any]) -> float:
+    """Return how long it takes to copy arrays into others that have their memory, s."""
+    import numpy as np
+
+    copies = [array.copy() for array in arrays]
+    took = []
+    for _ in range(5):
+        began = time.perf_counter()
+        for copy, array in zip(copies, arrays, strict=True):
+            np.copyto(copy, array)
+        took.append(time.perf_counter() - began)
+    return min(took)
 
 
 def bare(files: Sequence[Path], _: Path) -> dict[str, float]:
@@ -164,7 +260,7 @@ def textbook(files: Sequence[Path], _: Path) -> dict[str, float]:
     """Mean and variance of all samples as the textbook has it."""
     import numpy as np
 
-    load = _load_raw if files[0].suffix == ".dng" else _load_picture
+    load = {".dng": _load_raw, ".jpg": _load_picture, ".tif": _load_tiff, ".fits": _load_fits}[files[0].suffix]
     n, mean, m2 = 0, np.zeros(load(files[0]).shape), np.zeros(load(files[0]).shape)
     start = time.perf_counter()
     for path in files:
@@ -190,8 +286,31 @@ def _load_raw(path: Path) -> Any:
         return raw.raw_image_visible.copy()
 
 
+def _load_tiff(path: Path) -> Any:
+    import tifffile
+
+    return tifffile.imread(path)
+
+
+def _load_fits(path: Path) -> Any:
+    from astropy.io import fits
+
+    return fits.getdata(path)
+
+
+def enhance(files: Sequence[Path], _: Path) -> dict[str, float]:
+    """Find bad pixels as rawpy does, if it can."""
+    import rawpy.enhance
+
+    if not any(map(importlib.util.find_spec, ("cv2", "skimage"))):
+        return {}
+    start = time.perf_counter()
+    rawpy.enhance.find_bad_pixels([str(path) for path in files], find_dead=False)
+    return {"enhance_per_s": len(files) / (time.perf_counter() - start)}
+
+
 CHILDREN: dict[str, Callable[[Sequence[Path], Path], dict[str, float]]] = {
-    f.__name__: f for f in (alone, bare, scan, textbook)
+    f.__name__: f for f in (alone, bare, scan, textbook, enhance)
 }
 
 
@@ -214,6 +333,9 @@ def measure(name: str, files: Sequence[Path], work: Path) -> dict[str, float]:
 def _as_child(name: str, files: Sequence[Path], work: Path) -> None:
     numbers = CHILDREN[name](files, work)
     numbers["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    with contextlib.suppress(OSError):
+        said = Path("/proc/self/io").read_text().split()
+        numbers["written_mb"] = int(said[said.index("write_bytes:") + 1]) / 1e6
     print(json.dumps(numbers))
 
 
@@ -224,6 +346,7 @@ def rows_of(file_format: str, given: argparse.Namespace) -> dict[str, str]:
     """Measure one format and return the table's cells by the names of its rows."""
     files = [_picture(given.work, file_format, index) for index in range(given.shots)]
     width, height = given.size
+    raw = file_format.startswith("DNG")
     samples = width * height * (3 if file_format == "JPEG" else 1)
     frame_mb = samples * (1 if file_format == "JPEG" else 2) / 1e6
     budget_mb = samples * (18 if file_format == "JPEG" else 20) / 1e6 + 4 * frame_mb + 250
@@ -233,11 +356,13 @@ def rows_of(file_format: str, given: argparse.Namespace) -> dict[str, str]:
             **measure("alone", files[:12], given.work),
             **measure("bare", files, given.work),
             **measure("textbook", files[: given.textbook], given.work),
+            **(measure("enhance", files[: given.textbook], given.work) if raw and given.enhance else {}),
             **measure("scan", files, given.work),
         }
         for _ in range(given.repeats)
     ]
-    decode_s, kernel_s = (min(r[key] for r in rounds) for key in ("decode_s", "kernel_s"))
+    decode_s, kernel_s, copy_s = (min(r[key] for r in rounds) for key in ("decode_s", "kernel_s", "copy_s"))
+    enhance_per_s = max(r.get("enhance_per_s", 0.0) for r in rounds)
     allowed = _cores() / (decode_s + kernel_s)
     speeds = ("bare_per_s", "steady_per_s", "textbook_per_s")
     bare_per_s, steady, by_the_book = (max(r[key] for r in rounds) for key in speeds)
@@ -248,6 +373,7 @@ def rows_of(file_format: str, given: argparse.Namespace) -> dict[str, str]:
         "size of a file": f"{sum(path.stat().st_size for path in files) / len(files) / 1e6:.1f} MB",
         "decode alone": f"{1000 * decode_s:.1f} ms",
         "kernel alone": f"{1000 * kernel_s:.2f} ms",
+        "kernel / copy": f"{kernel_s / copy_s:.2f} x",
         f"allowed on {_cores()} cores": f"{allowed:.2f} shots/s",
         "bare": f"{bare_per_s:.2f} shots/s",
         "scan, whole": f"{whole:.2f} shots/s ({best['wall_s']:.2f} s)",
@@ -261,6 +387,9 @@ def rows_of(file_format: str, given: argparse.Namespace) -> dict[str, str]:
         "textbook": f"{by_the_book:.2f} shots/s",
         "steady / textbook": f"{steady / by_the_book:.1f} x",
         "whole / textbook": f"{whole / by_the_book:.1f} x",
+        "rawpy.enhance": f"{enhance_per_s:.2f} shots/s" if enhance_per_s else "-",
+        "steady / rawpy.enhance": f"{steady / enhance_per_s:.1f} x" if enhance_per_s else "-",
+        "written per shot": f"{best['written_mb'] / len(files):.1f} MB",
         "peak memory": f"{max(r['peak_mb'] for r in rounds):.0f} MB",
         "budget": f"{budget_mb:.0f} MB",
         **{f"peak memory, {n} shots": f"{numbers['peak_mb']:.0f} MB" for n, numbers in longer.items()},
@@ -286,9 +415,10 @@ def main(arguments: Sequence[str] | None = None, out: Callable[[str], object] = 
     parser.add_argument("--shots", type=int, default=40, help="shots of a scan")
     parser.add_argument("--size", type=int, nargs=2, default=(6000, 4000), metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--quality", type=int, default=95, help="of the JPEGs: 5 to 9 MB each")
-    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
+    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(USUAL))
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the fastest counts")
     parser.add_argument("--textbook", type=int, default=8, help="shots for the textbook, which is slow")
+    parser.add_argument("--no-enhance", dest="enhance", action="store_false", help="without rawpy.enhance")
     parser.add_argument("--memory", type=int, nargs="*", default=[20, 40, 80], help="shots of scans to compare")
     parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
     parser.add_argument("files", nargs="*", type=Path, help=argparse.SUPPRESS)
@@ -298,7 +428,9 @@ def main(arguments: Sequence[str] | None = None, out: Callable[[str], object] = 
         return
     with tempfile.TemporaryDirectory(prefix="hotpixd-throughput-") as folder:
         given.work = given.work or Path(folder)
-        make_pictures(given.work, max([given.shots, *given.memory]), tuple(given.size), given.quality, _cores())
+        make_pictures(
+            given.work, max([given.shots, *given.memory]), tuple(given.size), given.quality, _cores(), given.formats
+        )
         columns = {file_format: rows_of(file_format, given) for file_format in given.formats}
     out(f"{given.size[0]}x{given.size[1]}, {given.shots} shots, {_cores()} cores, best of {given.repeats}.\n\n")
     out(f"| | {' | '.join(columns)} |\n{'| --- ' * (1 + len(columns))}|\n")

@@ -367,11 +367,14 @@ class Accumulator:
         self.counts = {name: arrays[name] for name in COUNTS}
         self.frames, self.counted = frames, counted
 
+    def held(self) -> list[NDArray[Any]]:
+        """Return the arrays that every frame goes through, other than the sums."""
+        return [self._events, self._bits, *self.counts.values()]
+
     @property
     def nbytes(self) -> int:
         """Bytes held in memory."""
-        held = (self._total, self._squares, *self._unsummed, self._events, self._bits, *self.counts.values())
-        return sum(array.nbytes for array in held)
+        return sum(array.nbytes for array in (self._total, self._squares, *self._unsummed, *self.held()))
 
 
 def _scaled_m2(frames: int, total: NDArray[np.uint64], squares: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -58,8 +58,6 @@ EDITORS = (
 )  # fmt: skip
 """What the names of programs that change pictures contain, in lower case. Firmware names itself otherwise."""
 
-_CUT_OFF = "the raw file is cut off before its end; copy it from the camera again"
-
 _FOREIGN = (
     (0, b"GIF8", "a GIF"),
     (0, b"BM", "a BMP"),
@@ -409,7 +407,7 @@ def _read_dng(file: BinaryIO, place: Place) -> _Picture:
     _refuse_if(extent.raw_fault(file, plain.width, plain.height, reading.colours))
     placed = place((reading.height, reading.width), np.dtype(np.uint16))
     if not plain_dng.read_into(placed, plain, reading, file):
-        raise DecodeError(_CUT_OFF)
+        raise DecodeError(_broken("raw"))
     if placed[-1].any():
         _refuse_empty_end(file)
     return _raw_picture(placed, about, reading)
@@ -467,7 +465,7 @@ def _unpacked(file: BinaryIO, about: Metadata) -> tuple[NDArray[Any], Metadata, 
         if samples[-1].any():
             _refuse_empty_end(file)
     except rawpy.LibRawIOError as error:
-        raise DecodeError(_CUT_OFF) from error
+        raise DecodeError("the raw file is cut off before its end; copy it from the camera again") from error
     except rawpy.LibRawFileUnsupportedError as error:
         raise DecodeError(
             "LibRaw does not know this raw file: it is damaged, or its camera is newer than this rawpy"

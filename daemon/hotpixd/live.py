@@ -19,6 +19,7 @@ from hotpixd.monitor import Fate, Monitor, Outcome
 from hotpixd.store.state import State
 from hotpixd.views import answers
 from hotpixd.views.choices import MOST_LISTED
+from hotpixd.views.text import agreement
 
 Publish = Callable[[Mapping[str, Any]], None]
 
@@ -133,6 +134,11 @@ class Live:
         patch = kept.sensor.around(site, reach).round(2).tolist()
         return {"patch": [[None if v != v else v for v in row] for row in patch]}
 
+    def look_again(self, id_: str) -> None:
+        """Describe a sensor anew at the next refresh: other defects are declared."""
+        if id_ in self._sensors:
+            self._stale[id_] = None
+
     def _describe(self, id_: str) -> None:
         """Publish all about a sensor anew."""
         kept = self._monitor.sensor(id_)
@@ -143,6 +149,8 @@ class Live:
             known.update(not_counting=None, min_frames=sensor.settings.min_frames)
         known.update(_counters(sensor))
         entries = answers.entries_of(self._state, kept, candidates=True)
+        declared = answers.declared(self._state, id_)["declared"]
+        known.update(agreement=agreement([entry for _, entry in entries], declared))
         entries.sort(key=lambda entry: -(entry[1]["certainty"] or 0.0))
         entries = entries[:MOST_LISTED]
         recent = sensor.recent_excess([site for site, _ in entries])

@@ -160,7 +160,8 @@ def _header(scene: Scene, width: int) -> list[Text]:
         frames, counted = sensor["frames"], sensor["frames_counted"]
         refused = (daemon.get("shots") or {}).get("refused", 0)
         numbers = Text(f" {many(frames, 'frame')}, {counted} counted as evidence, {frames - counted} not; ")
-        lines.append(numbers.append(f"{many(refused, 'shot')} refused", "yellow" if refused else ""))
+        numbers.append(f"{many(refused, 'shot')} refused", "yellow" if refused else "")
+        lines.append(ends(numbers, Text(_agreement(sensor)), width, look))
         lines.append(Text(f" {_last_shot(sensor.get('last_shot'), look)}"))
         if sensor.get("not_counting"):
             reason = look.text(sensor["not_counting"])
@@ -184,6 +185,13 @@ def _notices(scene: Scene) -> list[Text]:
         words = f"{look.text(troubled[0]['name'])}: {look.text(troubled[0].get('detail') or 'trouble')}"
         notices.append(Text(words + others, "red"))
     return notices
+
+
+def _agreement(sensor: Sensor) -> str:
+    counts = sensor.get("agreement") or {"declared": 0}
+    if not counts["declared"]:
+        return ""
+    return f"{counts['declared']} declared, {counts['both']} of them found "
 
 
 def _last_shot(shot: Mapping[str, Any] | None, look: Look) -> str:

@@ -37,6 +37,7 @@ from blake3 import blake3
 
 from hotpixd import __version__, archive
 from hotpixd.store import declared
+from hotpixd.store.declared import DeclaredError
 from hotpixd.store.durable import (
     StateError,
     StateFull,
@@ -259,7 +260,10 @@ def _members_of(taken: Path) -> list[str]:
             if state.spool.verify(row.key):
                 names.append(f"spool/{row.key}")
     # Those of sensors that this ledger does not know, too: a rebuild may still meet them.
-    names += [str(path.relative_to(taken)) for path in declared.files(taken / "declared")]
+    for path in declared.files(taken / "declared"):
+        with suppress(DeclaredError):
+            declared.read(path, path.stem)
+            names.append(str(path.relative_to(taken)))
     if (taken / "series.json").exists():
         names.append("series.json")
     return ["ledger.sqlite", *names]
@@ -469,6 +473,7 @@ def restore(root: Path, file: Path, *, force: bool) -> list[str]:
                 raise
     if old is not None:
         said.append(f"The state that was there is kept in {old}.")
+        said += _declared_only_in(old, root)
     return [f"Restored {root} from the backup of {backup.made_at}.", *said]
 
 
@@ -599,6 +604,20 @@ def rebuild(root: Path, fold: Callable[[State], int | None]) -> int:
                 f" hotpixd scan {old / 'spool'}/*"
             )
     return code
+
+
+def _declared_only_in(old: Path, root: Path) -> Iterator[str]:
+    """Yield a sentence for each sensor of which more was declared in the state that a backup has replaced."""
+    for path in declared.files(old / "declared"):
+        known = root / "declared" / path.name
+        try:
+            before = {(defect.x, defect.y) for defect in declared.read(path)}
+            now = {(defect.x, defect.y) for defect in declared.read(known)} if known.exists() else set()
+        except DeclaredError as error:
+            yield str(error)
+            continue
+        if more := len(before - now):
+            yield f"{more} of its declared defects are not in the backup; to take them over: hotpixd import {path}"
 
 
 def _carry_declared(root: Path, made: Path) -> None:

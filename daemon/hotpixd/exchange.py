@@ -125,9 +125,12 @@ def run_export(ask: Ask, order: ExportOrder) -> None:
         raise ExchangeError(str(error)) from error
     except ModuleNotFoundError as error:
         raise ExchangeError(_needs(error)) from error
-    if wanted.name == "rawtherapee" and (out is None or out.name != rawtherapee_name(sensor)):
-        name = rawtherapee_name(sensor)
-        print(f"hotpixd: RawTherapee looks for {name!r} in its folder of dark frames", file=sys.stderr)
+    if wanted.name == "rawtherapee":
+        names = f"{rawtherapee_name(sensor)!r}, then for {rawtherapee_name({**sensor, 'serial': None})!r}"
+        print(
+            f"hotpixd: RawTherapee looks in its folder of dark frames for {names}; in a DNG it finds no serial number",
+            file=sys.stderr,
+        )
     if answer.get("waiting"):
         print(f"hotpixd: {answer['waiting']} shots were received but not folded; run scan again.", file=sys.stderr)
 

@@ -110,7 +110,7 @@ def declared(state: State, id_: str) -> Answer:
 
 
 def generation(state: State, id_: str) -> str | None:
-    """Return where the newest usable generation is, which never changes; it is removed when there are two newer ones."""
+    """Return where the newest usable generation is. It never changes, but goes when there are two newer ones."""
     if id_ not in state.ledger.sensors():
         raise KeyError(id_)
     path = next(iter(archive.look(state, id_, 1).usable), None)

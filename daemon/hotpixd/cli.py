@@ -549,7 +549,7 @@ def export(
     format_name: Annotated[str | None, typer.Argument(metavar="FORMAT", help="See --list.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="F", help="The file. [default: stdout]")] = None,
     sensor: SensorOption = None,
-    states: Annotated[str, typer.Option("--state", help="Some of stable, warm, candidate, recovered.")] = "stable,warm",
+    states: Annotated[str, typer.Option("--which", help="Some of stable, warm, candidate, recovered.")] = "stable,warm",
     least_sigma: Annotated[
         float, typer.Option("--min-excess", metavar="SIGMA", min=0, help="Leave weaker ones out.")
     ] = 0.0,

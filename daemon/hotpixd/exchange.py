@@ -89,7 +89,7 @@ def run_export(ask: Ask, order: ExportOrder) -> None:
         raise ExchangeError(f"there is no format {order.format!r}; these are: {', '.join(FORMATS)}")
     unknown = set(order.states) - set(STATES)
     if unknown or not order.states:
-        raise ExchangeError(f"--state takes some of {', '.join(STATES)}, not {','.join(order.states)!r}")
+        raise ExchangeError(f"--which takes some of {', '.join(STATES)}, not {','.join(order.states)!r}")
     if order.out is None and not wanted.text:
         raise ExchangeError(f"{wanted.name} is no text: name a file with -o")
     more = not set(order.states) <= {"stable", "warm"}

@@ -12,10 +12,12 @@ from __future__ import annotations
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from hotpixd.core.sensor import FoldReport, Sensor
 from hotpixd.monitor import Fate, Monitor, Outcome
+from hotpixd.store.declared import DeclaredError
 from hotpixd.store.state import State
 from hotpixd.views import answers
 from hotpixd.views.choices import MOST_LISTED
@@ -149,8 +151,9 @@ class Live:
             known.update(not_counting=None, min_frames=sensor.settings.min_frames)
         known.update(_counters(sensor))
         entries = answers.entries_of(self._state, kept, candidates=True)
-        declared = answers.declared(self._state, id_)["declared"]
-        known.update(agreement=agreement([entry for _, entry in entries], declared))
+        with suppress(DeclaredError):  # `verify` and `defects` tell of that
+            declared = ((defect.x, defect.y) for defect in self._state.declared.of(id_))
+            known.update(agreement=agreement([entry for _, entry in entries], declared))
         entries.sort(key=lambda entry: -(entry[1]["certainty"] or 0.0))
         entries = entries[:MOST_LISTED]
         recent = sensor.recent_excess([site for site, _ in entries])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -103,10 +103,11 @@ def defects(state: State, *, candidates: bool = False, sensors: Sensors | None =
 def declared(state: State, id_: str) -> Answer:
     """Return what users and other programs' lists declare of a sensor, by position; why not, if that is damaged."""
     try:
-        return {"declared": [asdict(defect) for defect in state.declared.of(id_)]}
+        known = state.declared.of(id_)
     except DeclaredError as error:
         # What was found can be believed all the same.
         return {"declared": [], "declared_unusable": str(error)}
+    return {"declared": [{"x": d.x, "y": d.y, "source": d.source, "declared_at": d.declared_at} for d in known]}
 
 
 def generation(state: State, id_: str) -> str | None:

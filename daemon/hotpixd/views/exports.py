@@ -272,6 +272,8 @@ def dng(about: DefectMap, extras: Extras) -> bytes:
             if said and about.sensor[known] and said != about.sensor[known].strip():
                 raise DngError(f"its camera's {word} is {printable(said)}, the sensor's {about.sensor[known]}")
         return picture.with_points([(pixel.x, pixel.y) for pixel in about.pixels])
+    except OSError as error:
+        raise ExportError(f"{extras.dng} cannot be read: {error.strerror or error}") from error
     except DngError as error:
         raise ExportError(f"{extras.dng} cannot get a list of bad pixels: {error}.") from error
 

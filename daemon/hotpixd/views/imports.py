@@ -238,9 +238,10 @@ def _ecsv(content: bytes, sensor: _Sensor) -> Iterator[_Found]:
         boxes = [[int(n) for n in table[name]] for name in ("x0", "y0", "width", "height")]
     except Exception as error:  # whatever a reader in Python meets in a broken file
         raise _Wrong(f"it is no table with columns x0, y0, width and height: {error}") from error
-    # A table of ours says how it counts; others' count from the lower left.
-    told = table.meta.get("rows") if isinstance(table.meta, dict) else None
-    rows = Rows.FITS_TOP_DOWN if told == "top-down" else Rows.FITS
+    # A table of ours says how it counts; others' count as arrays read from the frames do, or from the lower left.
+    told = table.meta.get("rows", "") if isinstance(table.meta, dict) else ""
+    top_down = told == "top-down" or (not told and sensor.rows is Rows.FITS_TOP_DOWN)
+    rows = Rows.FITS_TOP_DOWN if top_down else Rows.FITS
     for number, (x0, y0, width, height) in enumerate(zip(*boxes, strict=True), 1):
         inside = x0 >= 0 and y0 >= 0 and x0 + width <= sensor.width and y0 + height <= sensor.height
         if width < 1 or height < 1 or not inside:
@@ -336,5 +337,5 @@ READERS: Mapping[str, _Reader] = {
 }
 """What can be read, by format."""
 
-BY_ROWS = ("siril", "phd2", "pixinsight")
+BY_ROWS = ("siril", "phd2", "pixinsight", "ecsv")
 """Formats that count rows as the frames' files hold them, and do not say how."""

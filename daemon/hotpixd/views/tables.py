@@ -38,7 +38,8 @@ def print_defects(
         for reason, count in (not_counted or {}).get(sensor["id"], {}).items():
             console.print(f"  {count} {_plural(count, 'frame')} not counted: {escape(reason)}")
         found = sensor["defects"]
-        if words := agreement_words(agreement(found, sensor.get("declared", []))):
+        declared = [(defect["x"], defect["y"]) for defect in sensor.get("declared", [])]
+        if words := agreement_words(agreement(found, declared)):
             console.print(f"  {words}")
         if trouble := sensor.get("declared_unusable"):
             console.print(f"  [red]{escape(printable(trouble))}[/red]", soft_wrap=True)

@@ -11,9 +11,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def agreement(defects: Iterable[Mapping[str, Any]], declared: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Count the pixels declared, found as well, declared only, and found (stable) only."""
-    said = {(defect["x"], defect["y"]) for defect in declared}
+def agreement(defects: Iterable[Mapping[str, Any]], declared: Iterable[tuple[int, int]]) -> dict[str, int]:
+    """Count the pixels declared, found as well, declared only, and found (stable) only.
+
+    Parameters
+    ----------
+    declared : x, y
+    """
+    said = set(declared)
     found = {(defect["x"], defect["y"]) for defect in defects if defect["state"] == "stable"}
     both = len(said & found)
     return {"declared": len(said), "both": both, "not_found": len(said) - both, "not_declared": len(found) - both}

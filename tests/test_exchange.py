@@ -154,6 +154,7 @@ def test_wrong_orders_are_told_what_is_right(root, tmp_path):
     assert "stable, warm, candidate" in command("export", "dcraw", "--which", "hot", state=root, code=2)
     assert "--like" in command("export", "dng", "-o", tmp_path / "a.dng", state=root, code=2)
     assert "ends in .fits or .tif" in command("export", "mean", "-o", tmp_path / "a.png", state=root, code=2)
+    assert "camconst.json" in command("export", "rawtherapee", "--raw-crop", "1,2", state=root, code=2)
     assert "these are: dcraw" in command("import", "--format", "x", tmp_path / "a", state=root, code=2)
     assert "cannot be read" in command("import", tmp_path / "a", state=root, code=2)
     assert "name a pixel" in command("unmark", 1, state=root, code=2)

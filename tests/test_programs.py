@@ -244,11 +244,22 @@ _RT_BORDER = 4
 
 
 @needs("rawtherapee-cli")
-def test_rawtherapee_corrects_the_planted_pixels(shots: Shots, tmp_path: Path):
-    """From its folder of dark frames, under the name that it looks for; in a DNG it finds no serial number."""
+@pytest.mark.parametrize("crop", [None, (LEFT + 4, TOP + 2)])
+def test_rawtherapee_corrects_the_planted_pixels(shots: Shots, tmp_path: Path, crop: tuple[int, int] | None):
+    """From its folder of dark frames, under the name that it looks for; in a DNG it finds no serial number.
+
+    Also where its camconst.json has another crop of the raw frame than LibRaw: then the list is shifted.
+    """
+    if crop is not None and not shots.margins[0]:
+        pytest.skip("there is nothing to crop")
     darks, settings = tmp_path / "darks", tmp_path / "settings"
     darks.mkdir()
     settings.mkdir()
+    shift = 0, 0
+    if crop is not None:
+        known = {"make_model": "Hotpixd Virtual Camera", "raw_crop": [*crop, WIDTH - 8, HEIGHT - 6]}
+        (settings / "camconst.json").write_text(json.dumps({"camera_constants": [known]}))
+        shift = shots.margins[0] - crop[0], shots.margins[1] - crop[1]
     (settings / "options").write_text(f"[General]\nDarkFramesPath={darks}\nVerbose=true\n")
     (tmp_path / "plain.pp3").write_text("[RAW]\nCA=false\n[RAW Bayer]\nMethod=fast\n")
 
@@ -260,17 +271,24 @@ def test_rawtherapee_corrects_the_planted_pixels(shots: Shots, tmp_path: Path):
         return tifffile.imread(tmp_path / "out.tif"), said
 
     clean, said = picture(shots.clean)
-    assert clean.shape[:2] == (HEIGHT - 2 * _RT_BORDER, WIDTH - 2 * _RT_BORDER)
-    seen = {(x - _RT_BORDER, y - _RT_BORDER) for x, y in PLANTED}
+    size = (WIDTH, HEIGHT) if crop is None else (WIDTH - 8, HEIGHT - 6)
+    assert clean.shape[:2] == (size[1] - 2 * _RT_BORDER, size[0] - 2 * _RT_BORDER)
+    seen = {(x + shift[0] - _RT_BORDER, y + shift[1] - _RT_BORDER) for x, y in PLANTED}
     seen = {(x, y) for x, y in seen if 0 <= x < clean.shape[1] and 0 <= y < clean.shape[0]}
     without, _ = picture(shots.hot)
     assert len(seen) >= 3
     assert seen <= beyond(without, clean, 1500)
     name = rawtherapee_name({"make": "Hotpixd", "model": "Virtual Camera", "serial": None})
     assert f"{name} not found" in said
-    (darks / name).write_bytes(FORMATS["rawtherapee"].make(the_map(), Extras()))
+    (darks / name).write_bytes(FORMATS["rawtherapee"].make(the_map(), Extras(shift=shift)))
     corrected, said = picture(shots.hot)
-    assert f"Correcting {len(PLANTED)} pixels from .badpixels" in said
+    count = re.search(r"Correcting (\d+) pixels from .badpixels", said)
+    assert count is not None
+    assert int(count[1]) == len(PLANTED) if crop is None else int(count[1]) >= len(seen)
+    if crop is not None:
+        # The control: without the shift it is of no use.
+        (darks / name).write_bytes(FORMATS["rawtherapee"].make(the_map(), Extras()))
+        assert seen <= beyond(picture(shots.hot)[0], clean, 1500)
     assert not beyond(corrected, clean, 300)
 
 

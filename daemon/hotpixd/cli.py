@@ -558,6 +558,9 @@ def export(
     camera_clock: Annotated[
         bool, typer.Option("--camera-clock", help="dcraw: with times of death, as the camera's clock is right.")
     ] = False,
+    raw_crop: Annotated[
+        str | None, typer.Option(metavar="LEFT,TOP", help="rawtherapee: of its camconst.json, with --like.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file of that name.")] = False,
     list_formats: Annotated[bool, typer.Option("--list", help="List the formats, and exit.")] = False,
     state: StateOption = None,
@@ -579,6 +582,7 @@ def export(
         not no_declared,
         like,
         camera_clock,
+        raw_crop,
         force,
     )
     _exchanged(state, lambda ask: run_export(ask, order))

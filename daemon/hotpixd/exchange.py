@@ -66,6 +66,8 @@ class ExportOrder:
     like: Path | None = None
     """A picture of the sensor."""
     camera_clock: bool = False
+    raw_crop: str | None = None
+    """LEFT,TOP: where RawTherapee's picture of this camera begins in the raw frame."""
     force: bool = False
 
 
@@ -107,7 +109,8 @@ def run_export(ask: Ask, order: ExportOrder) -> None:
         rows=rows,
     )
     out = None if order.out is None else _place(order.out, wanted, sensor)
-    extras = Extras(order.camera_clock, order.like, lambda: _statistic(ask, sensor["id"]))
+    shift = (0, 0) if order.raw_crop is None else _shift(order, wanted)
+    extras = Extras(order.camera_clock, order.like, shift, lambda: _statistic(ask, sensor["id"]))
     try:
         if out is None:
             sys.stdout.write(wanted.make(about, extras).decode())
@@ -133,6 +136,23 @@ def run_export(ask: Ask, order: ExportOrder) -> None:
         )
     if answer.get("waiting"):
         print(f"hotpixd: {answer['waiting']} shots were received but not folded; run scan again.", file=sys.stderr)
+
+
+def _shift(order: ExportOrder, wanted: Format) -> tuple[int, int]:
+    """Return what is added to x and y of the visible area where a picture begins elsewhere in the raw frame."""
+    left, _, top = (order.raw_crop or "").partition(",")
+    if wanted.name != "rawtherapee" or order.like is None or not (left.isdecimal() and top.isdecimal()):
+        raise ExchangeError(
+            "--raw-crop takes the first two numbers of raw_crop in RawTherapee's camconst.json, as 72,38; it is for"
+            " the format rawtherapee, and needs a raw file of the camera (--like)"
+        )
+    import rawpy
+
+    try:
+        with rawpy.imread(os.fspath(order.like)) as raw:
+            return raw.sizes.left_margin - int(left), raw.sizes.top_margin - int(top)
+    except (rawpy.LibRawError, OSError) as error:
+        raise ExchangeError(f"{order.like} is no raw file that LibRaw can read: {error}") from error
 
 
 def _said(pixels: Sequence[object], wanted: Format) -> str:

@@ -44,6 +44,9 @@ class Extras:
     dng: Path | None = None
     """The DNG to which a list of bad pixels is added."""
 
+    shift: tuple[int, int] = (0, 0)
+    """What RawTherapee adds to x and y, where it crops raw files otherwise than LibRaw."""
+
     statistic: Callable[[], Generation] = field(default=lambda: _no_statistic())
     """Reads the newest generation of the sensor's statistic."""
 
@@ -102,9 +105,12 @@ def _unix_time(moment: str | None) -> int:
     return 0 if moment is None else max(int(datetime.fromisoformat(moment).timestamp()), 0)
 
 
-def rawtherapee(about: DefectMap, _: Extras) -> bytes:
+def rawtherapee(about: DefectMap, extras: Extras) -> bytes:
     """Return lines of "column row". The first line is a comment: a lone number there would be an offset."""
-    return _lines([*(f"# {c}" for c in _comments(about)), *(f"{p.x} {p.y}" for p in about.pixels)])
+    dx, dy = extras.shift
+    shifted = ((p.x + dx, p.y + dy) for p in about.pixels)
+    # What it crops away on the other side it passes over by itself.
+    return _lines([*(f"# {c}" for c in _comments(about)), *(f"{x} {y}" for x, y in shifted if x >= 0 and y >= 0)])
 
 
 _CORPORATIONS = (

@@ -36,7 +36,7 @@ from hotpixd.views.panels import (
     site_panel,
     source_lines,
 )
-from hotpixd.views.text import sensor_name
+from hotpixd.views.text import agreement_words, sensor_name
 
 SMALLEST = (80, 24)
 """Columns and lines without which the parts would not fit."""
@@ -161,7 +161,10 @@ def _header(scene: Scene, width: int) -> list[Text]:
         refused = (daemon.get("shots") or {}).get("refused", 0)
         numbers = Text(f" {many(frames, 'frame')}, {counted} counted as evidence, {frames - counted} not; ")
         numbers.append(f"{many(refused, 'shot')} refused", "yellow" if refused else "")
-        lines.append(ends(numbers, Text(_agreement(sensor)), width, look))
+        agreement = sensor.get("agreement") or {"declared": 0}
+        words = Text(f"{agreement['declared']} declared, {agreement['both']} found " if agreement["declared"] else "")
+        # Where there is no room, the page of alerts tells it.
+        lines.append(ends(numbers, words, width, look) if numbers.cell_len + words.cell_len < width else numbers)
         lines.append(Text(f" {_last_shot(sensor.get('last_shot'), look)}"))
         if sensor.get("not_counting"):
             reason = look.text(sensor["not_counting"])
@@ -185,13 +188,6 @@ def _notices(scene: Scene) -> list[Text]:
         words = f"{look.text(troubled[0]['name'])}: {look.text(troubled[0].get('detail') or 'trouble')}"
         notices.append(Text(words + others, "red"))
     return notices
-
-
-def _agreement(sensor: Sensor) -> str:
-    counts = sensor.get("agreement") or {"declared": 0}
-    if not counts["declared"]:
-        return ""
-    return f"{counts['declared']} declared, {counts['both']} of them found "
 
 
 def _last_shot(shot: Mapping[str, Any] | None, look: Look) -> str:
@@ -247,9 +243,12 @@ def _log(scene: Scene, width: int) -> list[Text]:
     reasons = [] if sensor is None else reason_lines(sensor, look)
     if sensor is not None and sensor.get("not_counting"):
         reasons.append(Text(f"the last frame: {look.text(sensor['not_counting'])}", "yellow"))
+    agreement = (sensor or {}).get("agreement")
+    agreed = agreement_words(agreement) if agreement else ""
     parts = [
         ("Trouble", _notices(scene)),
         ("Why frames are not counted", reasons),
+        *([("Declared defects", [Text(agreed)])] if agreed else []),
         ("Sources", source_lines(live, look) + series_lines(live, look)),
         ("Alerts, newest first", alert_lines(live, look)),
     ]

@@ -135,6 +135,7 @@ def test_a_long_list_is_declared_at_once_with_its_last_part(root, monkeypatch):
     [
         {"points": [1]}, {"points": [1.0, 2]}, {"points": ["1", 2]}, {"points": [True, 2]}, {"points": [200, 0]},
         {"points": [-1, 0]}, {"points": None}, {"sensor": "other"}, {"sensor": "../../x"}, {"total": "x"},
+        {"total": 1_000_000},
     ],
 )  # fmt: skip
 def test_a_question_that_makes_no_sense_declares_nothing(root, changes):

@@ -17,6 +17,9 @@ QUESTIONS = frozenset(("declare", "undeclare"))
 POINTS_AT_A_TIME = 3_000
 """Pixels in one question: a line to the daemon has at most 64 KiB."""
 
+MOST_DECLARED = 200_000
+"""Pixels declared of one sensor: more are no defects, but a mask upside down or the wrong file."""
+
 _LONGEST_SOURCE = 200
 
 
@@ -55,6 +58,8 @@ class Declaring:
         """Take the pixels from number `offset` on, of `total`; the last of them have all declared."""
         upload = id_, str(arguments["upload"])
         offset, total = int(arguments["offset"]), int(arguments["total"])
+        if total > MOST_DECLARED:
+            raise DeclareError(f"At most {MOST_DECLARED} pixels are declared of a sensor, not {total}.")
         points, source = _points(arguments["points"], layout), str(arguments["source"])[:_LONGEST_SOURCE]
         if offset == 0:
             self._upload, self._points, self._received = upload, {}, 0
@@ -70,6 +75,8 @@ class Declaring:
         known = {(d.x, d.y): d for d in self._state.declared.of(id_)}
         # What was declared first stays: it says since when, and by whom.
         new = [DeclaredDefect(x, y, source, now) for (x, y), source in wanted.items() if (x, y) not in known]
+        if len(known) + len(new) > MOST_DECLARED:
+            raise DeclareError(f"At most {MOST_DECLARED} pixels are declared of a sensor; {len(known)} are already.")
         if new:
             self._state.declared.replace(id_, [*known.values(), *new])
         return {"received": self._received, "added": len(new), "known": len(wanted) - len(new)}
@@ -78,7 +85,7 @@ class Declaring:
         points = set(_points(arguments.get("points", []), layout))
         source = arguments.get("source")
         declared = self._state.declared.of(id_)
-        gone = [d for d in declared if (d.x, d.y) in points or (source is not None and d.source == source)]
+        gone = {d for d in declared if (d.x, d.y) in points or (source is not None and d.source == source)}
         if gone:
             self._state.declared.replace(id_, [d for d in declared if d not in gone])
         return {"removed": len(gone), "sources": sorted({d.source for d in gone})}

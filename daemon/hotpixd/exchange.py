@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hotpixd.declaring import POINTS_AT_A_TIME, QUESTIONS, Declaring
+from hotpixd.declaring import MOST_DECLARED, POINTS_AT_A_TIME, QUESTIONS, Declaring
 from hotpixd.store import checkpoint
 from hotpixd.store.durable import StateError, fsync_folder, write_all
 from hotpixd.store.state import State
@@ -30,7 +30,7 @@ Ask = Callable[..., dict[str, Any]]
 _TRIES = 5
 """Times that a generation which was replaced while it was to be read is asked for anew."""
 
-_FITS_NAMES = (".fits", ".fit", ".fts", ".fits.gz", ".fit.gz", ".fits.fz")
+_FITS_NAMES = (".fits", ".fit", ".fts", ".fits.fz")
 
 
 class ExchangeError(Exception):
@@ -317,6 +317,8 @@ def run_import(
 def declare(ask: Ask, sensor_id: str, said: Mapping[str, Sequence[tuple[int, int]]]) -> Mapping[str, Any]:
     """Declare pixels by source, in as many questions as it takes; all at once with the last one."""
     total = sum(map(len, said.values()))
+    if total > MOST_DECLARED:
+        raise ExchangeError(f"{total} pixels are no list of defects; at most {MOST_DECLARED} are declared of a sensor")
     upload = secrets.token_hex(8)
     answer: Mapping[str, Any] = {"added": 0, "known": 0}
     offset = 0

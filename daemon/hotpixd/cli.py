@@ -536,6 +536,111 @@ def rebuild(
         raise typer.Exit(rebuilt(_state_dir(state), fold))
 
 
+SensorOption = Annotated[
+    str | None, typer.Option("--sensor", metavar="S", help="Its id, serial number, or part of its name.")
+]
+LikeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--like", metavar="PICTURE", help="One of the sensor's: the DNG to copy, or how FITS rows are stored."
+    ),
+]
+
+
+@app.command()
+def export(
+    format_name: Annotated[str | None, typer.Argument(metavar="FORMAT", help="See --list.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="F", help="The file. [default: stdout]")] = None,
+    sensor: SensorOption = None,
+    states: Annotated[str, typer.Option("--which", help="Some of stable, warm, candidate, recovered.")] = "stable,warm",
+    least_sigma: Annotated[
+        float, typer.Option("--min-excess", metavar="SIGMA", min=0, help="Leave weaker ones out.")
+    ] = 0.0,
+    like: LikeOption = None,
+    no_declared: Annotated[bool, typer.Option("--no-declared", help="Leave declared defects out.")] = False,
+    camera_clock: Annotated[
+        bool, typer.Option("--camera-clock", help="dcraw: with times of death, as the camera's clock is right.")
+    ] = False,
+    raw_crop: Annotated[
+        str | None, typer.Option(metavar="LEFT,TOP", help="rawtherapee: of its camconst.json, with --like.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file of that name.")] = False,
+    list_formats: Annotated[bool, typer.Option("--list", help="List the formats, and exit.")] = False,
+    state: StateOption = None,
+) -> None:
+    """Write the map of defects for another program, or a picture of the statistic."""
+    from hotpixd.exchange import ExportOrder, print_formats, run_export
+
+    if list_formats:
+        print_formats()
+        raise typer.Exit(DONE)
+    if format_name is None:
+        _fail("name a format; hotpixd export --list lists them", WRONG_USE)
+    order = ExportOrder(
+        format_name,
+        None if out is None else out.expanduser(),
+        sensor,
+        [word.strip() for word in states.split(",") if word.strip()],
+        least_sigma,
+        not no_declared,
+        like,
+        camera_clock,
+        raw_crop,
+        force,
+    )
+    _exchanged(state, lambda ask: run_export(ask, order))
+
+
+@app.command("import")
+def import_(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Lists or masks of other programs.")],
+    format_name: Annotated[
+        str | None, typer.Option("--format", metavar="F", help="[default: as the content is]")
+    ] = None,
+    sensor: SensorOption = None,
+    like: LikeOption = None,
+    state: StateOption = None,
+) -> None:
+    """Declare the bad pixels that other programs' lists name. They are kept apart from those found."""
+    from hotpixd.exchange import run_import
+
+    _exchanged(state, lambda ask: run_import(ask, files, format_name=format_name, sensor=sensor, like=like))
+
+
+@app.command()
+def mark(
+    x: Annotated[int, typer.Argument(min=0, help="Column, 0-based.")],
+    y: Annotated[int, typer.Argument(min=0, help="Row, 0-based, from the top.")],
+    sensor: SensorOption = None,
+    state: StateOption = None,
+) -> None:
+    """Declare a pixel to be defective."""
+    from hotpixd.exchange import run_mark
+
+    _exchanged(state, lambda ask: run_mark(ask, x, y, sensor=sensor))
+
+
+@app.command()
+def unmark(
+    x: Annotated[int | None, typer.Argument(min=0)] = None,
+    y: Annotated[int | None, typer.Argument(min=0)] = None,
+    source: Annotated[
+        str | None, typer.Option("--source", help="All that a list declares, such as dcraw:.badpixels.")
+    ] = None,
+    sensor: SensorOption = None,
+    state: StateOption = None,
+) -> None:
+    """Take back what declares a pixel to be defective. What was found stays."""
+    from hotpixd.exchange import run_unmark, run_unmark_source
+
+    if source is not None and x is None:
+        _exchanged(state, lambda ask: run_unmark_source(ask, source, sensor=sensor))
+    elif source is None and x is not None and y is not None:
+        _exchanged(state, lambda ask: run_unmark(ask, x, y, sensor=sensor))
+    else:
+        _fail("name a pixel as X Y, or a list with --source", WRONG_USE)
+
+
 @app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shots and truth.json.")],
@@ -596,6 +701,17 @@ def _state_dir(state: Path | None) -> Path:
     from hotpixd.store.state import default_state_dir
 
     return state or default_state_dir()
+
+
+def _exchanged(state: Path | None, work: Callable[[_Ask], object]) -> None:
+    """Do something for one of the commands of `exchange`, whoever has the state open."""
+    from hotpixd.exchange import ExchangeError, ask_of
+
+    try:
+        with _asking(state, ask_of) as ask:
+            work(ask)
+    except ExchangeError as error:
+        _fail(str(error), WRONG_USE)
 
 
 def _asked(state: Path | None, question: str, **arguments: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@
     spool/<key>                 shots not yet covered by the older of the two generations kept
     sensors/<id>/gen-<n>.hpx    the statistic of a sensor
     incoming/<port>/            files of cameras, until they are in the ledger
+    declared/<id>.json          defects that users and other programs' lists declare
     damaged/                    evidence: what was found damaged and is no longer used. Nothing here removes it
 """
 
@@ -33,6 +34,7 @@ from typing import Any, Self
 from numpy.typing import NDArray
 
 from hotpixd.store import checkpoint
+from hotpixd.store.declared import DeclaredLists
 from hotpixd.store.durable import (
     StateDamaged,
     StateError,
@@ -114,9 +116,10 @@ class State:
                 try:
                     make_folder(self.root / "sensors")
                     make_folder(self.root / "incoming")
-                    for unfinished in self.root.glob("sensors/*/*.tmp"):
+                    for unfinished in (*self.root.glob("sensors/*/*.tmp"), *self.root.glob("declared/*.tmp")):
                         with suppress(IsADirectoryError):
                             unfinished.unlink()
+                    self.declared = DeclaredLists(self.root / "declared")
                     for left in self.root.glob("backup-*.tmp"):
                         shutil.rmtree(left, ignore_errors=True)
                     self.spool = Spool(self.root / "spool")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hotpixd.views.text import printable, sensor_name
+from hotpixd.views.text import agreement, agreement_words, printable, sensor_name
 
 Answer = Mapping[str, Any]
 
@@ -38,6 +38,11 @@ def print_defects(
         for reason, count in (not_counted or {}).get(sensor["id"], {}).items():
             console.print(f"  {count} {_plural(count, 'frame')} not counted: {escape(reason)}")
         found = sensor["defects"]
+        declared = [(defect["x"], defect["y"]) for defect in sensor.get("declared", [])]
+        if words := agreement_words(agreement(found, declared)):
+            console.print(f"  {words}")
+        if trouble := sensor.get("declared_unusable"):
+            console.print(f"  [red]{escape(printable(trouble))}[/red]", soft_wrap=True)
         if not found:
             console.print("  no stable defect")
             continue

@@ -264,6 +264,9 @@ def planned(frame: Frame, sensor: Sensor, wish: Wish, *, jpeg: bool = False) -> 
     one_of_each = np.array([_strongest(area, frame, defect) for area, defect in zip(areas, wished, strict=True)])
     filled = inpaint(frame.samples, layout, one_of_each, avoided)
     noise = local_noise(frame.samples, layout, one_of_each, avoided)
+    if jpeg:
+        # Quantisation makes smooth parts smoother than what it may add to a block with a defect.
+        noise = np.maximum(noise, 1.0)
     excess = frame.samples.reshape(-1)[one_of_each].astype(np.float64) - filled.values
     choices = []
     for k, defect in enumerate(wished):

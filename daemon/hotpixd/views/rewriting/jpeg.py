@@ -143,7 +143,7 @@ def corrected(data: bytes, holes: NDArray[np.bool_], avoided: NDArray[np.bool_])
         parsed = _parse(data)
     except _Unlike:
         return _encoded_anew(data, holes, avoided)
-    except (ValueError, IndexError, struct.error) as error:
+    except (ValueError, LookupError, struct.error) as error:
         raise RewriteError("the JPEG file is damaged; copy it from the camera again") from error
     if holes.shape != (parsed.height, parsed.width):
         raise RewriteError(f"the JPEG is {parsed.width} x {parsed.height} pixels, not as large as it was decoded")
@@ -207,6 +207,11 @@ def _parse(data: bytes) -> _Parsed:
                 described = [(described[0][0], 1, 1, described[0][3])]
             if not width or not height or not all(1 <= a <= 4 and 1 <= d <= 4 for _, a, d, _ in described):
                 raise ValueError("sides of zero")
+            if len(described) > 4:
+                raise ValueError("more components than there can be")
+            if any(max(a for _, a, _, _ in described) % a or max(d for _, _, d, _ in described) % d
+                   for _, a, d, _ in described):  # fmt: skip
+                raise _Unlike
             selected = {content[1 + 2 * k]: content[2 + 2 * k] for k in range(content[0])}
             components, first = [], 0
             for id_, across, down, table in described:

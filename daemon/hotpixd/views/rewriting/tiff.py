@@ -24,7 +24,7 @@ from hotpixd.core.frame import Frame
 from hotpixd.views.rewriting.errors import RewriteError
 
 _ACTIVE_AREA = 50829
-_PLAIN, _LZW, _JPEG, _DEFLATE, _OLD_DEFLATE = 1, 5, 7, 8, 32946
+_PLAIN, _LZW, _JPEG, _DEFLATE, _PACKBITS, _OLD_DEFLATE = 1, 5, 7, 8, 32773, 32946
 _HORIZONTAL = 2
 _OFFSET_TYPES = {3: "H", 4: "I", 16: "Q"}
 
@@ -228,12 +228,14 @@ class _Page:
         predictor = int(self._page.predictor)
         if self._compression == _JPEG:
             return _lossless_jpeg(samples, coded)
-        if self._compression not in (_DEFLATE, _OLD_DEFLATE, _LZW) or predictor not in (1, _HORIZONTAL):
+        if self._compression not in (_DEFLATE, _OLD_DEFLATE, _LZW, _PACKBITS) or predictor not in (1, _HORIZONTAL):
             raise _CannotEncode("this TIFF is compressed in a way that cannot be written; save it without compression")
         if predictor == _HORIZONTAL:
             # Modulo the samples' own size, as the standard has it.
             samples[:, 1:] -= samples[:, :-1].copy()
         plain = samples.astype(samples.dtype.newbyteorder(self._order)).tobytes()
+        if self._compression == _PACKBITS:
+            return _packed(plain, len(plain) // len(samples))
         if self._compression != _LZW:
             return zlib.compress(plain)
         import imagecodecs
@@ -258,3 +260,10 @@ def _lossless_jpeg(samples: NDArray[Any], coded: bytes) -> bytes:
     if begin < 0 or samples.shape[-1] != 1:
         raise _CannotEncode("this DNG is compressed in a way that cannot be written; save it without compression")
     return bytes(imagecodecs.ljpeg_encode(samples[..., 0], bitspersample=coded[begin + 4]))
+
+
+def _packed(plain: bytes, row_bytes: int) -> bytes:
+    """Return bytes as PackBits without any run, which is a little longer: rows are packed one by one."""
+    rows = (plain[at : at + row_bytes] for at in range(0, len(plain), row_bytes))
+    literals = (row[at : at + 128] for row in rows for at in range(0, row_bytes, 128))
+    return b"".join(bytes((len(literal) - 1,)) + literal for literal in literals)

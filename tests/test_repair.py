@@ -27,8 +27,8 @@ from hotpixd.simulate import PlantedDefect, VirtualSensor, VirtualShot
 from hotpixd.views.repair import PictureRefusedError, Wish, WrongSensorError, planned, sensor_of
 
 DATA = Path("/work/shared/data")
-SENSOR = VirtualSensor(300, 200, hot=25, stuck=4, dead=4, clusters=2, seed=11, serial="V0011")
-HEALTHY = VirtualSensor(300, 200, hot=0, stuck=0, dead=0, seed=11, serial="V0011")
+SENSOR = VirtualSensor(600, 400, hot=40, stuck=4, dead=4, clusters=2, seed=11, serial="V0011")
+HEALTHY = VirtualSensor(600, 400, hot=0, stuck=0, dead=0, seed=11, serial="V0011")
 
 
 @cache
@@ -54,7 +54,7 @@ def entry(defect: PlantedDefect, **changes: Any) -> dict[str, Any]:
 def sensor_answer(defects: Any = SENSOR.defects, samples: str = "raw", **changes: Any) -> dict[str, Any]:
     return {
         "id": f"virtual-{samples}", "make": "Hotpixd", "model": "Virtual Camera", "serial": "V0011",
-        "samples": samples, "width": 300, "height": 200, "colours": "RGGB" if samples == "raw" else "RGB",
+        "samples": samples, "width": 600, "height": 400, "colours": "RGGB" if samples == "raw" else "RGB",
         "defects": [entry(defect) for defect in defects], **changes,
     }  # fmt: skip
 
@@ -115,7 +115,7 @@ def test_declared_defects_are_corrected_unless_they_are_not_wanted():
     plan = planned(raw_frame(exposure_s=0.00002), both, Wish())
     assert len({(c.x, c.y) for c in plan.choices}) == len(plan.choices) == len(SENSOR.defects)
     assert (SENSOR.defects[0].x, SENSOR.defects[0].y) in chosen(plan)
-    outside = sensor_answer([], declared=[{**declared, "x": 300, "y": 7}])
+    outside = sensor_answer([], declared=[{**declared, "x": 600, "y": 7}])
     assert planned(raw_frame(), outside, Wish()).sites.size == 0
 
 
@@ -129,11 +129,11 @@ def test_candidates_are_corrected_if_they_are_asked_for():
         answer["defects"] = [entry(stuck, state=state)]
         plan = planned(raw_frame(), answer, Wish(states=states))
         assert len(plan.sites) == expected
-        assert plan.avoided.tolist() == [stuck.y * 300 + stuck.x]
+        assert plan.avoided.tolist() == [stuck.y * 600 + stuck.x]
 
 
 def test_a_colour_sample_is_corrected_alone_where_nothing_was_demosaiced():
-    """Of a lossless RGB picture only the defective channel; if the defect shows around it, all that it is smeared over."""
+    """Of a lossless RGB picture only the defective channel; if it shows around it, all that it is smeared over."""
     rng = np.random.default_rng(0)
     layout = SensorLayout(60, 50, "RGB", 3)
     samples = rng.normal(100, 3, layout.shape).astype(np.uint8)
@@ -157,7 +157,7 @@ def test_the_sensor_is_that_of_the_picture():
     """Make, model, serial number, sides, kind of samples and colours; nothing less will do."""
     frame, own = raw_frame(), sensor_answer()
     others = [
-        sensor_answer(serial="V0012"), sensor_answer(model="Other"), sensor_answer(width=302),
+        sensor_answer(serial="V0012"), sensor_answer(model="Other"), sensor_answer(width=602),
         sensor_answer(colours="GRBG"), sensor_answer(samples="rendered"),
     ]  # fmt: skip
     assert sensor_of([*others, own], frame, Wish()) is own
@@ -166,8 +166,8 @@ def test_the_sensor_is_that_of_the_picture():
             sensor_of([other], frame, Wish())
     with pytest.raises(PictureRefusedError, match="its serial number is V0011, not V0012"):
         sensor_of([*others, own], frame, Wish(sensor="V0012"))
-    with pytest.raises(WrongSensorError, match="no sensor is called 'X'"):
-        sensor_of([own], frame, Wish(sensor="X"))
+    with pytest.raises(WrongSensorError, match="no sensor is called 'nobody'"):
+        sensor_of([own], frame, Wish(sensor="nobody"))
     with pytest.raises(WrongSensorError, match="one of several"):
         sensor_of([own, others[0]], frame, Wish(sensor="virtual"))
 
@@ -197,7 +197,7 @@ def test_the_map_of_raw_frames_serves_rendered_pictures_only_if_asked(tmp_path: 
         sensor_of([sensor_answer()], frame, Wish())
     assert sensor_of([sensor_answer()], frame, Wish(map_of="virtual-raw"))["samples"] == "raw"
     with pytest.raises(PictureRefusedError, match="where its pixels lie on the sensor is not known"):
-        sensor_of([sensor_answer(width=302)], frame, Wish(map_of="virtual-raw"))
+        sensor_of([sensor_answer(width=602)], frame, Wish(map_of="virtual-raw"))
     with pytest.raises(WrongSensorError, match="no sensor of raw frames"):
         sensor_of([sensor_answer(samples="rendered")], frame, Wish(map_of="virtual-rendered"))
 
@@ -259,7 +259,7 @@ def test_raw_pictures_lose_their_defects_and_nothing_else(known: Path, tmp_path:
 
 
 def test_jpegs_lose_their_defects_and_nothing_else(known: Path, tmp_path: Path):
-    """The squared error around the hot sites of the map falls by 85 % and more, at them by 95; else no pixel changes."""
+    """The squared error around the hot sites of the map falls by 85 %, at them by 95; elsewhere no pixel changes."""
     at = {"site": [0.0, 0.0], "near": [0.0, 0.0]}
     found = found_in(known, "rendered")
     for index in range(3):
@@ -332,7 +332,7 @@ def test_pictures_of_others_are_refused_and_the_rest_is_done(known: Path, camera
     assert done.returncode == 1
     told = json.loads(done.stdout)["pictures"]
     for picture, words in zip(
-        told, ("is of another body, V0011", "JPEG", "no picture", "No such file", "regular file"), strict=False
+        told, ("there is no map", "JPEG", "no picture", "No such file", "regular file"), strict=False
     ):
         assert words in picture["refused"]
         assert picture["output"] is None
@@ -474,13 +474,12 @@ def test_metadata_of_simulated_pictures_survive(known: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("pattern", "moved"),
     [
-        ("canon_1d4_left/IMG_0000921.JPG", ()),
+        ("canon_1d4_left/calib_1.JPG", ()),
         ("exif_zoo_jpeg/Canon_EOS_20D_1.jpg", ()),
         ("exif_zoo_jpeg/Issue_177.jpg", ()),
-        ("exif_zoo_jpeg/Nikon_D70.jpg", ()),
         ("exif_zoo_jpeg/Olympus_S760.jpg", ()),
-        ("flea3_d1_dng_derived/darks/*3916ms*-0003.dng", ()),
-        ("flea3_d1_bayer/darks/*3916ms*-0003.tif", (":StripOffsets", ":StripByteCounts")),
+        ("flea3_d1_dng_derived/lights/*500nm_3916ms*.dng", ()),
+        ("flea3_d1_bayer/lights/*500nm_3916ms*.tif", (":StripOffsets", ":StripByteCounts")),
         ("tetra3_bfs_jpeg/*Alt40_Azi45*.jpg", ()),
         ("tetra3_bfs_tiff/*Alt40_Azi45*.tiff", ()),
         ("umd_st8_fits/calib-001-bi.fit", ()),
@@ -494,9 +493,9 @@ def test_metadata_of_real_pictures_survive(pattern: str, moved: tuple[str, ...],
     source = sources[0]
     frame = decode(source)
     layout = frame.sensor.layout
-    declared = [
-        {"x": layout.width * k // 9, "y": layout.height * (10 - k) // 11, "source": "mark"} for k in range(1, 9)
-    ]
+    rng = np.random.default_rng(0)
+    places = zip(rng.integers(0, layout.width, 400).tolist(), rng.integers(0, layout.height, 400).tolist(), strict=True)
+    declared = [{"x": x, "y": y, "source": "mark"} for x, y in places]
     answer = {
         "sensors": [
             {
@@ -514,10 +513,12 @@ def test_metadata_of_real_pictures_survive(pattern: str, moved: tuple[str, ...],
     require_same_metadata(source, done, moved)
     after = decode(done)
     assert (after.sensor, after.info) == (frame.sensor, frame.info)
-    moved_pixels = np.argwhere((after.samples != frame.samples).reshape(layout.height, layout.width, -1).any(axis=2))
+    changed = (after.samples != frame.samples).reshape(layout.height, layout.width, -1).any(axis=2)
     reach = 0 if frame.sensor.samples == "raw" else 36
-    for y, x in moved_pixels.tolist():
-        assert any(abs(x - d["x"]) <= reach and abs(y - d["y"]) <= reach for d in declared)
+    for defect in declared:
+        x, y = defect["x"], defect["y"]
+        changed[max(y - reach, 0) : y + reach + 1, max(x - reach, 0) : x + reach + 1] = False
+    assert not changed.any()
 
 
 def test_a_tiff_and_a_png_are_corrected_too(tmp_path: Path):
@@ -531,7 +532,7 @@ def test_a_tiff_and_a_png_are_corrected_too(tmp_path: Path):
     assert (
         run_repair(answer, [tmp_path / "grey.tif", tmp_path / "grey.png"], tmp_path / "out", Wish(everything=True)) == 0
     )
-    expected: NDArray[np.bool_] = np.zeros((200, 300), bool)
+    expected: NDArray[np.bool_] = np.zeros((400, 600), bool)
     for defect in SENSOR.defects:
         expected[defect.y, defect.x] = True
     for name in ("grey.tif", "grey.png"):

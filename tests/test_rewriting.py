@@ -120,7 +120,8 @@ def test_only_blocks_with_a_defect_change_in_a_jpeg(kind: str, grey: bool):
 
 
 def _blocks_of(mask: NDArray[np.bool_], parsed: Any, component: Any) -> NDArray[np.int64]:
-    ys, xs = np.nonzero(jpeg._at_resolution(mask, parsed, component))
+    ys, xs = np.nonzero(mask)
+    ys, xs = ys * component.down // parsed.most_down, xs * component.across // parsed.most_across
     return np.asarray(ys // 8 * parsed.mcus_across * component.across + xs // 8)
 
 

@@ -172,8 +172,11 @@ def _usable(bad, classes, channels, row, pixel, channel, colour):  # type: ignor
     """Whether a healthy sample of a colour is at a place."""
     if row < 0 or pixel < 0 or row >= bad.shape[0] or pixel * channels >= bad.shape[1]:
         return False
+    if bad[row, pixel * channels + channel]:
+        return False
     period = classes.shape[0]
-    return classes[row % period, pixel % period] == colour and not bad[row, pixel * channels + channel]
+    # Divisions take longer than all the rest.
+    return period == 1 or classes[row % period, pixel % period] == colour
 
 
 @nb.njit(**_FAST)
@@ -199,9 +202,9 @@ def _squared_error(samples, bad, classes, channels, row, pixel, channel, dy, dx,
             y, x = row + oy, pixel + ox
             if weight == 0.0 or y < 0 or x < 0 or y >= bad.shape[0] or x * channels >= bad.shape[1]:
                 continue
-            colour = classes[y % period, x % period]
             if bad[y, x * channels + channel]:
                 continue
+            colour = classes[y % period, x % period] if period > 1 else classes[0, 0]
             foreseen = 0.0
             if i > 0:
                 ya, xa = y - i * dy, x - i * dx

@@ -102,7 +102,7 @@ class Plan:
     """Samples to change, flat indices in ascending order."""
 
     values: NDArray[Any] = field(default_factory=lambda: np.empty(0, np.uint16))
-    """What they become."""
+    """What they become; none for a JPEG, whose components are filled, not its colours."""
 
     avoided: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     """Samples of all defects known, corrected or not: nothing is filled from them."""
@@ -275,6 +275,9 @@ def planned(frame: Frame, sensor: Sensor, wish: Wish, *, jpeg: bool = False) -> 
             why = "no healthy neighbour"
         choices.append(Choice(defect["x"], defect["y"], defect.get("kind", "declared"), why))
     sites = _union(area for area, choice in zip(areas, choices, strict=True) if choice.corrected)
+    if jpeg:
+        # Filled before colours are mixed and rounded, from what its coefficients say.
+        return Plan(tuple(choices), sites, avoided=avoided)
     done = inpaint(frame.samples, layout, sites, avoided)
     return Plan(tuple(choices), sites[done.found], done.values[done.found], avoided)
 

@@ -148,11 +148,11 @@ def corrected(data: bytes, holes: NDArray[np.bool_], avoided: NDArray[np.bool_])
     if holes.shape != (parsed.height, parsed.width):
         raise RewriteError(f"the JPEG is {parsed.width} x {parsed.height} pixels, not as large as it was decoded")
     blocks, end = _decoded(data, parsed)
-    before = blocks.copy()
+    surfaces = [_Surface(blocks, parsed, c, np.argwhere(holes), np.argwhere(avoided)) for c in parsed.components]
     for _ in range(_PASSES):
-        if not sum(_fill(blocks, parsed, c, holes, avoided) for c in parsed.components):
+        if not sum(surface.fill(blocks) for surface in surfaces):
             break
-    changed = int((blocks != before).any(axis=1).sum())
+    changed = sum(surface.changed.size for surface in surfaces)
     if not changed:
         return Rewritten(data, 0)
     return Rewritten(_spliced(data, parsed, blocks, end), changed)
@@ -366,66 +366,90 @@ def _with_moved_pictures(data: bytes, by: int) -> bytes:
 # The samples
 
 
-def _fill(
-    blocks: NDArray[np.int16],
-    parsed: _Parsed,
-    component: _Component,
-    holes: NDArray[np.bool_],
-    avoided: NDArray[np.bool_],
-) -> int:
-    """Fill the holes of a component, in place; return how many blocks that changed."""
-    to_fill, not_used = (_at_resolution(mask, parsed, component) for mask in (holes, avoided))
-    height, width = to_fill.shape
-    ys, xs = np.nonzero(to_fill)
-    if not ys.size:
-        return 0
-    rows, columns = parsed.mcus_down * component.down, parsed.mcus_across * component.across
-    touched = np.unique(ys // 8 * columns + xs // 8)
-    around = np.zeros((rows, columns), np.bool_)
-    for by, bx in zip(*np.divmod(touched, columns), strict=True):
-        around[
-            max(by - _MARGIN_BLOCKS, 0) : by + _MARGIN_BLOCKS + 1, max(bx - _MARGIN_BLOCKS, 0) : bx + _MARGIN_BLOCKS + 1
-        ] = True
-    near = np.flatnonzero(around)
-    # Pages that nobody writes to take no memory: of a large picture, only the surroundings of defects are there.
-    plane = np.zeros((rows * 8, columns * 8), np.float32)
-    known = np.zeros(plane.shape, np.bool_)
-    plane_blocks = plane.reshape(rows, 8, columns, 8)
-    known_blocks = known.reshape(rows, 8, columns, 8)
-    by, bx = np.divmod(near, columns)
-    plane_blocks[by, :, bx, :] = _samples(blocks[_places(parsed, component, near)], component)
-    known_blocks[by, :, bx, :] = True
-    unusable = ~known[:height, :width]
-    unusable |= to_fill
-    unusable |= not_used
-    plane = np.ascontiguousarray(plane[:height, :width])
-    filled = inpaint_within(plane, SensorLayout(width, height, "L"), ys * width + xs, unusable)
-    change = np.zeros((rows * 8, columns * 8), np.float32)
-    change[ys, xs] = filled.values - plane[ys, xs]
-    by, bx = np.divmod(touched, columns)
-    deltas = change.reshape(rows, 8, columns, 8)[by, :, bx, :]
-    steps = np.rint(_coefficients(deltas) / component.quantisation).astype(np.int16)
-    made = _samples(steps, component) - 128.0
-    wanted = deltas != 0
-    before = (deltas**2).sum(axis=(1, 2))
-    after = ((made - deltas) ** 2 * wanted).sum(axis=(1, 2))
-    worth = after < _WORTH * before
-    touched, steps = touched[worth], steps[worth]
-    places = _places(parsed, component, touched)
-    # Baseline coefficients have 11 bits, their DC's differences 11.
-    blocks[places] = np.clip(blocks[places] + steps, -1023, 1023)
-    return int(steps.any(axis=1).sum())
+class _Surface:
+    """The samples of a component around its holes.
 
+    Parameters
+    ----------
+    holes, avoided : (K, 2) pixels (row, column) to fill, and others that nothing may be filled from
+    """
 
-def _at_resolution(mask: NDArray[np.bool_], parsed: _Parsed, component: _Component) -> NDArray[np.bool_]:
-    """Return which samples of a component have a part in the pixels of a mask."""
-    across, down = parsed.most_across // component.across, parsed.most_down // component.down
-    if (across, down) == (1, 1):
-        return mask
-    ys, xs = np.nonzero(mask)
-    coarse = np.zeros((-(-parsed.height // down), -(-parsed.width // across)), np.bool_)
-    coarse[ys // down, xs // across] = True
-    return coarse
+    def __init__(
+        self,
+        blocks: NDArray[np.int16],
+        parsed: _Parsed,
+        component: _Component,
+        holes: NDArray[np.int64],
+        avoided: NDArray[np.int64],
+    ) -> None:
+        self._parsed, self._component = parsed, component
+        across, down = parsed.most_across // component.across, parsed.most_down // component.down
+        self._layout = SensorLayout(-(-parsed.width // across), -(-parsed.height // down), "L")
+        rows, self._columns = parsed.mcus_down * component.down, parsed.mcus_across * component.across
+        # All samples that have a part in a pixel.
+        places = np.unique(holes // (down, across), axis=0)
+        self._ys, self._xs = places[:, 0], places[:, 1]
+        # Pages that nobody writes to take no memory: of a large picture, only the surroundings of defects are there.
+        self._plane = np.zeros((rows * 8, self._columns * 8), np.float32)
+        usable = np.zeros(self._plane.shape, np.bool_)
+        touched = np.unique(self._block_of(self._ys, self._xs))
+        near = self._around(touched, rows)
+        self._update(blocks, near)
+        by, bx = np.divmod(near, self._columns)
+        usable.reshape(rows, 8, self._columns, 8)[by, :, bx, :] = True
+        usable[self._layout.height :] = False
+        usable[:, self._layout.width :] = False
+        usable[self._ys, self._xs] = False
+        not_used = avoided // (down, across)
+        usable[not_used[:, 0], not_used[:, 1]] = False
+        self._unusable = ~usable
+        self._due = touched
+        """Blocks whose holes are to be filled in the next pass: at first all, then those near changed ones."""
+        self.changed = np.empty(0, np.int64)
+        """Blocks that were changed."""
+
+    def fill(self, blocks: NDArray[np.int16]) -> int:
+        """Fill holes and change the coefficients of their blocks; return how many blocks that changed."""
+        own = np.isin(self._block_of(self._ys, self._xs), self._due)
+        ys, xs = self._ys[own], self._xs[own]
+        if not ys.size:
+            return 0
+        height, width = self._plane.shape
+        sites = ys * width + xs
+        filled = inpaint_within(self._plane, SensorLayout(width, height, "L"), sites, self._unusable)
+        due, number = np.unique(self._block_of(ys, xs), return_inverse=True)
+        deltas = np.zeros((len(due), 8, 8))
+        deltas[number, ys % 8, xs % 8] = filled.values - self._plane[ys, xs]
+        steps = np.rint(_coefficients(deltas) / self._component.quantisation).astype(np.int16)
+        made = _samples(steps, self._component) - 128.0
+        before = (deltas**2).sum(axis=(1, 2))
+        after = ((made - deltas) ** 2 * (deltas != 0)).sum(axis=(1, 2))
+        worth = after < _WORTH * before
+        changed, steps = due[worth], steps[worth]
+        places = _places(self._parsed, self._component, changed)
+        # Baseline coefficients have 11 bits, their DC's differences too.
+        blocks[places] = np.clip(blocks[places] + steps, -1023, 1023)
+        self._update(blocks, changed)
+        self.changed = np.union1d(self.changed, changed)
+        self._due = self._around(changed, height // 8)
+        return len(changed)
+
+    def _block_of(self, ys: NDArray[np.int64], xs: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.asarray(ys // 8 * self._columns + xs // 8)
+
+    def _around(self, numbers: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
+        """Return some blocks and those near them."""
+        offset = np.arange(-_MARGIN_BLOCKS, _MARGIN_BLOCKS + 1)
+        by, bx = np.divmod(numbers, self._columns)
+        by, bx = by[:, None, None] + offset[:, None], bx[:, None, None] + offset
+        inside = (by >= 0) & (by < rows) & (bx >= 0) & (bx < self._columns)
+        return np.unique((by * self._columns + bx)[inside])
+
+    def _update(self, blocks: NDArray[np.int16], numbers: NDArray[np.int64]) -> None:
+        """Compute the samples of some blocks from their coefficients."""
+        by, bx = np.divmod(numbers, self._columns)
+        samples = _samples(blocks[_places(self._parsed, self._component, numbers)], self._component)
+        self._plane.reshape(-1, 8, self._columns, 8)[by, :, bx, :] = samples
 
 
 def _places(parsed: _Parsed, component: _Component, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -444,7 +468,7 @@ def _samples(scanned: NDArray[np.int16], component: _Component) -> NDArray[np.fl
     return np.asarray(_COSINES.T @ coefficients.reshape(-1, 8, 8) @ _COSINES + 128.0)
 
 
-def _coefficients(samples: NDArray[np.float32]) -> NDArray[np.float64]:
+def _coefficients(samples: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return (K, 64) coefficients of blocks of samples in the order of the scan, not quantised."""
     return np.asarray((_COSINES @ samples @ _COSINES.T).reshape(-1, 64)[:, _ZIGZAG])
 

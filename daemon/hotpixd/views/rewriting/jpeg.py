@@ -148,7 +148,8 @@ def corrected(data: bytes, holes: NDArray[np.bool_], avoided: NDArray[np.bool_])
     if holes.shape != (parsed.height, parsed.width):
         raise RewriteError(f"the JPEG is {parsed.width} x {parsed.height} pixels, not as large as it was decoded")
     blocks, end = _decoded(data, parsed)
-    surfaces = [_Surface(blocks, parsed, c, np.argwhere(holes), np.argwhere(avoided)) for c in parsed.components]
+    places = [_places_in(mask) for mask in (holes, avoided)]
+    surfaces = [_Surface(blocks, parsed, c, *places) for c in parsed.components]
     for _ in range(_PASSES):
         if not sum(surface.fill(blocks) for surface in surfaces):
             break
@@ -364,6 +365,11 @@ def _with_moved_pictures(data: bytes, by: int) -> bytes:
 
 
 # The samples
+
+
+def _places_in(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return (K, 2) rows and columns; several times as fast as `np.argwhere`."""
+    return np.stack(np.divmod(np.flatnonzero(mask.reshape(-1)), mask.shape[1]), axis=1)
 
 
 class _Surface:

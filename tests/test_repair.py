@@ -478,7 +478,7 @@ def test_metadata_of_simulated_pictures_survive(known: Path, tmp_path: Path):
         ("exif_zoo_jpeg/Canon_EOS_20D_1.jpg", ()),
         ("exif_zoo_jpeg/Issue_177.jpg", ()),
         ("exif_zoo_jpeg/Olympus_S760.jpg", ()),
-        ("flea3_d1_dng_derived/lights/*500nm_3916ms*.dng", ()),
+        ("flea3_d1_dng_derived/lights/*_3916ms*.dng", ()),
         ("flea3_d1_bayer/lights/*500nm_3916ms*.tif", (":StripOffsets", ":StripByteCounts")),
         ("tetra3_bfs_jpeg/*Alt40_Azi45*.jpg", ()),
         ("tetra3_bfs_tiff/*Alt40_Azi45*.tiff", ()),

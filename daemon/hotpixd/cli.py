@@ -642,6 +642,59 @@ def unmark(
 
 
 @app.command()
+def repair(
+    pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="JPEG, TIFF, PNG, DNG or FITS files.")],
+    folder: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Folder for the corrected pictures.")
+    ] = None,
+    sensor: Annotated[
+        str | None, typer.Option(metavar="SENSOR", help="Whose map: id, serial number, or a part of the name.")
+    ] = None,
+    map_of: Annotated[
+        str | None,
+        typer.Option(metavar="SENSOR", help="Raw frames of the same body and size, whose map is to be used."),
+    ] = None,
+    states: Annotated[str, typer.Option("--states", metavar="LIST", help="stable, or stable,candidate.")] = "stable",
+    everything: Annotated[bool, typer.Option("--all", help="Defects that do not show in a picture, too.")] = False,
+    no_declared: Annotated[bool, typer.Option("--no-declared", help="Leave declared defects.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files in DIR; never a picture given.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be corrected.")] = False,
+    as_json: JsonOption = False,
+    state: StateOption = None,
+) -> None:
+    """Correct pictures with the map of their sensor; metadata and all other samples stay."""
+    from hotpixd.repairing import run_repair
+    from hotpixd.views.repair import Wish
+
+    wanted = [word.strip() for word in states.split(",")]
+    if not set(wanted) <= {"stable", "candidate"}:
+        _fail(f"--states lists stable and candidate, got {states!r}", WRONG_USE)
+    if sensor is not None and map_of is not None:
+        _fail("--sensor and --map-of name two maps; give one of them", WRONG_USE)
+    if folder is None and not dry_run:
+        _fail("say with -o DIR where the corrected pictures go", WRONG_USE)
+    answer = _asked(state, "defects", candidates=True)
+    if folder is not None and _daemon_of(state) is not None:
+        _require_unwatched(folder, _asked(state, "status"))
+    wish = Wish(wanted, not no_declared, everything, sensor, map_of)
+    options = {"force": force, "dry_run": dry_run, "as_json": as_json}
+    with _interruptible() as stop:
+        raise typer.Exit(run_repair(answer, pictures, folder, wish, stop=stop, **options))
+
+
+def _require_unwatched(folder: Path, status: dict[str, Any]) -> None:
+    """Fail if a daemon takes what is put into a folder for shots: corrected ones would make defects recover."""
+    for source in status["sources"]:
+        watched = Path(source["name"])
+        if watched.is_absolute() and folder.absolute().resolve().is_relative_to(watched.resolve()):
+            _fail(
+                f"the daemon watches {watched}, and would take corrected pictures there for shots: defects would seem"
+                " to have recovered. Name another folder with -o.",
+                WRONG_USE,
+            )
+
+
+@app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shots and truth.json.")],
     kind: Annotated[SceneOption, typer.Option(help="The scene.")] = SceneOption.MOVING,

@@ -54,6 +54,9 @@ StateOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+SensorOption = Annotated[
+    str | None, typer.Option(metavar="S", help="One sensor: its serial number, or a part of its name. [default: all]")
+]
 ConfigOption = Annotated[
     Path | None,
     typer.Option("--config", metavar="F", help="Configuration. [default: see README]", exists=True, dir_okay=False),
@@ -454,6 +457,31 @@ def defects(
 
 
 @app.command()
+def history(
+    sensor: SensorOption = None,
+    since: Annotated[
+        str | None, typer.Option(metavar="DATE", help="Only what changed since, such as 2026-01-31.")
+    ] = None,
+    gap: Annotated[
+        float, typer.Option(min=0.01, max=8784, metavar="HOURS", help="Pause that parts two sessions.")
+    ] = 6.0,
+    everything: Annotated[bool, typer.Option("--all", help="All changes, not only the latest.")] = False,
+    as_json: JsonOption = False,
+    state: StateOption = None,
+) -> None:
+    """Show when defects came and went, by date and session, and how many more there are per month."""
+    from hotpixd.views import tables
+    from hotpixd.views.history import moment_s
+
+    try:
+        since is None or moment_s(since)
+    except ValueError as error:
+        _fail(str(error), WRONG_USE)
+    answer = _known_sensor(_asked(state, "history", sensor=sensor, since=since, gap_h=gap))
+    _print_json(answer) if as_json else tables.print_history(answer, everything=everything)
+
+
+@app.command()
 def least_variance(
     k: Annotated[int, typer.Option("-k", min=1, max=1_000_000, help="How many.")] = 10,
     state: StateOption = None,
@@ -606,6 +634,12 @@ def _asked(state: Path | None, question: str, **arguments: Any) -> dict[str, Any
 
     with _asking(state, own) as ask:
         return ask(question, **arguments)
+
+
+def _known_sensor(answer: dict[str, Any]) -> dict[str, Any]:
+    if "unknown" in answer:
+        _fail(answer["unknown"], WRONG_USE)
+    return answer
 
 
 @contextlib.contextmanager

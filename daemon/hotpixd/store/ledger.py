@@ -778,7 +778,8 @@ class Ledger:
         drop = np.flatnonzero(~thinning.is_kept(ranks, observed.count))[:_THINNED_AT_ONCE]
         number = self._numbers[sensor_id]
         self.later(
-            "DELETE FROM observation WHERE sensor = ? AND seq = ?", [(number, dropped) for dropped in seqs[drop].tolist()]
+            "DELETE FROM observation WHERE sensor = ? AND seq = ?",
+            [(number, dropped) for dropped in seqs[drop].tolist()],
         )
         self._observed[sensor_id] = _Observed(
             observed.count + 1, int(seq), np.delete(ranks, drop), np.delete(seqs, drop)

@@ -18,6 +18,7 @@ from hotpixd.core.sensor import DetectionSettings
 from hotpixd.store.durable import StateDamaged, StateError
 from hotpixd.store.ledger import ShotRow, Tally
 from hotpixd.store.state import State
+from hotpixd.views import history
 
 Answer = dict[str, Any]
 
@@ -45,6 +46,8 @@ def answer(state: State, question: str, arguments: Mapping[str, Any], sensors: S
             return least_variance(state, int(arguments.get("k", 10)), sensors)
         case "verify":
             return verify(state)
+        case "history":
+            return history.history(state, **arguments)
     raise KeyError(question)
 
 

@@ -82,7 +82,7 @@ def test_a_ledger_keeps_what_the_rule_says(monkeypatch):
     excess, value, events = ledger.excesses("cam", ledger.frames_observed("cam"), np.array([1, 3, 99]))
     assert np.isnan(excess[2]).all()
     assert not events[2].any()
-    kept = [o for o in ledger.observations("cam", [1, 3])]
+    kept = ledger.observations("cam", [1, 3])
     assert value[:2].T.ravel().tolist() == [o.value_adu for o in kept]
 
 

@@ -120,7 +120,7 @@ def of_sensor(ledger: Ledger, id_: str, identity: SensorIdentity, gap_h: float, 
     lives = _lives(transitions, frames)
     remaps = _remaps(ledger, id_, lives, frames, sessions)
     addresses = {life.site: identity.layout.address(life.site) for life in lives}
-    told = [_told(life, addresses[life.site], frames, sessions) for life in lives]
+    told = [_told(life, addresses[life.site], sessions) for life in lives]
     changes = sorted(
         ((seq, change, life) for life in lives for seq, change in life.changes), key=lambda c: (c[0], c[2].site)
     )
@@ -131,7 +131,7 @@ def of_sensor(ledger: Ledger, id_: str, identity: SensorIdentity, gap_h: float, 
         "defects_now": sum(life.stable for life in lives),
         "sessions": _sessions_told(sessions, frames, changes),
         "months": _months(frames, change_s),
-        "growth": _growth(lives, frames, sessions),
+        "growth": _growth(lives, sessions),
         "remaps": remaps,
         "defects": told,
         "events": [
@@ -172,7 +172,7 @@ class Sessions:
 
     def _at(self, seq: int) -> int:
         # The frame, or where a ledger lacks it, the one after it.
-        return int(min(np.searchsorted(self._seqs, seq), len(self._seqs) - 1))
+        return min(int(np.searchsorted(self._seqs, seq)), len(self._seqs) - 1)
 
     def of(self, seq: int) -> int:
         """Return the session of a frame."""
@@ -231,7 +231,7 @@ def _lives(transitions: Iterable[TransitionRow], frames: Timeline) -> list[_Life
     return list(lives.values())
 
 
-def _told(life: _Life, address: tuple[int, int, str], frames: Timeline, sessions: Sessions) -> Answer:
+def _told(life: _Life, address: tuple[int, int, str], sessions: Sessions) -> Answer:
     ended = None if life.stable else life.changes[-1][0]
     return {
         **dict(zip(("x", "y", "colour"), address, strict=True)),
@@ -305,7 +305,7 @@ def _months(frames: Timeline, changes: Sequence[tuple[int, str]]) -> list[Answer
     return list(told.values())
 
 
-def _growth(lives: Sequence[_Life], frames: Timeline, sessions: Sessions) -> Answer | None:
+def _growth(lives: Sequence[_Life], sessions: Sessions) -> Answer | None:
     """Estimate how many defects come per month; None if the frames are of too short a time.
 
     A Poisson process, observed since the end of the first session. Defects that may have been there before are none of

@@ -111,8 +111,8 @@ def print_history(answer: Answer, *, everything: bool = False) -> None:
         if len(sensor["months"]) > 1:
             table = _table("month", "frames", "new", "recovered", "defects")
             for month in sensor["months"]:
-                counts = [_count(month["new"]), _count(month["recovered"]), str(month["defects"])]
-                table.add_row(month["month"], str(month["frames"]), *counts)
+                changed = [_count(month["new"]), _count(month["recovered"])]
+                table.add_row(month["month"], str(month["frames"]), *changed, str(month["defects"]))
             console.print(table)
         events = [event for event in sensor["events"] if since is None or event["at"] >= since]
         table = _table("when", "session", "x", "y", "", "kind", "change", left=("when", "", "kind", "change"))

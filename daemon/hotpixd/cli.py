@@ -495,6 +495,25 @@ def least_variance(
 
 
 @app.command()
+def report(
+    file: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The page.")] = Path("report.html"),
+    sensor: SensorOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is no report.")] = False,
+    state: StateOption = None,
+) -> None:
+    """Make one HTML page of all that is known: maps, plots, magnified defects. It needs no network."""
+    from hotpixd.views import report as making
+    from hotpixd.views.history import GAP_H
+
+    file = file.expanduser().absolute()
+    making.look_at(file, force=force)
+    with _asking(state, _own_answers) as ask:
+        told = _known_sensor(making.gathered(ask, sensor, GAP_H))
+    size = making.write(file, making.page_of(told))
+    print(f"{file} has {size / 1e6:.1f} MB; open it in a browser.")
+
+
+@app.command()
 def verify(state: StateOption = None, as_json: JsonOption = False) -> None:
     """Say in one line whether all that was written can be believed, and if not, what to do."""
     from hotpixd.store.state import StateDamaged
@@ -625,15 +644,15 @@ def _state_dir(state: Path | None) -> Path:
 
 def _asked(state: Path | None, question: str, **arguments: Any) -> dict[str, Any]:
     """Answer from the state, or have the daemon answer that has it open."""
-
-    def own(opened: State) -> _Ask:
-        # Not before it is needed: it takes a second, and who only asks may have no place for compiled kernels.
-        from hotpixd.views import answers
-
-        return lambda question, **arguments: answers.answer(opened, question, arguments)
-
-    with _asking(state, own) as ask:
+    with _asking(state, _own_answers) as ask:
         return ask(question, **arguments)
+
+
+def _own_answers(opened: State) -> _Ask:
+    # Not before it is needed: it takes a second, and who only asks may have no place for compiled kernels.
+    from hotpixd.views import answers
+
+    return lambda question, **arguments: answers.answer(opened, question, arguments)
 
 
 def _known_sensor(answer: dict[str, Any]) -> dict[str, Any]:

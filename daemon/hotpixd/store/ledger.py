@@ -870,12 +870,12 @@ class Ledger:
         seqs, times_s = table[:2].astype(np.int64)
         return Timeline(seqs, times_s, table[2] != 0, table[3] != 0, *table[4:])
 
-    def reasons_not_counted(self, sensor_id: str) -> list[tuple[int, str]]:
-        """Return the seq of each frame that was no new evidence, and why, in seq order."""
+    def frames_not_counted(self, sensor_id: str) -> list[tuple[int, str, str]]:
+        """Return seq and file name of each frame that was no new evidence, and why, in seq order."""
         query = """
-            SELECT seq, not_counted_because FROM shot
+            SELECT seq, name, not_counted_because FROM shot
             WHERE verdict = 'folded' AND sensor_id = ? AND counted = 0 ORDER BY seq"""
-        return [(seq, reason or "") for seq, reason in self.rows(query, (sensor_id,))]
+        return [(seq, *map(_text, rest)) for seq, *rest in self.rows(query, (sensor_id,))]
 
     def add_transitions(self, rows: Iterable[TransitionRow]) -> None:
         """Write changes of life cycle.
@@ -1015,8 +1015,8 @@ class Ledger:
         for row in self.rows(f"SELECT {_SHOT_COLUMNS} FROM shot {condition}", values):
             columns = dict(zip(ShotRow.__dataclass_fields__, row, strict=True))
             for name in ("name", "path", "reason", "not_counted_because"):
-                if isinstance(columns[name], bytes):
-                    columns[name] = columns[name].decode("utf-8", "surrogateescape")
+                if columns[name] is not None:
+                    columns[name] = _text(columns[name])
             if columns["counted"] is not None:
                 columns["counted"] = bool(columns["counted"])
             shot = ShotRow(**columns)
@@ -1106,6 +1106,11 @@ def _file_text(text: str) -> str | bytes:
     except UnicodeEncodeError:
         return text.encode("utf-8", "surrogateescape")
     return text
+
+
+def _text(stored: str | bytes | None) -> str:
+    """Return text that `_file_text` made fit for SQLite."""
+    return stored.decode("utf-8", "surrogateescape") if isinstance(stored, bytes) else stored or ""
 
 
 def _storable(value: object) -> object:

@@ -18,7 +18,7 @@ from hotpixd.core.sensor import DetectionSettings
 from hotpixd.store.durable import StateDamaged, StateError
 from hotpixd.store.ledger import ShotRow, Tally
 from hotpixd.store.state import State
-from hotpixd.views import history
+from hotpixd.views import evidence, history
 
 Answer = dict[str, Any]
 
@@ -46,6 +46,8 @@ def answer(state: State, question: str, arguments: Mapping[str, Any], sensors: S
             return least_variance(state, int(arguments.get("k", 10)), sensors)
         case "verify":
             return verify(state)
+        case "report":
+            return report(state, str(arguments["sensor"]), sensors)
         case "history":
             return history.history(state, **arguments)
     raise KeyError(question)
@@ -124,6 +126,26 @@ def entries_of(state: State, kept: Kept, *, candidates: bool) -> list[tuple[int,
         }
         entries.append((defect.site, entry))
     return entries
+
+
+def report(state: State, id_: str, sensors: Sensors | None = None) -> Answer:
+    """All that a report shows of one sensor, but for its history; see `evidence`.
+
+    Raises
+    ------
+    KeyError
+        If there is no such sensor.
+    """
+    about = state.ledger.sensors()[id_]
+    if sensors is None:
+        sensors = [(id_, archive.load(state, id_, archive.identity_from(about), DetectionSettings()))]
+    kept = next(kept for found, kept in sensors if found == id_)
+    declared = defects(state, candidates=True, sensors=[(id_, kept)])["sensors"][0].get("declared", [])
+    return {
+        **describe(kept),
+        "declared": declared,
+        **evidence.of_sensor(state, kept, entries_of(state, kept, candidates=True)),
+    }
 
 
 def least_variance(state: State, k: int, sensors: Sensors | None = None) -> Answer:

@@ -35,6 +35,12 @@ _REMAP_LEAST, _REMAP_SHARE = 3, 0.2
 _RECOVERY_FRAMES = 13
 """Frames that show a site healthy before it counts as recovered, at the least; see `core.sensor`."""
 
+_DOUBLING_C = 6.0
+"""Warming that doubles the dark current of silicon, about."""
+
+_FRAMES_LOOKED_AT = 384
+"""Frames, evenly spread over those kept, that tell what it takes to see a defect."""
+
 _COLDER_C = 6.0
 """Cooling that halves dark current: then defects may be hidden, not gone."""
 
@@ -118,7 +124,10 @@ def of_sensor(ledger: Ledger, id_: str, identity: SensorIdentity, gap_h: float, 
         return nothing | {key: [] for key in ("sessions", "months", "remaps", "defects", "events", "new")}
     sessions = Sessions(frames, gap_h)
     lives = _lives(transitions, frames)
-    remaps = _remaps(ledger, id_, lives, frames, sessions)
+    shown = _Shown(ledger, id_, [life.site for life in lives], frames)
+    for life in lives:
+        life.from_start = life.from_start or shown.before(life) < _RECOVERY_FRAMES
+    remaps = _remaps(lives, shown, frames, sessions)
     addresses = {life.site: identity.layout.address(life.site) for life in lives}
     told = [_told(life, addresses[life.site], sessions) for life in lives]
     changes = sorted(
@@ -337,50 +346,112 @@ def poisson_interval(count: int, z: float = 1.959964) -> tuple[float, float]:
     return max(low, 0.0), above * (1 - 1 / (9 * above) + z / (3 * math.sqrt(above))) ** 3
 
 
-def _remaps(ledger: Ledger, id_: str, lives: Sequence[_Life], frames: Timeline, sessions: Sessions) -> list[Answer]:
+class _Shown:
+    """In which frames which site showed that it is a defect, and in which it would have.
+
+    Dark current grows with exposure, ISO and temperature: a frame of less of these than it took to see a defect before
+    tells nothing of it. Dark and light frames are told apart.
+    """
+
+    def __init__(self, ledger: Ledger, id_: str, sites: Sequence[int], frames: Timeline) -> None:
+        self._frames = frames
+        gain = np.where(np.isfinite(frames.iso) & (frames.iso > 0), frames.iso / 100, 1.0)
+        exposure = np.where(np.isfinite(frames.exposure_s) & (frames.exposure_s > 0), frames.exposure_s, 1.0)
+        usual = _median(frames.sensor_temp_c) or 0.0
+        temp = np.where(np.isfinite(frames.sensor_temp_c), frames.sensor_temp_c, usual)
+        self._leak = exposure * gain * 2.0 ** ((temp - usual) / _DOUBLING_C)
+        """(frames,) what multiplies a dark current, in units of its own."""
+        seqs = np.intersect1d(ledger.frames_observed(id_), frames.seqs)
+        if len(seqs) > _FRAMES_LOOKED_AT:
+            seqs = seqs[np.linspace(0, len(seqs) - 1, _FRAMES_LOOKED_AT).astype(int)]
+        self._seqs = seqs
+        self._at = np.searchsorted(frames.seqs, seqs)
+        ordered = np.array(sorted(sites), np.int64)
+        self._rows = {int(site): row for row, site in enumerate(ordered)}
+        self._events = ledger.excesses(id_, seqs, ordered)[2] & 15 != 0
+
+    def _telling(self, life: _Life, at: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Tell for some frames, by their places in the timeline, whether they would have shown a defect."""
+        known = self._frames
+        ended = life.changes[-1][0] if not life.stable else math.inf
+        alive = (self._seqs >= life.appeared) & (self._seqs < ended)
+        telling = np.zeros(len(at), bool)
+        for dark in (True, False):
+            own = np.flatnonzero(alive & (known.dark[self._at] == dark))
+            own = own[np.argsort(-self._leak[self._at[own]], kind="stable")]
+            # From the strongest down, as long as most show it.
+            share = np.cumsum(self._events[self._rows[life.site], own]) / np.arange(1, len(own) + 1)
+            if (share >= _SHOWN).any():
+                enough = 0.99 * self._leak[self._at[own[np.flatnonzero(share >= _SHOWN)[-1]]]]
+                telling |= (known.dark[at] == dark) & (self._leak[at] >= enough)
+        return telling
+
+    def before(self, life: _Life) -> int:
+        """Return how many counted frames before the first sign of a defect would have shown it."""
+        at = np.flatnonzero(self._frames.counted & (self._frames.seqs < life.appeared))
+        return int(self._telling(life, at).sum())
+
+    def gone(self, life: _Life, stable: int, recovered: int) -> tuple[int, int]:
+        """Return the last frame that shows a defect, and the first that would have and does not.
+
+        Parameters
+        ----------
+        stable, recovered : seqs between which it went
+        """
+        counted = self._frames.seqs[self._frames.counted]
+        latest = int(counted[max(int(np.searchsorted(counted, recovered)) - _RECOVERY_FRAMES + 1, 0)])
+        inside = (self._seqs > stable) & (self._seqs <= recovered)
+        inside[inside] = self._telling(life, self._at[inside])
+        at, seen = self._seqs[inside], self._events[self._rows[life.site]][inside]
+        # The likeliest split of frames with an event from frames without.
+        gain = np.where(seen, math.log(_SHOWN / _HEALTHY), math.log((1 - _SHOWN) / (1 - _HEALTHY)))
+        split = int(np.argmax(np.r_[0.0, np.cumsum(gain)]))
+        if split == 0:
+            # Too weak to go by, or what would tell is thinned.
+            return stable, latest
+        return int(at[split - 1]), min(int(at[split]), latest) if split < len(at) else max(latest, int(at[split - 1]))
+
+
+def _remaps(lives: Sequence[_Life], shown: _Shown, frames: Timeline, sessions: Sessions) -> list[Answer]:
     """Tell where many defects vanished between two sessions, as when the camera's own remapping was run."""
-    vanished = [(life, seq) for life in lives for seq, change in life.changes if change == "recovered"]
-    if len(vanished) < _REMAP_LEAST:
-        return []
-    sites = np.array(sorted({life.site for life, _ in vanished}), np.int64)
-    seqs = ledger.frames_observed(id_)
-    events = ledger.excesses(id_, seqs, sites)[2]
-    groups: dict[int, list[tuple[_Life, int]]] = {}
-    for life, seq in vanished:
-        before = max((s for s, change in life.changes if change == "stable" and s < seq), default=life.appeared)
-        shown = events[np.searchsorted(sites, life.site)] & 15 != 0
-        gone = _first_healthy(seqs, shown, before, seq, frames)
-        groups.setdefault(sessions.of(gone), []).append((life, seq))
+    groups: dict[int, list[tuple[_Life, int, int]]] = {}
+    for life in lives:
+        for seq, change in life.changes:
+            if change != "recovered":
+                continue
+            stable = max((s for s, change in life.changes if change == "stable" and s < seq), default=life.appeared)
+            last, first = shown.gone(life, stable, seq)
+            if sessions.of(last) < sessions.of(first):
+                groups.setdefault(sessions.of(first), []).append((life, seq, last))
     told = []
     for session, group in sorted(groups.items()):
-        if session == 1:
-            continue
         edge_s = sessions.first_s[session - 1]
-        healed = {life.site for life, _ in group}
+        healed = {life.site for life, _, _ in group}
         there = sum(
-            1
-            for life in lives
-            if any(
+            any(
                 sessions.time_s(a) < edge_s and (b is None or sessions.time_s(b) >= edge_s)
                 for a, b in _spans(life.changes)
             )
+            for life in lives
         )
         if len(healed) < _REMAP_LEAST or len(healed) < _REMAP_SHARE * there:
             continue
-        temps = [_median(frames.sensor_temp_c[sessions.numbers == number]) for number in (session - 1, session)]
+        # Most decide: a healthy site may have an event by chance.
+        before = int(np.median([sessions.of(last) for _, _, last in group]))
+        temps = [_median(frames.sensor_temp_c[sessions.numbers == number]) for number in (before, session)]
         colder = None not in temps and temps[1] < temps[0] - _COLDER_C  # type: ignore[operator]
-        back = sum(any(change == "stable" and s > seq for s, change in life.changes) for life, seq in group)
+        back = {life.site for life, seq, _ in group if any(c == "stable" and s > seq for s, c in life.changes)}
         told.append(
             {
-                "after": when(sessions.last_s[session - 2]),
+                "after": when(sessions.last_s[before - 1]),
                 "before": when(edge_s),
                 "session": session,
                 "defects": len(healed),
                 "of": there,
-                "came_back": back,
+                "came_back": len(back),
                 "cause": "colder" if colder else "remap",
                 "sensor_temp_c": temps,
-                "recovered": when(max(sessions.time_s(seq) for _, seq in group)),
+                "recovered": when(max(sessions.time_s(seq) for _, seq, _ in group)),
             }
         )
     return told
@@ -391,23 +462,6 @@ def _spans(changes: Sequence[tuple[int, str]]) -> Iterable[tuple[int, int | None
     for (seq, change), (after, then) in pairwise([*changes, (None, "")]):
         if change == "stable" and seq is not None:
             yield seq, after if then == "recovered" else None
-
-
-def _first_healthy(
-    seqs: NDArray[np.int64], shown: NDArray[np.bool_], stable: int, recovered: int, frames: Timeline
-) -> int:
-    """Return the frame from which on a defect was gone: where its events stop, by the likeliest split.
-
-    What was thinned away leaves a choice. Then it is the latest frame: recovery took at least so many counted ones.
-    """
-    counted = frames.seqs[frames.counted]
-    latest = int(counted[max(int(np.searchsorted(counted, recovered)) - _RECOVERY_FRAMES + 1, 0)])
-    inside = (seqs > stable) & (seqs <= recovered)
-    at, seen = seqs[inside], shown[inside]
-    gain = np.where(seen, math.log(_SHOWN / _HEALTHY), math.log((1 - _SHOWN) / (1 - _HEALTHY)))
-    split = int(np.argmax(np.r_[0.0, np.cumsum(gain)]))
-    # A weak defect may have no events to go by.
-    return latest if split in (0, len(at)) else min(int(at[split]), latest)
 
 
 def _median(values: NDArray[np.float64]) -> float | None:

@@ -13,6 +13,7 @@ const css = (name) => getComputedStyle(document.documentElement).getPropertyValu
 
 // --- plots
 
+Bokeh.set_log_level("warn");
 const plots = new Set();
 
 function paint(plot) {
@@ -22,7 +23,7 @@ function paint(plot) {
     switch (part.type) {
       case "Grid": part.setv({grid_line_color: grid}); break;
       case "Legend": part.setv({label_text_color: soft}); break;
-      case "Label": part.setv({text_color: text}); break;
+      case "Label": part.setv({text_color: text, background_fill_color: css("--card"), background_fill_alpha: 0.8}); break;
       case "Span": break;
       default:
         part.setv({axis_label_text_color: soft, major_label_text_color: soft, axis_line_color: line, major_tick_line_color: line});
@@ -88,8 +89,9 @@ class SensorView {
     const legend = this.section.querySelector(".legend");
     const kinds = Object.keys(DATA.kinds).filter((kind) => (this.of.kind || []).includes(kind));
     const states = STATES.slice(1).filter((state) => (this.of.state || []).includes(state));
+    if (this.data.declared_only.length) states.push("declared");
     legend.innerHTML = kinds.map((kind) => `<span><i style="--k:${DATA.kinds[kind]}"></i>${kind}</span>`)
-      .concat(states.map((state) => `<span><i class="${state}"></i>${state}</span>`)).join("");
+      .concat(states.map((state) => `<span><i class="${state}"></i>${state === "declared" ? "declared, not found" : state}</span>`)).join("");
   }
 
   // --- the table

@@ -83,7 +83,7 @@ def write(path: Path, page: str) -> int:
     try:
         fd, part = tempfile.mkstemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent)
         try:
-            with open(fd, "wb") as file:
+            with os.fdopen(fd, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -91,10 +91,10 @@ def write(path: Path, page: str) -> int:
                 mask = os.umask(0o077)
                 os.umask(mask)
                 os.fchmod(file.fileno(), 0o666 & ~mask)
-            os.replace(part, path)
+            Path(part).replace(path)
         except BaseException:
             with suppress(OSError):
-                os.unlink(part)
+                Path(part).unlink()
             raise
     except OSError as error:
         raise ReportError(f"The report {path} cannot be written: {error.strerror}.") from error
@@ -186,14 +186,16 @@ def _section(n: int, history: Answer, shown: Answer) -> str:
         ),
     ]
     boxes = "".join(f"<div><b>{a}</b><span>{b}</span><small>{c}</small></div>" for a, b, c in tiles)
-    notes = [s[0].upper() + s[1:] + "." for s in sentences(history)]
+    notes = [f"{said}." for said in sentences({**history, "growth": None})]
     if shown["left_out"]:
         notes.append(f"{shown['left_out']:,} weaker candidates are left out of this report.")
     listed = "".join(f"<li>{_said(note)}</li>" for note in notes)
-    figures = "".join(
-        f'<figure><figcaption><h3>{title}</h3></figcaption><div class="plot" data-plot="{plot}"></div><p>{text}</p></figure>'
+    # The first one below the map, beside which there is what is known of one defect.
+    below, *figures = [
+        f"<figure><figcaption><h3>{title}</h3></figcaption>"
+        f'<div class="plot" data-plot="{plot}"></div><p>{text}</p></figure>'
         for plot, title, text in _plots_of(history, shown)
-    )
+    ] or [""]
     return f"""
 <section class="sensor" id="sensor-{n}" data-sensor="{n}">
 <h2>{_said(name)}</h2>
@@ -203,12 +205,12 @@ def _section(n: int, history: Answer, shown: Answer) -> str:
 <p class="promise">If frames are independent, the chance that any defect ever called stable here is false is at most
 {100 * shown["alpha"]:g} %.</p>
 <div class="pair">
-<figure class="map"><figcaption><h3>Where they are</h3><div class="legend"></div></figcaption>
+<div class="left"><figure class="map"><figcaption><h3>Where they are</h3><div class="legend"></div></figcaption>
 <div class="plot" data-plot="map"></div>
-<p>Pixels from the top left, as stored. Drag and scroll to zoom; tap a defect to see it.</p></figure>
+<p>Pixels from the top left, as stored. Drag and scroll to zoom; tap a defect to see it.</p></figure>{below}</div>
 <div class="home"><article class="one" hidden></article></div>
 </div>
-<div class="grid">{figures}</div>
+<div class="grid">{"".join(figures)}</div>
 {_agreement(shown)}
 {_uncounted(shown)}
 <h3>All of them</h3>
@@ -230,14 +232,14 @@ def _count(items: Sequence[object], word: str) -> str:
 def _plots_of(history: Answer, shown: Answer) -> list[tuple[str, str, str]]:
     """Return (plot, title, text) of the plots of a sensor's section."""
     plots = []
+    if history["events"]:
+        plots.append(("growth", "Defects over time", "Stable ones after each shot. Dashed: many vanished at once."))
     if len(_currents(shown)):
         plots.append(("currents", "Dark current", "Of stable defects, at ISO 100; its median over their frames."))
     elif shown["defects"].get("state"):
         plots.append(
             ("strengths", "Strength", "Mean excess over the neighbours. Exposures do not tell dark currents here.")
         )
-    if history["events"]:
-        plots.append(("growth", "Defects over time", "Stable ones after each shot. Dashed: many vanished at once."))
     if any(shown["defects"].get("evidence", ())):
         text = (
             "From candidate to stable, as written down, straight in between. Thin: from the first frame, for those that"
@@ -261,8 +263,8 @@ def _agreement(shown: Answer) -> str:
         own = {(d["x"], d["y"]) for d in declared if str(d["source"]) == source}
         rows.append(f"<tr><td>{_said(source)}<td>{len(own):,}<td>{len(own & found):,}<td>{len(own - found):,}</tr>")
     return f"""<h3>Declared defects</h3>
-<p>{len(wanted & found):,} of {_count(list(wanted), "declared defect")} are found stable, {len(wanted - found):,} are not;
-{len(found - wanted):,} found ones were not declared.</p>
+<p>{len(wanted & found):,} of {_count(list(wanted), "declared defect")} are found stable,
+{len(wanted - found):,} are not; {len(found - wanted):,} found ones were not declared.</p>
 <table class="small"><thead><tr><th>Source<th>declared<th>found<th>not found</tr></thead><tbody>{"".join(rows)}</tbody>
 </table>"""
 
@@ -300,21 +302,27 @@ def _uncounted(shown: Answer) -> str:
 
 def _data(history: Answer, shown: Answer) -> dict[str, Any]:
     """Return what the script needs of a sensor."""
-    defects = dict(shown["defects"])
+    defects = {key: list(column) for key, column in shown["defects"].items()}
     evidence = defects.pop("evidence", [])
     declared: dict[tuple[int, int], str] = {(d["x"], d["y"]): str(d["source"]) for d in shown.get("declared") or []}
     places = list(zip(defects.get("x", []), defects.get("y", []), strict=True))
     crops = unpacked(shown["crops"], "u1").reshape(-1, 2 * REACH + 1, 2 * REACH + 1)
     atlas, columns = _atlas(crops)
-    new = {(d["x"], d["y"]): d["from_start"] for d in history["defects"]}
+    lives = {(d["x"], d["y"]): d for d in history["defects"]}
+    for k, place in enumerate(places):
+        if defects["state"][k] == "recovered" and place in lives:
+            # Its kind now is that of a site without an excess.
+            defects["kind"][k] = lives[place]["kind"]
     known = set(places)
+    seen = {**shown, "defects": {**defects, "evidence": evidence}}
+    from_start = [place in lives and lives[place]["from_start"] for place in places]
     return {
         **{key: shown[key] for key in ("width", "height", "samples", "frames_shown", "excess", "excess_scale", "fits")},
         "defects": {**defects, "declared": [declared.get(place) for place in places]},
         "declared_only": [[x, y, printable(source)] for (x, y), source in declared.items() if (x, y) not in known],
         "atlas": atlas,
         "atlas_columns": columns,
-        "plots": _plots(history, shown, evidence, [new.get(place, False) for place in places]),
+        "plots": _plots(history, seen, evidence, from_start),
     }
 
 
@@ -393,6 +401,7 @@ def _plots(
 
 
 def _figure(tools: str = "", height: int = 240, **options: Any) -> Any:
+    from bokeh.models import NoOverlap
     from bokeh.plotting import figure
 
     plot = figure(height=height, sizing_mode="stretch_width", tools=tools, toolbar_location=None, **options)
@@ -400,6 +409,7 @@ def _figure(tools: str = "", height: int = 240, **options: Any) -> Any:
     plot.outline_line_color = None
     plot.min_border_right = 16
     for axis in plot.axis:
+        axis.major_label_policy = NoOverlap(min_distance=8)
         axis.axis_label_text_font_style = "normal"
         axis.axis_label_text_font_size = axis.major_label_text_font_size = "12px"
         axis.minor_tick_line_color = None
@@ -427,7 +437,7 @@ def _map(shown: Answer) -> Any:
     plot.rect(width / 2 - 0.5, height / 2 - 0.5, width, height, fill_color=None, line_color="#8a94a0", name="rim")
     renderers = []
     for state, marker, options in (
-        ("recovered", "x", {"line_width": 1.5, "line_alpha": 0.75, "size": 7}),
+        ("recovered", "x", {"line_width": 1.5, "size": 7}),
         ("candidate", "circle", {"fill_alpha": 0.0, "line_width": 1.2, "size": 6}),
         ("stable", "circle", {"fill_alpha": 0.85, "line_alpha": 0.0, "size": 7}),
         ("declared", "square_x", {"fill_alpha": 0.0, "line_width": 1.2, "size": 9}),

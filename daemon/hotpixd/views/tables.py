@@ -92,7 +92,9 @@ def print_history(answer: Answer, *, everything: bool = False) -> None:
             console.print(f"  {new} new {_plural(new, 'defect')} since {escape(printable(since))}")
         for sentence in sentences(sensor):
             console.print(f"  {escape(sentence)}", soft_wrap=True)
-        table = _table("session", "begin", "frames", "counted", "exposure s", "sensor C", "new", "recovered", "defects")
+        table = _table(
+            "", "session", "frames", "counted", "exposure s", "sensor C", "new", "gone", "defects", left=("session",)
+        )
         shown = told if everything else told[-_LATEST_SESSIONS:]
         for one in shown:
             table.add_row(
@@ -109,7 +111,7 @@ def print_history(answer: Answer, *, everything: bool = False) -> None:
         if told:
             console.print(table)
         if len(sensor["months"]) > 1:
-            table = _table("month", "frames", "new", "recovered", "defects")
+            table = _table("month", "frames", "new", "gone", "defects")
             for month in sensor["months"]:
                 changed = [_count(month["new"]), _count(month["recovered"])]
                 table.add_row(month["month"], str(month["frames"]), *changed, str(month["defects"]))
@@ -150,7 +152,7 @@ def _range(limits: Sequence[float | None]) -> str:
     low, high = limits
     if low is None or high is None:
         return ""
-    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+    return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g}–{high:.3g}"
 
 
 def print_status(answer: Answer) -> None:

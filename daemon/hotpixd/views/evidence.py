@@ -30,6 +30,9 @@ REACH = 6
 _MOST_CELLS, _FEWEST_FRAMES, _MOST_FRAMES = 250_000, 48, 400
 """Single observations, sites times frames, and limits of the frames: all of the frames kept where there is room."""
 
+_FIT_LEAST = 8
+"""Frames that a fit against temperature is made of."""
+
 _NAMED_FRAMES = 200
 """Latest frames not counted that are named one by one."""
 
@@ -125,14 +128,17 @@ def _fits(excess: NDArray[np.float32], frames: Timeline, at: NDArray[np.int64]) 
     """
     gain = frames.iso[at] / BASE_ISO
     exposure = frames.exposure_s[at] * np.where(np.isfinite(gain) & (gain > 0), gain, 1.0)
-    temp = frames.sensor_temp_c[at]
+    temp, dark = frames.sensor_temp_c[at], frames.dark[at]
     fits: list[list[float] | None] = []
     usable = np.isfinite(temp) & (exposure > 0)
     for row in excess:
         good = usable & (row > 0)
+        if (good & dark).sum() >= _FIT_LEAST:
+            # Light hides dark current.
+            good &= dark
         n = int(good.sum())
         x = temp[good]
-        if n < 8 or np.ptp(x) < 3.0:
+        if n < _FIT_LEAST or np.ptp(x) < 3.0:
             fits.append(None)
             continue
         y = np.log(row[good] / exposure[good])
@@ -143,7 +149,7 @@ def _fits(excess: NDArray[np.float32], frames: Timeline, at: NDArray[np.int64]) 
         for _ in range(3):
             dx = x[keep] - x[keep].mean()
             sxx = float((dx**2).sum())
-            if keep.sum() < 8 or sxx < 1.0:
+            if keep.sum() < _FIT_LEAST or sxx < 1.0:
                 break
             slope = float((dx * y[keep]).sum() / sxx)
             level = float(y[keep].mean() + slope * (mean - x[keep].mean()))

@@ -13,7 +13,7 @@ const css = (name) => getComputedStyle(document.documentElement).getPropertyValu
 
 // --- plots
 
-Bokeh.set_log_level("warn");
+Bokeh.set_log_level("error"); // It warns of plots that are filled only when asked for.
 const plots = new Set();
 
 function paint(plot) {
@@ -277,7 +277,7 @@ class SensorView {
       ["colour", of.colour[k]],
       of.excess_adu[k] !== null && ["excess", `${rounded(of.excess_adu[k])} ADU, ${rounded(of.excess_sigma[k])} σ`],
       of.dark_current_adu_per_s[k] !== null && ["dark current", `${rounded(of.dark_current_adu_per_s[k])} ADU/s at ISO ${digits(of.dark_current_iso[k])}`],
-      fit && ["doubles every", `${digits(fit[2], 1)} ± ${digits(fit[3], 1)} °C`],
+      fit && ["doubles every", `${digits(fit[2], fit[3] < 0.095 ? 2 : 1)} ± ${digits(fit[3], fit[3] < 0.095 ? 2 : 1)} °C`],
       of.share_on[k] !== null && of.share_on[k] < 1 && ["there in", `${Math.round(100 * of.share_on[k])} % of frames`],
       of.first_seen[k] && ["first seen", minute(of.first_seen[k])],
       of.stable_since[k] && ["stable since", `${minute(of.stable_since[k])}, after ${of.frames_to_stable[k]} frames`],
@@ -316,11 +316,16 @@ class SensorView {
     };
     const unknown = this.frames ? "The files do not tell." : "No frames are kept of it.";
     set("over_time", seen.map((s) => ({x: 1000 * at[s.n], y: s.excess, dark: s.dark})), null, "No single observations of it are kept.");
-    const exposed = seen.filter((s) => s.exposure !== null).map((s) => ({x: s.exposure, y: s.excess, dark: s.dark}));
+    // Where temperatures differ, all is brought to one, or no line could be seen.
+    const factor = (s) => (fit ? 2 ** ((fit[1] - s.temp) / fit[2]) : 1);
+    // Light hides dark current.
+    const own = seen.some((s) => s.dark) ? seen.filter((s) => s.dark) : seen;
+    const exposed = own.filter((s) => s.exposure !== null && (!fit || s.temp !== null)).map((s) => ({x: s.exposure, y: s.excess * factor(s), dark: s.dark}));
     const longest = exposed.reduce((most, p) => Math.max(most, p.x), 0);
-    const rate = of.dark_current_adu_per_s[k] === null ? null : of.dark_current_adu_per_s[k] * 100 / of.dark_current_iso[k];
+    const rate = fit ? fit[0] : of.dark_current_adu_per_s[k] === null ? null : of.dark_current_adu_per_s[k] * 100 / of.dark_current_iso[k];
+    this.one.querySelector('[data-part="over_exposure"] h4').textContent = fit ? `Excess and exposure, brought to ${digits(fit[1])} °C` : "Excess and exposure";
     set("over_exposure", exposed, rate === null ? null : {x: [0, longest], y: [0, rate * longest]}, unknown);
-    const warm = seen.filter((s) => s.temp !== null && s.exposure > 0 && s.excess > 0).map((s) => ({x: s.temp, y: s.excess / s.exposure, dark: s.dark}));
+    const warm = own.filter((s) => s.temp !== null && s.exposure > 0 && s.excess > 0).map((s) => ({x: s.temp, y: s.excess / s.exposure, dark: s.dark}));
     let line = null;
     if (fit) {
       const temps = warm.map((p) => p.x), low = Math.min(...temps), high = Math.max(...temps);

@@ -382,7 +382,7 @@ def _plots(
         "map": _map(shown),
         "over_time": _single("Excess (ADU)", "datetime", "Taken"),
         "over_exposure": _single("Excess (ADU)", "linear", "Exposure × ISO / 100 (s)"),
-        "over_temperature": _single("Excess per s at ISO 100 (ADU/s)", "linear", "Sensor temperature (°C)", log=True),
+        "over_temperature": _single("ADU/s at ISO 100", "linear", "Sensor temperature (°C)", log=True),
     }
     for name, _, _ in _plots_of(history, shown):
         match name:
@@ -554,7 +554,7 @@ def _evidence(shown: Answer, evidence: Sequence[Sequence[Sequence[float]]], from
         ends["x"].append(known[-1][0])
         ends["y"].append(known[-1][1])
         ends["colour"].append(colour)
-        if from_start[k] or defects["state"][k] == "candidate":
+        if from_start[k]:
             starts["xs"].append([0, known[0][0]])
             starts["ys"].append([0, known[0][1]])
             starts["colour"].append(colour)

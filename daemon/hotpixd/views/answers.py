@@ -140,12 +140,9 @@ def report(state: State, id_: str, sensors: Sensors | None = None) -> Answer:
     if sensors is None:
         sensors = [(id_, archive.load(state, id_, archive.identity_from(about), DetectionSettings()))]
     kept = next(kept for found, kept in sensors if found == id_)
-    declared = defects(state, candidates=True, sensors=[(id_, kept)])["sensors"][0].get("declared", [])
-    return {
-        **describe(kept),
-        "declared": declared,
-        **evidence.of_sensor(state, kept, entries_of(state, kept, candidates=True)),
-    }
+    (found,) = defects(state, candidates=True, sensors=[(id_, kept)])["sensors"]
+    entries = found.pop("defects")
+    return {**found, "declared": found.get("declared", []), **evidence.of_sensor(state, kept, entries)}
 
 
 def least_variance(state: State, k: int, sensors: Sensors | None = None) -> Answer:

@@ -40,24 +40,29 @@ FULL_SCALE_SIGMA, _LINEAR_SIGMA = 200.0, 1.5
 """Excess that the pictures show brightest, and up to which they are about linear; asinh in between."""
 
 
-def of_sensor(state: State, kept: Kept, entries: Sequence[tuple[int, Answer]]) -> Answer:
+def of_sensor(state: State, kept: Kept, entries: Sequence[Answer]) -> Answer:
     """Return what a report shows of one sensor, besides its history.
 
     Parameters
     ----------
-    entries : of `answers.entries_of`, candidates too
+    entries : its defects as in `answers.defects`, candidates too
     """
     order = {"stable": 0, "recovered": 1, "candidate": 2}
-    shown = sorted(entries, key=lambda e: (order[e[1]["state"]], -e[1]["certainty"], -abs(e[1]["excess_sigma"] or 0)))
-    shown = sorted(shown[:MOST_DEFECTS], key=lambda entry: entry[0])
-    sites = np.array([site for site, _ in shown], np.int64)
-    defects = [entry for _, entry in shown]
+    surest = sorted(entries, key=lambda e: (order[e["state"]], -e["certainty"], -abs(e["excess_sigma"] or 0)))
+    layout = kept.sensor.layout
+    placed = []
+    for entry in surest[:MOST_DEFECTS]:
+        channel = layout.colours.index(entry["colour"]) if layout.channels > 1 else 0
+        placed.append((entry["y"] * layout.shape[1] + entry["x"] * layout.channels + channel, entry))
+    placed.sort(key=lambda pair: pair[0])
+    sites = np.array([site for site, _ in placed], np.int64)
+    defects = [entry for _, entry in placed]
     frames = state.ledger.timeline(kept.id)
     sensor = kept.sensor
     return {
         "alpha": sensor.settings.alpha,
         "threshold": sensor.threshold,
-        "left_out": len(entries) - len(shown),
+        "left_out": len(entries) - len(placed),
         "defects": {
             **{key: [entry[key] for entry in defects] for key in (defects[0] if defects else {})},
             "evidence": _evidence(state, kept, sites, frames),

@@ -1,7 +1,7 @@
 "use strict";
 // Fills the page from the data in it. What is shown of one defect is drawn when it is chosen.
 const DATA = JSON.parse(document.getElementById("data").textContent);
-const SIZE = 2 * DATA.reach + 1, ROWS_AT_ONCE = 250;
+const SIZE = 2 * DATA.reach + 1, ROWS_AT_ONCE = 500, ROWS_AT_FIRST = 100;
 const STATES = ["stable", "recovered", "candidate"];
 
 const bytesOf = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer;
@@ -36,6 +36,10 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 dark.addEventListener("change", repaint);
 addEventListener("beforeprint", repaint);
 addEventListener("afterprint", repaint);
+
+// Rows that nobody sees yet come when the plots are there.
+const drawn = new Promise((resolve) => { draw.all = resolve; });
+const whenIdle = (work) => drawn.then(() => setTimeout(work, 20));
 
 async function draw(item, place) {
   const id = `plot-${draw.count = (draw.count || 0) + 1}`;
@@ -176,7 +180,6 @@ class SensorView {
     this.section.classList.toggle("many", this.shown.length > 100);
     if (this.one.closest("tbody")) this.home.append(this.one);
     this.tbody.textContent = "";
-    clearTimeout(this.timer);
     this.fill(0);
     if (this.map) this.fillMap();
   }
@@ -185,7 +188,8 @@ class SensorView {
     // In parts, so that the page answers while thousands of rows are made.
     const columns = this.columns(), parts = [];
     const across = this.data.atlas_columns, sheet = `url(${this.data.atlas})`;
-    for (const k of this.shown.slice(from, from + ROWS_AT_ONCE)) {
+    const shown = this.shown, to = from + (from ? ROWS_AT_ONCE : ROWS_AT_FIRST);
+    for (const k of shown.slice(from, to)) {
       const x = -26 * (k % across), y = -26 * Math.floor(k / across);
       const cells = columns.map(({text, wide, show}) => `<td class="${text ? "t" : ""} ${wide ? "wide" : ""}">${show(k)}</td>`);
       parts.push(`<tr data-at="${k}"${k === this.chosen ? ' class="chosen"' : ""}><td><i class="crop" style="background-position:${x}px ${y}px"></i></td>${cells.join("")}</tr>`);
@@ -196,7 +200,7 @@ class SensorView {
       document.head.append(this.style);
     }
     this.tbody.insertAdjacentHTML("beforeend", parts.join(""));
-    if (from + ROWS_AT_ONCE < this.shown.length) this.timer = setTimeout(() => this.fill(from + ROWS_AT_ONCE), 30);
+    if (to < this.shown.length) whenIdle(() => shown === this.shown && this.fill(to));
   }
 
   // --- the map
@@ -348,6 +352,7 @@ async function drawAll() {
     if (view.count && view === views[0]) await view.choose(view.shown[0], null);
   }
   document.documentElement.dataset.drawn = "all";
+  draw.all();
 }
 // After the first paint: words and tables come at once.
 requestAnimationFrame(() => setTimeout(drawAll));

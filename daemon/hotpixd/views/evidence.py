@@ -33,6 +33,9 @@ _MOST_CELLS, _FEWEST_FRAMES, _MOST_FRAMES = 250_000, 48, 400
 _FIT_LEAST = 8
 """Frames that a fit against temperature is made of."""
 
+_ALIKE = 3
+"""Values that are all the highest there is: full scale, not chance."""
+
 _NAMED_FRAMES = 200
 """Latest frames not counted that are named one by one."""
 
@@ -104,7 +107,7 @@ def _observed(state: State, id_: str, sites: NDArray[np.int64], frames: Timeline
     most = min(max(_FEWEST_FRAMES, _MOST_CELLS // max(len(sites), 1)), _MOST_FRAMES)
     if len(seqs) > most:
         seqs = seqs[np.unique(np.linspace(0, len(seqs) - 1, most).astype(int))]
-    excess, _, _ = state.ledger.excesses(id_, seqs, sites)
+    excess, value, _ = state.ledger.excesses(id_, seqs, sites)
     known = np.isfinite(excess)
     scale = np.max(np.abs(excess), axis=1, initial=1e-3, where=known) / 32_000
     packed = np.where(known, np.rint(np.where(known, excess, 0) / scale[:, None]), -32_768).astype("<i2")
@@ -119,8 +122,14 @@ def _observed(state: State, id_: str, sites: NDArray[np.int64], frames: Timeline
         },
         "excess": _packed(packed),
         "excess_scale": _packed(scale.astype("<f4")),
-        "fits": _fits(excess, frames, at),
+        "fits": _fits(np.where(_saturated(value), np.nan, excess), frames, at),
     }
+
+
+def _saturated(value: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Tell which values are at full scale: files need not name it, but then many share the highest."""
+    top = np.max(value, initial=0.0, where=np.isfinite(value))
+    return np.asarray((value >= 0.98 * top) & ((value == top).sum() >= _ALIKE))
 
 
 def _fits(excess: NDArray[np.float32], frames: Timeline, at: NDArray[np.int64]) -> list[list[float] | None]:

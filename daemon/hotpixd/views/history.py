@@ -35,6 +35,9 @@ _REMAP_LEAST, _REMAP_SHARE = 3, 0.2
 _RECOVERY_FRAMES = 13
 """Frames that show a site healthy before it counts as recovered, at the least; see `core.sensor`."""
 
+_BETWEEN = 4.0
+"""ln of how much likelier it is that a defect vanishes between two sessions than with a certain frame, about."""
+
 _DOUBLING_C = 6.0
 """Warming that doubles the dark current of silicon, about."""
 
@@ -370,8 +373,11 @@ class _Shown:
         self._rows = {int(site): row for row, site in enumerate(ordered)}
         self._events = ledger.excesses(id_, seqs, ordered)[2] & 15 != 0
 
-    def _telling(self, life: _Life, at: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Tell for some frames, by their places in the timeline, whether they would have shown a defect."""
+    def _telling(self, life: _Life, at: NDArray[np.int64], *, surely: bool) -> NDArray[np.bool_]:
+        """Tell for some frames, by their places in the timeline, whether they would have shown a defect.
+
+        Surely: most frames like them do. Else a quarter of those that showed it had less.
+        """
         known = self._frames
         ended = life.changes[-1][0] if not life.stable else math.inf
         alive = (self._seqs >= life.appeared) & (self._seqs < ended)
@@ -379,19 +385,24 @@ class _Shown:
         for dark in (True, False):
             own = np.flatnonzero(alive & (known.dark[self._at] == dark))
             own = own[np.argsort(-self._leak[self._at[own]], kind="stable")]
-            # From the strongest down, as long as most show it.
-            share = np.cumsum(self._events[self._rows[life.site], own]) / np.arange(1, len(own) + 1)
-            if (share >= _SHOWN).any():
-                enough = 0.99 * self._leak[self._at[own[np.flatnonzero(share >= _SHOWN)[-1]]]]
+            seen = self._events[self._rows[life.site], own]
+            if not seen.any():
+                continue
+            leaks = self._leak[self._at[own]]
+            # From the strongest down, to where no longer most show it.
+            most = np.cumsum(np.where(seen, 1, -1))
+            enough = leaks[np.argmax(most)] if surely else np.quantile(leaks[seen], 0.25)
+            if not surely or most.max() > 0:
+                enough *= 0.99
                 telling |= (known.dark[at] == dark) & (self._leak[at] >= enough)
         return telling
 
     def before(self, life: _Life) -> int:
         """Return how many counted frames before the first sign of a defect would have shown it."""
         at = np.flatnonzero(self._frames.counted & (self._frames.seqs < life.appeared))
-        return int(self._telling(life, at).sum())
+        return int(self._telling(life, at, surely=True).sum())
 
-    def gone(self, life: _Life, stable: int, recovered: int) -> tuple[int, int]:
+    def gone(self, life: _Life, stable: int, recovered: int, sessions: Sessions) -> tuple[int, int]:
         """Return the last frame that shows a defect, and the first that would have and does not.
 
         Parameters
@@ -401,14 +412,20 @@ class _Shown:
         counted = self._frames.seqs[self._frames.counted]
         latest = int(counted[max(int(np.searchsorted(counted, recovered)) - _RECOVERY_FRAMES + 1, 0)])
         inside = (self._seqs > stable) & (self._seqs <= recovered)
-        inside[inside] = self._telling(life, self._at[inside])
+        inside[inside] = self._telling(life, self._at[inside], surely=False)
         at, seen = self._seqs[inside], self._events[self._rows[life.site]][inside]
         # The likeliest split of frames with an event from frames without.
         gain = np.where(seen, math.log(_SHOWN / _HEALTHY), math.log((1 - _SHOWN) / (1 - _HEALTHY)))
-        split = int(np.argmax(np.r_[0.0, np.cumsum(gain)]))
+        sums = np.r_[0.0, np.cumsum(gain)]
+        split = int(np.argmax(sums))
+        # A healthy site has an event now and then: what is about as likely between two sessions was there.
+        edges = 1 + np.flatnonzero(np.diff([sessions.of(seq) for seq in at.tolist()]))
+        if len(edges) and (best := edges[np.argmax(sums[edges])]) and sums[best] > sums[split] - _BETWEEN:
+            split = int(best)
         if split == 0:
             # Too weak to go by, or what would tell is thinned.
-            return stable, latest
+            before = counted[max(int(np.searchsorted(counted, latest)) - 1, 0)]
+            return max(stable, int(before)), latest
         return int(at[split - 1]), min(int(at[split]), latest) if split < len(at) else max(latest, int(at[split - 1]))
 
 
@@ -420,7 +437,7 @@ def _remaps(lives: Sequence[_Life], shown: _Shown, frames: Timeline, sessions: S
             if change != "recovered":
                 continue
             stable = max((s for s, change in life.changes if change == "stable" and s < seq), default=life.appeared)
-            last, first = shown.gone(life, stable, seq)
+            last, first = shown.gone(life, stable, seq, sessions)
             if sessions.of(last) < sessions.of(first):
                 groups.setdefault(sessions.of(first), []).append((life, seq, last))
     told = []

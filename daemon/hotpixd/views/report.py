@@ -171,7 +171,8 @@ def _section(n: int, history: Answer, shown: Answer) -> str:
     stable = states.count("stable")
     name, _, more = sensor_name(shown).partition(", ")
     sessions = history["sessions"]
-    span = f"{sessions[0]['begin'][:10]} to {sessions[-1]['end'][:10]}" if sessions else "no frames yet"
+    days = [sessions[0]["begin"][:10], sessions[-1]["end"][:10]] if sessions else ["no frames yet"]
+    span = " to ".join(dict.fromkeys(days))
     per_million = 1e6 * stable / (shown["width"] * shown["height"])
     growth = history["growth"]
     tiles = [
@@ -587,7 +588,10 @@ def _sessions(sessions: Sequence[Answer]) -> Any:
     counted = [one["frames_counted"] for one in sessions]
     total = [one["frames"] for one in sessions]
     plot = _figure(
-        x_axis_label="Session", y_axis_label="Frames", y_range=(0, 1.25 * max(total)), x_range=(0.3, len(numbers) + 0.7)
+        x_axis_label="Session",
+        y_axis_label="Frames",
+        y_range=(0, 1.25 * max(total)),
+        x_range=(0.3, max(len(numbers), 8) + 0.7),
     )
     width = 0.8
     plot.vbar(numbers, width, counted, 0, fill_color="#1c7ed6", line_color=None, legend_label="counted")

@@ -54,6 +54,9 @@ StateOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+SensorOption = Annotated[
+    str | None, typer.Option(metavar="S", help="One sensor: its serial number, or a part of its name. [default: all]")
+]
 ConfigOption = Annotated[
     Path | None,
     typer.Option("--config", metavar="F", help="Configuration. [default: see README]", exists=True, dir_okay=False),
@@ -457,6 +460,31 @@ def defects(
 
 
 @app.command()
+def history(
+    sensor: SensorOption = None,
+    since: Annotated[
+        str | None, typer.Option(metavar="DATE", help="Only what changed since, such as 2026-01-31.")
+    ] = None,
+    gap: Annotated[
+        float, typer.Option(min=0.01, max=8784, metavar="HOURS", help="Pause that parts two sessions.")
+    ] = 6.0,
+    everything: Annotated[bool, typer.Option("--all", help="All changes, not only the latest.")] = False,
+    as_json: JsonOption = False,
+    state: StateOption = None,
+) -> None:
+    """Show when defects came and went, by date and session, and how many more there are per month."""
+    from hotpixd.views import tables
+    from hotpixd.views.history import moment_s
+
+    try:
+        since is None or moment_s(since)
+    except ValueError as error:
+        _fail(str(error), WRONG_USE)
+    answer = _known_sensor(_asked(state, "history", sensor=sensor, since=since, gap_h=gap))
+    _print_json(answer) if as_json else tables.print_history(answer, everything=everything)
+
+
+@app.command()
 def least_variance(
     k: Annotated[int, typer.Option("-k", min=1, max=1_000_000, help="How many.")] = 10,
     state: StateOption = None,
@@ -467,6 +495,25 @@ def least_variance(
 
     answer = _asked(state, "least-variance", k=k)
     _print_json(answer) if as_json else tables.print_least_variance(answer)
+
+
+@app.command()
+def report(
+    file: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The page.")] = Path("report.html"),
+    sensor: SensorOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is no report.")] = False,
+    state: StateOption = None,
+) -> None:
+    """Make one HTML page of all that is known: maps, plots, magnified defects. It needs no network."""
+    from hotpixd.views import report as making
+    from hotpixd.views.history import GAP_H
+
+    file = file.expanduser().absolute()
+    making.look_at(file, force=force)
+    with _asking(state, _own_answers) as ask:
+        told = _known_sensor(making.gathered(ask, sensor, GAP_H))
+    size = making.write(file, making.page_of(told))
+    print(f"{file} has {size / 1e6:.1f} MB; open it in a browser.")
 
 
 @app.command()
@@ -769,15 +816,21 @@ def _exchanged(state: Path | None, work: Callable[[_Ask], object]) -> None:
 
 def _asked(state: Path | None, question: str, **arguments: Any) -> dict[str, Any]:
     """Answer from the state, or have the daemon answer that has it open."""
-
-    def own(opened: State) -> _Ask:
-        # Not before it is needed: it takes a second, and who only asks may have no place for compiled kernels.
-        from hotpixd.views import answers
-
-        return lambda question, **arguments: answers.answer(opened, question, arguments)
-
-    with _asking(state, own) as ask:
+    with _asking(state, _own_answers) as ask:
         return ask(question, **arguments)
+
+
+def _own_answers(opened: State) -> _Ask:
+    # Not before it is needed: it takes a second, and who only asks may have no place for compiled kernels.
+    from hotpixd.views import answers
+
+    return lambda question, **arguments: answers.answer(opened, question, arguments)
+
+
+def _known_sensor(answer: dict[str, Any]) -> dict[str, Any]:
+    if "unknown" in answer:
+        _fail(answer["unknown"], WRONG_USE)
+    return answer
 
 
 @contextlib.contextmanager

@@ -670,6 +670,8 @@ class Monitor:
             self._ledger.add_observations(
                 id_, row.seq, report.observed_sites, seen["value"], seen["excess"], seen["events"]
             )
+        if report.counted:
+            self._ledger.thin_observations(id_, row.seq)
         if report.transitions:
             self._ledger.add_transitions(
                 TransitionRow(id_, t.site, row.seq, t.change, _detail(t)) for t in report.transitions

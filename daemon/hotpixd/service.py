@@ -843,7 +843,8 @@ class _Service:
         if name in ("verify", "generation"):
             # They are about what is on the disk.
             self._monitor.checkpoint()
-        sensors = self._monitor.sensors(list(self._ledger.sensors()))
+        ids = [str(arguments["sensor"])] if name == "report" else list(self._ledger.sensors())
+        sensors = self._monitor.sensors(ids)
         answer = answers.answer(self._state, name, arguments, sensors)
         if name == "status":
             answer.update(

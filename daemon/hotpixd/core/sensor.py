@@ -588,6 +588,25 @@ class Sensor:
         patch[inside] = mean
         return patch
 
+    def patches(self, sites: NDArray[np.int64], reach: int) -> NDArray[np.float32]:
+        """Return what `around` does for many sites at once, (K, 2 reach + 1, 2 reach + 1)."""
+        layout = self.layout
+        row, col = np.divmod(sites, layout.shape[1])
+        x, channel = np.divmod(col, layout.channels)
+        step = np.arange(-reach, reach + 1)
+        ys, xs = (row[:, None] + step)[:, :, None], (x[:, None] + step)[:, None, :]
+        inside = (ys >= 0) & (xs >= 0) & (ys < layout.height) & (xs < layout.width)
+        there = np.where(inside, ys * layout.shape[1] + xs * layout.channels + channel[:, None, None], 0)
+        patches = np.where(inside, self.accumulator.mean(there.ravel()).reshape(there.shape), np.nan)
+        noise = self._noise()[layout.planes_of(there)]
+        # All sites of one phase within a patch are of one plane.
+        for i in range(layout.period):
+            for j in range(layout.period):
+                plane = (slice(None), slice(i, None, layout.period), slice(j, None, layout.period))
+                own = patches[plane].reshape(len(sites), -1)
+                patches[plane] -= defects.medians(own)[:, None, None]
+        return np.asarray(patches / noise, np.float32)
+
     def digest(self, keys: Iterable[str] = ()) -> str:
         """Return the accumulator's digest over the frames named by `keys`."""
         return self.accumulator.digest(keys)

@@ -19,6 +19,7 @@ from hotpixd.store.declared import DeclaredError
 from hotpixd.store.durable import StateDamaged, StateError
 from hotpixd.store.ledger import ShotRow, Tally
 from hotpixd.store.state import State
+from hotpixd.views import evidence, history
 
 Answer = dict[str, Any]
 
@@ -51,6 +52,10 @@ def answer(state: State, question: str, arguments: Mapping[str, Any], sensors: S
                 "path": generation(state, str(arguments["sensor"])),
                 "waiting": waiting(state) if sensors is None else 0,
             }
+        case "report":
+            return report(state, str(arguments["sensor"]), sensors)
+        case "history":
+            return history.history(state, **arguments)
     raise KeyError(question)
 
 
@@ -145,6 +150,23 @@ def entries_of(state: State, kept: Kept, *, candidates: bool) -> list[tuple[int,
         }
         entries.append((defect.site, entry))
     return entries
+
+
+def report(state: State, id_: str, sensors: Sensors | None = None) -> Answer:
+    """All that a report shows of one sensor, but for its history; see `evidence`.
+
+    Raises
+    ------
+    KeyError
+        If there is no such sensor.
+    """
+    about = state.ledger.sensors()[id_]
+    if sensors is None:
+        sensors = [(id_, archive.load(state, id_, archive.identity_from(about), DetectionSettings()))]
+    kept = next(kept for found, kept in sensors if found == id_)
+    (found,) = defects(state, candidates=True, sensors=[(id_, kept)])["sensors"]
+    entries = found.pop("defects")
+    return {**found, "declared": found.get("declared", []), **evidence.of_sensor(state, kept, entries)}
 
 
 def least_variance(state: State, k: int, sensors: Sensors | None = None) -> Answer:

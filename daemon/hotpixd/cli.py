@@ -583,7 +583,7 @@ def rebuild(
         raise typer.Exit(rebuilt(_state_dir(state), fold))
 
 
-SensorOption = Annotated[
+OneSensorOption = Annotated[
     str | None, typer.Option("--sensor", metavar="S", help="Its id, serial number, or part of its name.")
 ]
 LikeOption = Annotated[
@@ -598,7 +598,7 @@ LikeOption = Annotated[
 def export(
     format_name: Annotated[str | None, typer.Argument(metavar="FORMAT", help="See --list.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="F", help="The file. [default: stdout]")] = None,
-    sensor: SensorOption = None,
+    sensor: OneSensorOption = None,
     states: Annotated[str, typer.Option("--which", help="Some of stable, warm, candidate, recovered.")] = "stable,warm",
     least_sigma: Annotated[
         float, typer.Option("--min-excess", metavar="SIGMA", min=0, help="Leave weaker ones out.")
@@ -644,7 +644,7 @@ def import_(
     format_name: Annotated[
         str | None, typer.Option("--format", metavar="F", help="[default: as the content is]")
     ] = None,
-    sensor: SensorOption = None,
+    sensor: OneSensorOption = None,
     like: LikeOption = None,
     state: StateOption = None,
 ) -> None:
@@ -658,7 +658,7 @@ def import_(
 def mark(
     x: Annotated[int, typer.Argument(min=0, help="Column, 0-based.")],
     y: Annotated[int, typer.Argument(min=0, help="Row, 0-based, from the top.")],
-    sensor: SensorOption = None,
+    sensor: OneSensorOption = None,
     state: StateOption = None,
 ) -> None:
     """Declare a pixel to be defective."""
@@ -674,7 +674,7 @@ def unmark(
     source: Annotated[
         str | None, typer.Option("--source", help="All that a list declares, such as dcraw:.badpixels.")
     ] = None,
-    sensor: SensorOption = None,
+    sensor: OneSensorOption = None,
     state: StateOption = None,
 ) -> None:
     """Take back what declares a pixel to be defective. What was found stays."""

@@ -111,7 +111,11 @@ def test_parts_make_what_one_pass_makes(name, size, settle_after):
     parts, again, _ = in_parts(frames, size, settle_after)
     assert told(parts) == told(whole)
     for one, other in zip(reports, again, strict=True):
-        assert (one.counted, one.not_counted_because, one.lift) == (other.counted, other.not_counted_because, other.lift)
+        assert (one.counted, one.not_counted_because, one.lift) == (
+            other.counted,
+            other.not_counted_because,
+            other.lift,
+        )
         assert one.transitions == other.transitions
         assert one.fingerprint == other.fingerprint
         assert one.observed_sites.tolist() == other.observed_sites.tolist()

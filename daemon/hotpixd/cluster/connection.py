@@ -61,7 +61,8 @@ def connected(address: str) -> Iterator[Any]:
                 distributed.LocalCluster(
                     n_workers=count,
                     threads_per_worker=1,
-                    dashboard_address=None,
+                    # Nobody looks at it; a fixed port might be taken.
+                    dashboard_address="127.0.0.1:0",
                     local_directory=place,
                     preload=["hotpixd.cluster.worker"],
                     silence_logs=logging.CRITICAL,

@@ -14,7 +14,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,6 +56,9 @@ _STRAGGLES_AFTER_S = 60.0
 _NOBODY_FOR_S = 120.0
 """Time without any worker after which that is no restart any more."""
 
+_ANSWERS_WITHIN_S = 20.0
+"""A worker that does not is asked by a task, which goes elsewhere with what it needs if the worker is given up."""
+
 _TRIES = 3
 """Times that a chunk is measured anew as it turned out to hold other shots than it seemed."""
 
@@ -77,10 +80,27 @@ class _Chunk:
 
     items: list[_Item]
     order: Chunk
-    tries: list[tuple[Any, Any]] = field(default_factory=list)
-    """Futures (of `Measured`, of its findings): of one try, or of two if the first straggles."""
+    tries: list[Any] = field(default_factory=list)
+    """Futures of `Measured`: of one try, or of two if the first straggles."""
 
-    sent_at: float = 0.0
+
+@dataclass(slots=True)
+class _Pieces:
+    """Sums on one worker."""
+
+    there: list[Any]
+    """Futures of `Measured` or `Sums` that are there."""
+
+    merging: Any = None
+    """Future of the sums of the first `merged` of them."""
+
+    merged: int = 0
+
+    def take(self) -> None:
+        """Replace what was merged by the result, if that is there."""
+        if self.merging is not None and self.merging.status == "finished":
+            self.there[: self.merged] = [self.merging]
+            self.merging = None
 
 
 @dataclass(slots=True)
@@ -147,10 +167,11 @@ class ClusterMonitor(Monitor):
         self._run = secrets.token_hex(4)
         self._numbers = itertools.count(1)
         self._durations: list[float] = []
-        self._parts: dict[str, dict[str, Any]] = {}
-        """Futures of merged sums, by sensor and by the worker that has them."""
+        self._parts: dict[tuple[str, Group], dict[str | None, _Pieces]] = {}
+        """Sums of frames that were followed, by sensor and by the worker that has them."""
         self._followed_keys: dict[str, list[str]] = {}
         """Of the shots whose sums are in the parts, by sensor."""
+        self._asking = ThreadPoolExecutor(4, "ask")
         self._unacknowledged = False
         self._resident_limit = max(1 << 30, memory_bytes() // 2)
         self._current: tuple[Found, Seen] | None = None
@@ -168,6 +189,7 @@ class ClusterMonitor(Monitor):
             self._ledger.abandon()
         super().__exit__(kind, error, trace)
         self._own_decoders.close()
+        self._asking.shutdown(wait=False, cancel_futures=True)
         if self._client.status == "running":
             self._client.run(worker.forget, None, wait=False, on_error="ignore")
 
@@ -212,9 +234,9 @@ class ClusterMonitor(Monitor):
 
     def checkpoint(self) -> int:
         """Merge what the workers have, and write it down as `Monitor.checkpoint` does."""
-        for id_, parts in list(self._parts.items()):
-            self._settle(self.sensor(id_), list(parts.values()))
-            del self._parts[id_]
+        for id_ in dict.fromkeys(id_ for id_, _ in self._parts):
+            self._settle(self.sensor(id_))
+        self._parts.clear()
         written = super().checkpoint()
         self._unacknowledged = False
         while self._kept and sum(k.sensor.accumulator.nbytes for k in self._kept.values()) > self._resident_limit:
@@ -265,10 +287,7 @@ class ClusterMonitor(Monitor):
         if but is not None:
             free = sorted(set(self._workers()) - set(but))
             others = {"workers": free, "allow_other_workers": False} if free else {}
-        measured = self._client.submit(worker.measure, chunk.order, key=f"measure-{key}", retries=2, **others)
-        found = self._client.submit(worker.findings, measured, key=f"findings-{key}", retries=2)
-        chunk.tries.append((measured, found))
-        chunk.sent_at = chunk.sent_at or time.monotonic()
+        chunk.tries.append(self._client.submit(worker.measure, chunk.order, key=f"measure-{key}", retries=2, **others))
 
     def _arrival(self, chunk: _Chunk, stop: Callable[[], bool]) -> _Arrived | None:
         """Wait for a chunk; None if that was stopped."""
@@ -278,8 +297,8 @@ class ClusterMonitor(Monitor):
             return _Arrived(None, (), [], {})
         last_worker_at = waited_from = time.monotonic()
         while True:
-            done = next(((m, f) for m, f in chunk.tries if f.done() and f.status != "cancelled"), None)
-            if done is not None:
+            measured = next((one for one in chunk.tries if one.done() and one.status != "cancelled"), None)
+            if measured is not None:
                 break
             if stop():
                 return None
@@ -291,10 +310,9 @@ class ClusterMonitor(Monitor):
                 raise ClusterError("the cluster has no workers any more. What was committed stays: run it again later.")
             usual = statistics.median(self._durations) if self._durations else 0.0
             if len(chunk.tries) == 1 and now - waited_from > max(self._straggles_after_s, 5 * usual):
-                self._send(chunk, but=self._busy_with(chunk.tries[0][0]))
-        measured, found = done
+                self._send(chunk, but=self._busy_with(chunk.tries[0]))
         try:
-            result = found.result()
+            result = self._findings(measured)
         except KilledWorker as error:
             self.warnings.append(f"workers died of a chunk of shots, so these were taken one by one ({error})")
             return self._measured_alone(chunk)
@@ -314,16 +332,35 @@ class ClusterMonitor(Monitor):
         if self._client.status not in ("running", "connecting"):
             raise TimeoutError("the connection was lost")
         try:
-            wait([found for _, found in chunk.tries], timeout=0.2, return_when="FIRST_COMPLETED")
+            wait(chunk.tries, timeout=0.2, return_when="FIRST_COMPLETED")
         except TimeoutError:
             return
+
+    def _findings(self, measured: Any) -> Any:
+        if measured.status == "finished":
+            for near in self._client.who_has([measured]).get(measured.key, ()):
+                found = self._there(near, worker.findings_there, measured.key)
+                if found is not None:
+                    return found
+        return self._submit(worker.findings, measured).result()
+
+    def _there(self, near: str | None, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function on a worker beside its tasks, at once; None if it is gone, or does not answer."""
+        if near not in self._workers():
+            return None
+        try:
+            asked = self._asking.submit(self._client.run, function, *arguments, workers=[near], on_error="return")
+            answer = asked.result(_ANSWERS_WITHIN_S).get(near)
+        except (OSError, KeyError, ValueError, TimeoutError):
+            return None
+        return None if isinstance(answer, BaseException) else answer
 
     def _measured_alone(self, chunk: _Chunk) -> _Arrived:
         """Measure the shots of a chunk that killed workers one by one; what kills again is refused."""
         from distributed import KilledWorker
 
         found: list[Found] = []
-        sums: dict[Group, list[Any]] = {}
+        pieces: dict[Group, list[Any]] = {}
         about: Mapping[str, Any] = {}
         for place, wanted in enumerate(chunk.order.shots):
             only = chunk.order.only
@@ -337,20 +374,18 @@ class ClusterMonitor(Monitor):
             )
             measured = self._client.submit(worker.measure, alone, key=f"alone-{self._run}-{alone.number}", retries=2)
             try:
-                (one,), groups, about = self._client.submit(worker.findings, measured).result()
+                (one,), groups, about = self._submit(worker.findings, measured).result()
             except KilledWorker:
-                key, size = self._client.submit(worker.key_of, wanted).result()
+                key, size = self._submit(worker.key_of, wanted).result()
                 reason = "it killed every worker that it was given to, so it is left alone; a good picture that does so"
                 reason += " is a fault, please report it"
                 found.append(Found(key, size, refusal=reason))
                 continue
             found.append(one)
             for group in groups:
-                sums.setdefault(group, []).append(self._client.submit(worker.sums_of, measured, group))
-        merged = {group: self._merged(parts) for group, parts in sums.items()}
-        whole = self._client.submit(
-            worker.put_together, tuple(found), merged, dict(about), key=f"together-{self._run}-{next(self._numbers)}"
-        )
+                pieces.setdefault(group, []).append(measured)
+        merged = {group: self._submit(worker.merge, group, *those) for group, those in pieces.items()}
+        whole = self._submit(worker.put_together, tuple(found), list(merged), list(merged.values()), dict(about))
         return _Arrived(whole, tuple(found), list(merged), about)
 
     def _workers(self) -> list[str]:
@@ -411,8 +446,8 @@ class ClusterMonitor(Monitor):
                 failures[shot.path] = one
             if key is not None:
                 row = item.known or self._ledger.find(key)
-                if decision.verdict == "new":
-                    keys[key] = decision.reason is None
+                if decision.verdict in ("new", "companion"):
+                    keys[key] = decision.verdict == "new" and decision.reason is None
                 folded[shot.path] = keys.get(key, row is not None and row.verdict == "folded")
         return decisions
 
@@ -532,20 +567,27 @@ class ClusterMonitor(Monitor):
         self, id_: str, shots: tuple[tuple[Wanted, str], ...], kind: str | None, dtype: str, arrived: _Arrived
     ) -> Callable[[NDArray[np.int64]], Glimpse]:
         near = arrived.about.get("worker")
+        keys = [key for _, key in shots]
 
         def look(sites: NDArray[np.int64]) -> Glimpse:
             if not sites.size:
                 none = np.zeros(0, np.uint64)
                 return Glimpse(np.empty((len(shots), 0), dtype), none, none)
-            where = {"workers": [near], "allow_other_workers": True} if near else {}
-            jobs = [self._submit(worker.glimpse, shots, kind, sites, dtype, **where)]
-            jobs += [self._submit(worker.at_sites, part, sites) for part in self._parts.get(id_, {}).values()]
-            values, *before = self._gathered(jobs)
-            self.bytes_in["sites"] += values.nbytes + 16 * len(sites) * len(before)
-            zeros = np.zeros(len(sites), np.uint64)
-            total = sum((total for total, _ in before), zeros)
-            squares = sum((squares for _, squares in before), zeros)
-            return Glimpse(values, np.asarray(total), np.asarray(squares))
+            values = self._there(near, worker.glimpse_there, keys, sites, dtype)
+            if values is None:
+                (values,) = self._gathered([self._submit(worker.glimpse, shots, kind, sites, dtype)])
+            total, squares = np.zeros(len(sites), np.uint64), np.zeros(len(sites), np.uint64)
+            for place, group, pieces in self._pieces_of(id_):
+                pieces.take()
+                names = [piece.key for piece in pieces.there]
+                before = self._there(place, worker.at_sites_there, group, sites, names)
+                if before is None:
+                    (before,) = self._gathered([self._submit(worker.at_sites, group, sites, *pieces.there)])
+                total += before[0]
+                squares += before[1]
+                self.bytes_in["sites"] += 16 * len(sites)
+            self.bytes_in["sites"] += values.nbytes
+            return Glimpse(values, total, squares)
 
         return look
 
@@ -553,16 +595,32 @@ class ClusterMonitor(Monitor):
         """Merge the sums of a chunk that was followed with those that its worker has already."""
         for group in arrived.groups:
             id_ = archive.sensor_id(self._placed(_NOT_A_ROW, _frame_of(group, arrived.found)).sensor)
-            parts = self._parts.setdefault(id_, {})
-            new = self._submit(worker.sums_of, arrived.measured, group)
-            place = str(arrived.about.get("worker"))
-            parts[place] = self._submit(worker.merge, parts[place], new) if place in parts else new
+            places = self._parts.setdefault((id_, group), {})
+            pieces = places.setdefault(arrived.about.get("worker"), _Pieces([]))
+            pieces.take()
+            pieces.there.append(arrived.measured)
+            if pieces.merging is None and len(pieces.there) > 1:
+                pieces.merging = self._submit(worker.merge, group, *pieces.there)
+                pieces.merged = len(pieces.there)
         keys = tuple(one.key for one in arrived.found if one.seen is not None and one.key is not None)
         near = arrived.about.get("worker")
-        if keys and near in self._workers():
-            self._client.run(worker.forget, keys, workers=[near], wait=False, on_error="ignore")
+        if keys:
+            self._there(near, worker.forget, keys)
 
-    def _settle(self, kept: Kept, parts: list[Any]) -> None:
+    def _pieces_of(self, id_: str) -> list[tuple[str | None, Group, _Pieces]]:
+        return [
+            (place, group, pieces)
+            for (whose, group), places in self._parts.items()
+            if whose == id_
+            for place, pieces in places.items()
+        ]
+
+    def _settle(self, kept: Kept) -> None:
+        parts = []
+        for _, group, pieces in self._pieces_of(kept.id):
+            pieces.take()
+            # First what a worker has itself.
+            parts.append((group, self._submit(worker.merge, group, *pieces.there)))
         sums: Sums = self._gathered([self._merged(parts)])[0]
         self.bytes_in["sums"] += sums.__sizeof__()
         followed = kept.sensor.accumulator
@@ -571,12 +629,14 @@ class ClusterMonitor(Monitor):
             raise ClusterError("a file was changed while it was scanned, so its sums are of another one; scan again")
         followed.settle(sums)
 
-    def _merged(self, parts: list[Any]) -> Any:
+    def _merged(self, parts: list[tuple[Group, Any]]) -> Any:
         """Return the future of the merged sums: in a tree, so that no worker gets all of them."""
         while len(parts) > 1:
             pairs = [parts[i : i + 2] for i in range(0, len(parts), 2)]
-            parts = [self._submit(worker.merge, *pair) if len(pair) == 2 else pair[0] for pair in pairs]
-        return parts[0]
+            parts = [
+                (pair[0][0], self._submit(worker.merge, pair[0][0], *(part for _, part in pair))) for pair in pairs
+            ]
+        return parts[0][1]
 
     def _submit(self, function: Callable[..., Any], *arguments: Any, **where: Any) -> Any:
         return self._client.submit(

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ from hotpixd.core.frame import Frame, Samples, SensorIdentity, ShotInfo, ShotKin
 from hotpixd.intake.decode import DecodeError
 from hotpixd.intake.decoders import Decoders
 from hotpixd.store.spool import Spool, SpoolError
+
+SiteSums = tuple[NDArray[np.uint64], NDArray[np.uint64]]
+"""Sums and sums of squares at some sites."""
 
 Group = tuple[SensorIdentity, int | None]
 """Frames whose sums may be added: of one sensor as its files describe it, and one bit depth."""
@@ -194,19 +197,50 @@ def findings(measured: Measured) -> tuple[tuple[Found, ...], list[Group], Mappin
     return measured.found, list(measured.sums), measured.about
 
 
-def sums_of(measured: Measured, group: Group) -> Sums:
-    """Return the sums of one sensor."""
-    return measured.sums[group]
+def merge(group: Group, *pieces: Measured | Sums) -> Sums:
+    """Return the sums of one sensor over the frames of all."""
+    sums = [_sums_of(piece, group) for piece in pieces]
+    return reduce(Sums.merged, sums[1:], sums[0])
 
 
-def merge(one: Sums, other: Sums) -> Sums:
-    """Return the sums over the frames of both."""
-    return one.merged(other)
+def at_sites(group: Group, sites: NDArray[np.int64], *pieces: Measured | Sums) -> SiteSums:
+    """Return sums and sums of squares of one sensor at flat indices, over the frames of all."""
+    total, squares = np.zeros(len(sites), np.uint64), np.zeros(len(sites), np.uint64)
+    for piece in pieces:
+        sums = _sums_of(piece, group)
+        total += sums.total.ravel()[sites]
+        squares += sums.squares.ravel()[sites]
+    return total, squares
 
 
-def at_sites(sums: Sums, sites: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Return sums and sums of squares at flat indices."""
-    return sums.total.ravel()[sites].astype(np.uint64), sums.squares.ravel()[sites].astype(np.uint64)
+def _sums_of(piece: Measured | Sums, group: Group) -> Sums:
+    return piece.sums[group] if isinstance(piece, Measured) else piece
+
+
+# The same beside the tasks, at once: a worker that is busy with a chunk would let them wait for minutes.
+
+
+def findings_there(key: str, dask_worker: Any) -> Any:
+    """Return the `findings` of what a worker has under a key; None if it has not."""
+    measured = dask_worker.data.get(key)
+    return None if measured is None else findings(measured)
+
+
+def at_sites_there(group: Group, sites: NDArray[np.int64], keys: list[str], dask_worker: Any) -> SiteSums | None:
+    """Return `at_sites` of what a worker has under some keys; None if it has not."""
+    pieces = [dask_worker.data.get(key) for key in keys]
+    return None if any(piece is None for piece in pieces) else at_sites(group, sites, *pieces)
+
+
+def glimpse_there(keys: list[str], sites: NDArray[np.int64], dtype: str) -> NDArray[Any] | None:
+    """Return what `glimpse` returns, of frames that are kept here; None if one is not."""
+    values = np.empty((len(keys), len(sites)), dtype)
+    for i, key in enumerate(keys):
+        samples = _kept().find(key)
+        if samples is None:
+            return None
+        values[i] = samples.ravel()[sites]
+    return values
 
 
 def glimpse(
@@ -238,9 +272,9 @@ def key_of(wanted: Wanted) -> tuple[str | None, int]:
         return copy.found.key, copy.found.size
 
 
-def put_together(found: tuple[Found, ...], sums: dict[Group, Sums], about: dict[str, Any]) -> Measured:
+def put_together(found: tuple[Found, ...], groups: list[Group], sums: list[Sums], about: dict[str, Any]) -> Measured:
     """Return what became of a chunk whose shots were measured one by one."""
-    return Measured(found, sums, about)
+    return Measured(found, dict(zip(groups, sums, strict=True)), about)
 
 
 def forget(keys: tuple[str, ...] | None = None) -> None:

@@ -56,7 +56,8 @@ def connected(address: str) -> Iterator[Any]:
         if local is not None:
             count = int(local[1] or len(os.sched_getaffinity(0)))
             place = held.enter_context(tempfile.TemporaryDirectory(prefix="hotpixd-cluster-"))
-            dask.config.set({"distributed.scheduler.worker-ttl": "60s"})
+            # Here a worker that dies is most likely killed by its file: two more are given to it, not three.
+            dask.config.set({"distributed.scheduler.worker-ttl": "60s", "distributed.scheduler.allowed-failures": 2})
             cluster = held.enter_context(
                 distributed.LocalCluster(
                     n_workers=count,

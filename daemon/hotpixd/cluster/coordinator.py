@@ -287,7 +287,7 @@ class ClusterMonitor(Monitor):
         if but is not None:
             free = sorted(set(self._workers()) - set(but))
             others = {"workers": free, "allow_other_workers": False} if free else {}
-        chunk.tries.append(self._client.submit(worker.measure, chunk.order, key=f"measure-{key}", retries=2, **others))
+        chunk.tries.append(self._client.submit(worker.measure, chunk.order, key=f"measure-{key}", **others))
 
     def _arrival(self, chunk: _Chunk, stop: Callable[[], bool]) -> _Arrived | None:
         """Wait for a chunk; None if that was stopped."""
@@ -313,8 +313,8 @@ class ClusterMonitor(Monitor):
                 self._send(chunk, but=self._busy_with(chunk.tries[0]))
         try:
             result = self._findings(measured)
-        except KilledWorker as error:
-            self.warnings.append(f"workers died of a chunk of shots, so these were taken one by one ({error})")
+        except KilledWorker:
+            self.warnings.append("workers died of a chunk of shots, so these were taken one by one")
             return self._measured_alone(chunk)
         except (worker.InputChangedError, ImportError, OSError) as error:
             raise ClusterError(f"a worker cannot go on: {error}") from error
@@ -372,7 +372,7 @@ class ClusterMonitor(Monitor):
                 shots=(replace(wanted, raw=None, raw_folded=folded),),
                 only=None if only is None else frozenset((0,) if place in only else ()),
             )
-            measured = self._client.submit(worker.measure, alone, key=f"alone-{self._run}-{alone.number}", retries=2)
+            measured = self._client.submit(worker.measure, alone, key=f"alone-{self._run}-{alone.number}")
             try:
                 (one,), groups, about = self._submit(worker.findings, measured).result()
             except KilledWorker:

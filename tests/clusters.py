@@ -45,7 +45,7 @@ def whole(root: Path) -> dict[str, Any]:
     statistics = {}
     for folder in sorted((root / "sensors").iterdir()):
         generation = checkpoint.read_generation(checkpoint.generations(folder)[0])
-        arrays = {name: (a.dtype.str, blake3(a.data).hexdigest()) for name, a in generation.arrays.items()}
+        arrays = {name: (a.dtype.str, blake3(a.tobytes()).hexdigest()) for name, a in generation.arrays.items()}
         statistics[folder.name] = generation.header["sensor"], generation.header["chain"], arrays
     with State(root) as state:
         found = state.ledger._shots("ORDER BY seq")

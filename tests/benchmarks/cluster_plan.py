@@ -24,28 +24,28 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Costs:
-    """What one frame, chunk or sensor costs. Defaults: `--measure` on 2 cores of a Xeon VM."""
+    """What one frame, chunk or sensor costs. Defaults: `--measure` on 2 cores of a Xeon VM busy with other work."""
 
     frame_bytes: float = 48e6
     """Of a file: uncompressed raw of 24 megapixels."""
 
-    measure_s: float = 0.60
+    measure_s: float = 1.19
     """Worker: read, decode in the jail, add up, find and pack events, keep the frame on its disk."""
 
-    events_bytes: float = 0.9e6
+    events_bytes: float = 0.445e6
     """Of a frame's events, compressed."""
 
-    sites_bytes: float = 0.1e6
+    sites_bytes: float = 0.11e6
     """Of samples at sites looked at: some 200 sites with what is around them."""
 
-    follow_s: float = 0.08
-    """One machine: unpack, gate, count, observe, write rows."""
+    follow_s: float = 1.12
+    """One machine: unpack, gate, count, observe; of the first six frames, in which most sites come under suspicion."""
 
     sums_bytes: float = 288e6
     """Of one sensor: 12 bytes per sample."""
 
     save_s: float = 3.0
-    """Per generation: merged into the statistic, compressed, on the disk."""
+    """Per generation: merged into the statistic, compressed, on the disk. An estimate."""
 
     start_s: float = 0.0
     """Start of the command and of local workers."""

@@ -244,16 +244,28 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 def scan(
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders (with all below) or globs.")],
     kind: KindGiven = KindOption.AUTO,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Decode and add up on a Dask cluster: its scheduler's address (tcp://HOST:8786), or local, or local:4"
+            " for 4 workers on this machine. PATH may then be a URL (s3://, http://, ssh://) too.",
+        ),
+    ] = None,
     state: StateOption = None,
 ) -> None:
     """Fold files or folders into the statistic, say what was found, and exit.
 
-    Interrupted (Ctrl-C, a crash, a power cut), it goes on where it was when it is started again.
+    Interrupted (Ctrl-C, a crash, a power cut), it goes on where it was when it is started again. On a cluster the
+    result is the same, to the last bit; the state stays on this machine, and workers read the files themselves.
     """
-    from hotpixd.scanning import run_scan
+    from hotpixd.scanning import run_cluster_scan, run_scan
 
     with _opened(state) as opened, _interruptible() as stop:
-        code = run_scan(opened, paths, kind.given, stop)
+        if cluster is None:
+            code = run_scan(opened, paths, kind.given, stop)
+        else:
+            code = run_cluster_scan(opened, cluster, paths, kind.given, stop)
     raise typer.Exit(code)
 
 

@@ -127,7 +127,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class _Waiting:
+class Waiting:
     """A shot in the ledger, on its way through the decoder."""
 
     row: ShotRow
@@ -195,7 +195,7 @@ class Monitor:
         self._wake: Callable[[], None] | None = None
         self._slabs = cores
         self._acked: deque[tuple[ShotRow, FoundShot]] = deque()
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._early: dict[str, Future[Frame]] = {}
         keep_large_buffers()
         self._hashers: dict[str, ThreadPoolExecutor] = {}
@@ -561,15 +561,15 @@ class Monitor:
             return Outcome(shot.path, Fate.REFUSED, row.reason, again=True, origin=shot.origin)
         return Outcome(shot.path, Fate.KNOWN, sensor_id=None if row is None else row.sensor_id, origin=shot.origin)
 
-    def _decode(self, row: ShotRow, found: FoundShot, *, replayed: bool) -> _Waiting:
+    def _decode(self, row: ShotRow, found: FoundShot, *, replayed: bool) -> Waiting:
         kind = None if row.kind_given is None else ShotKind(row.kind_given)
         if replayed:
-            return _Waiting(row, self._decoding.submit(self._decode_again, row, kind), True, found)
+            return Waiting(row, self._decoding.submit(self._decode_again, row, kind), True, found)
         early = self._early.pop(row.key, None)
         frame = early or self._decoding.submit(self.decoders.decode, self._state.spool.path(row.key), kind)
         if self._wake is not None:
             frame.add_done_callback(partial(_woken, self._wake))
-        return _Waiting(row, frame, False, found)
+        return Waiting(row, frame, False, found)
 
     def _decode_again(self, row: ShotRow, kind: ShotKind | None) -> Frame:
         if row.verdict == "received" and row.attempts >= _MOST_ATTEMPTS:
@@ -602,7 +602,7 @@ class Monitor:
         if (due and self.is_worth_a_checkpoint) or self._since_checkpoint >= self.checkpoint_every_shots:
             self.checkpoint()
 
-    def _conclude(self, shot: _Waiting) -> Outcome:
+    def _conclude(self, shot: Waiting) -> Outcome:
         """Fold a decoded shot and write down what that changed."""
         row, found = shot.row, shot.found
         try:
@@ -622,7 +622,7 @@ class Monitor:
                 origin=found.origin,
             )
         kept = self._sensor_of(frame)
-        report = kept.sensor.fold(frame, row.seq)
+        report = self._fold(kept, frame, row)
         kept.fold_in(row)
         digest = report.fingerprint
         # It depends on the frames before it, too: on their defects.
@@ -647,6 +647,9 @@ class Monitor:
             size=row.size,
             origin=found.origin,
         )
+
+    def _fold(self, kept: Kept, frame: Frame, row: ShotRow) -> FoldReport:
+        return kept.sensor.fold(frame, row.seq)
 
     def _write_down(self, row: ShotRow, frame: Frame, id_: str, report: FoldReport, digest: str) -> None:
         info = frame.info
@@ -688,7 +691,7 @@ class Monitor:
         sensor = frame.sensor
         if row.camera_given and sensor.serial is None:
             sensor = replace(sensor, serial=row.camera_given)
-        depth = _bits(frame)
+        depth = frame.bits
         usual = self._depths.get(archive.sensor_id(sensor))
         if None not in (depth, usual) and depth != usual:
             # Samples of 12 and of 14 bit have different units: their sums must not be mixed.
@@ -705,7 +708,7 @@ class Monitor:
         id_ = archive.sensor_id(frame.sensor)
         if id_ not in self._kept:
             if self._depths.get(id_) is None:
-                self._depths[id_] = _bits(frame)
+                self._depths[id_] = frame.bits
             self._ledger.add_sensor(id_, {**archive.describe(frame.sensor), "depth": self._depths[id_]})
         return self._resident(id_, frame.sensor)
 
@@ -733,11 +736,6 @@ class Monitor:
         if kept.covered_by_older is not None:
             self._covered_by_older[kept.id] = kept.covered_by_older
         return written
-
-
-def _bits(frame: Frame) -> int | None:
-    """Return how many bits the samples have, if their file says."""
-    return None if frame.white_level_adu is None else int(frame.white_level_adu).bit_length()
 
 
 def _woken(wake: Callable[[], None], _: Future[Frame]) -> None:

@@ -206,6 +206,11 @@ class Sensor:
         return {status.name.lower(): int((statuses == status).sum()) for status in Status}
 
     @property
+    def followed_sites(self) -> NDArray[np.int64]:
+        """Flat indices of the sites under suspicion."""
+        return np.array(self._tracks.rows["site"])
+
+    @property
     def kinds(self) -> dict[str, int]:
         """Number of stable defects by kind, as far as these are known by now."""
         kinds = self._tracks.rows["kind"][self._tracks.rows["status"] == Status.STABLE]
@@ -237,14 +242,24 @@ class Sensor:
         """
         if frame.sensor != self.identity:
             raise ValueError("a frame of another sensor cannot be folded")
-        light = frame.kind is ShotKind.LIGHT
-        lone = light and self.layout.mosaic
-        events = self.accumulator.fold(frame.samples, lone=lone)
+        events = self.accumulator.fold(frame.samples, lone=frame.lone)
+        return self.follow(frame, events, defects.noise_of(frame, self.layout), seq)
+
+    def follow(self, frame: Frame, events: FrameEvents, noise: NDArray[np.float64], seq: int) -> FoldReport:
+        """Do what depends on the frames before this one, which the accumulator has in its sums already.
+
+        Parameters
+        ----------
+        frame, seq : as `fold` takes them; of the samples those are read that the accumulator requires
+        events : what the accumulator returned for it
+        noise : `defects.noise_of` it
+        """
+        light, lone = frame.kind is ShotKind.LIGHT, frame.lone
         running = self._running
         running.light_frames += light
         running.black_level_adu = frame.black_level_adu
         running.white_level_adu = frame.white_level_adu
-        self._noise_squares += defects.noise_of(frame, self.layout) ** 2
+        self._noise_squares += noise**2
         lift = self._gate.lift(events) if light else None
         if lift is not None and lift > self._lift_limit:
             why = f"the scene does not move: it repeats an earlier frame {lift:.1f} times as often as chance"
@@ -274,6 +289,7 @@ class Sensor:
         new = np.setdiff1d(reached, self._tracks.rows["site"])
         log_e = evidence.combined_log_e(n, self.accumulator.counts_at(new), self._rates)
         new, log_e = new[log_e >= level], log_e[log_e >= level]
+        self.accumulator.require(new)
         if self._rendered:
             new, log_e = self._strongest(new, log_e)
         positions = self._tracks.add(new, log_e, seq)

@@ -405,6 +405,7 @@ class Ledger:
         self._failed = False
         self._pending: list[tuple[str, Sequence[Sequence[object]]]] = []
         self._applied = 0
+        self._taken_in = 0
         self._tag = 0
         self._observed: dict[str, _Observed] = {}
         self._look_at_files()
@@ -593,6 +594,22 @@ class Ledger:
         if seqs:
             self._acknowledged(self._tag, max(seqs))
         return seqs
+
+    def take_in(self, shot: Received) -> int:
+        """Write a shot that is unknown yet with the next commit, which acknowledges it; return its seq.
+
+        For one whose bytes are not in the spool: its source offers it again until it has a verdict.
+        """
+        seq = self.last_seq + 1
+        values = (seq, shot.key, _file_text(shot.name), _file_text(shot.path), shot.size, shot.received_at)
+        about = "companion" if shot.companion_of else "received", _companion(shot.companion_of)
+        self.later(
+            "INSERT INTO shot(seq, key, name, path, size, received_at, kind_given, camera_given, verdict, reason)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [(*values, shot.kind_given, shot.camera_given, *about)],
+        )
+        self._taken_in = seq
+        return seq
 
     @property
     def tag(self) -> int:
@@ -946,6 +963,15 @@ class Ledger:
         with self._in_plain_words():
             self._apply_pending()
             self._commit()
+        if self._taken_in:
+            self._acknowledged(self._tag, self._taken_in)
+            self._taken_in = 0
+
+    def abandon(self) -> None:
+        """Forget the derived rows that wait, and the shots that were taken in since the last commit."""
+        self._roll_back()
+        self._pending.clear()
+        self._taken_in = 0
 
     # --- how
 
@@ -984,7 +1010,7 @@ class Ledger:
             shot.kind_given,
             shot.camera_given,
             "received" if shot.companion_of is None else "companion",
-            None if shot.companion_of is None else _file_text(f"companion of {shot.companion_of}"),
+            _companion(shot.companion_of),
         )
         try:
             added = self._db.execute(
@@ -1111,6 +1137,10 @@ def _file_text(text: str) -> str | bytes:
 def _text(stored: str | bytes | None) -> str:
     """Return text that `_file_text` made fit for SQLite."""
     return stored.decode("utf-8", "surrogateescape") if isinstance(stored, bytes) else stored or ""
+
+
+def _companion(raw: str | None) -> str | bytes | None:
+    return None if raw is None else _file_text(f"companion of {raw}")
 
 
 def _storable(value: object) -> object:

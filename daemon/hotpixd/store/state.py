@@ -193,15 +193,23 @@ class State:
         return sorted(keys - self.ledger.verdicts(keys).keys())
 
     def checkpoint(
-        self, sensor_id: str, number: int, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
+        self,
+        sensor_id: str,
+        number: int,
+        header: Mapping[str, Any],
+        arrays: Mapping[str, NDArray[Any]],
+        *,
+        ledger_first: bool = True,
     ) -> Path:
         """Write a sensor's next generation and remove all but the two newest that are whole.
 
         The ledger is committed first: a generation must never cover a shot whose verdict could still be lost,
-        or a replay would fold that shot twice.
+        or a replay would fold that shot twice. Where no replay can have the shots, as they were never in the spool,
+        it is the other way round (`ledger_first` false): a generation of which the ledger knows nothing is not used.
         """
         folder = self.sensor_folder(sensor_id)
-        self.ledger.commit()
+        if ledger_first:
+            self.ledger.commit()
         written = checkpoint.write_generation(folder, number, header, arrays)
         # Newer ones were passed over when the sensor was loaded: they must not count as one of the two.
         for path in checkpoint.generations(folder):

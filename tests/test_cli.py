@@ -55,6 +55,7 @@ SHOT = {
     "exposure_s": (int, float, NULL), "iso": (int, float, NULL), "sensor_temp_c": (int, float, NULL),
 }  # fmt: skip
 TALLY = {"received": int, "folded": int, "counted": int, "refused": int, "companion": int}
+DECLARED = {"x": int, "y": int, "source": str, "declared_at": str}
 REFUSED = {"name": str, "path": str, "reason": str}
 
 
@@ -133,8 +134,8 @@ def test_the_shape_check_can_fail():
 @pytest.mark.parametrize(
     ("question", "sensor", "rest"),
     [
-        (["defects"], {**WITH_TALLY, "defects": [DEFECT]}, {}),
-        (["defects", "--all"], {**WITH_TALLY, "defects": [DEFECT]}, {}),
+        (["defects"], {**WITH_TALLY, "defects": [DEFECT], "declared": [DECLARED]}, {}),
+        (["defects", "--all"], {**WITH_TALLY, "defects": [DEFECT], "declared": [DECLARED]}, {}),
         (["least-variance", "-k", 7], {**WITH_TALLY, "least": [LEAST]}, {}),
         (["verify"], {**SENSOR, "digest": str}, {"ok": bool, "waiting": int, "problems": [str]}),
         (

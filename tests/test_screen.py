@@ -139,6 +139,19 @@ def test_trouble_stands_above_everything():
     assert "The disk is full: shots wait." in log
 
 
+def test_declared_defects_are_told_of_where_there_are_any():
+    """How many are found, where there is room for it; on the page of alerts at every size."""
+    live = made_up.live()
+    counts = {"declared": 12, "both": 9, "not_found": 3, "not_declared": 4}
+    with_them = live | {f"sensor:{made_up.ID}": live[f"sensor:{made_up.ID}"] | {"agreement": counts}}
+    assert drawn(with_them, 120, 36)[2].rstrip().endswith("12 declared, 9 found")
+    assert "2 shots refused" in drawn(with_them, 80, 24)[2]
+    words = "12 declared: 9 of them found, 3 not; 4 found are not declared"
+    assert words in "\n".join(drawn(with_them, view=View(page=Page.LOG)))
+    for screen in (drawn(live, 120, 36), drawn(live, view=View(page=Page.LOG))):
+        assert "declared" not in "\n".join(screen)
+
+
 def test_an_alert_of_the_sensor_shown_does_without_its_name():
     """Where space is short; of another one, and in the log, it is whole."""
     live = made_up.live()

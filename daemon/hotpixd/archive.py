@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,20 +110,40 @@ def load(
     return Kept(id_, sensor, 0, 0, None, 0, state.ledger.chain(id_, 0), damage)
 
 
-def save(state: State, kept: Kept) -> int:
-    """Write the sensor's next generation, if it has frames that no generation has; return its bytes."""
+def save(state: State, kept: Kept, *, ledger_first: bool = True) -> int:
+    """Write the sensor's next generation, if it has frames that no generation has; return its bytes.
+
+    Parameters
+    ----------
+    ledger_first : see `State.checkpoint`
+    """
     if not kept.pending:
         return 0
     header, arrays = kept.sensor.save()
     kept.number += 1
     full = {"sensor": header, "covers": kept.last_seq, "chain": kept.chain.hexdigest()}
-    written = state.checkpoint(kept.id, kept.number, full, arrays)
+    if not ledger_first:
+        full["ahead_of_ledger"] = True
+    written = state.checkpoint(kept.id, kept.number, full, arrays, ledger_first=ledger_first)
     # Not simply what was covered before: that file may have been damaged since, and was not counted then.
     older = checkpoint.generations(written.parent)[1:2]
     kept.covered_by_older = int(checkpoint.header_of(older[0])["covers"]) if older else None
     kept.covers = kept.last_seq
     kept.bytes_written = written.stat().st_size
     return kept.bytes_written
+
+
+def drop_unacknowledged(state: State) -> None:
+    """Remove generations that were written ahead of a ledger commit which then never came: their shots come again."""
+    if state.forgotten:
+        # It had come, and the ledger has lost it since: that is damage, and they are evidence.
+        return
+    for folder in (state.root / "sensors").iterdir():
+        for path in checkpoint.generations(folder)[:1]:
+            with suppress(checkpoint.GenerationError):
+                header = checkpoint.verify(path)
+                if header.get("ahead_of_ledger") and int(header["covers"]) > state.ledger.last_seq:
+                    path.unlink()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 A backup is a tar file: `manifest.json` first, with the size and BLAKE3 of every
 other member, then a ledger, of each sensor the newest generation, the shots that
-it does not cover, and the journal of a series of darks. Files on their way from a
+it does not cover, the declared defects, and the journal of a series of darks. Files on their way from a
 camera (`incoming/`) are not in it: they are not acknowledged yet, and their camera
 still has them. Nor is what only tells of this machine: the lock, and evidence of damage.
 
@@ -36,7 +36,17 @@ from typing import Any, BinaryIO
 from blake3 import blake3
 
 from hotpixd import __version__, archive
-from hotpixd.store.durable import StateError, StateFull, fsync_folder, full_disk_as_state_full, write_all
+from hotpixd.store import declared
+from hotpixd.store.declared import DeclaredError
+from hotpixd.store.durable import (
+    StateError,
+    StateFull,
+    fsync_folder,
+    full_disk_as_state_full,
+    make_folder,
+    replace_durably,
+    write_all,
+)
 from hotpixd.store.outbox import Outbox
 from hotpixd.store.state import State, StateDamaged, held, swap_in
 from hotpixd.views import answers
@@ -57,6 +67,7 @@ _BLOCK = tarfile.BLOCKSIZE
 
 _MEMBER = re.compile(
     r"ledger\.sqlite|series\.json|spool/[0-9a-f]{64}|sensors/[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}/gen-[0-9]{8}\.hpx"
+    r"|declared/[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}\.json"
 )
 """Every name that a backup may hold; none of them leaves its folder."""
 
@@ -147,7 +158,7 @@ def snapshot(state: State) -> Path:
         with full_disk_as_state_full(f"for a backup in {state.root}"):
             taken.mkdir(mode=0o700)
             state.ledger.copy_to(taken / "ledger.sqlite")
-            for folder in (state.root / "spool", *(state.root / "sensors").iterdir()):
+            for folder in (state.root / "spool", state.root / "declared", *(state.root / "sensors").iterdir()):
                 if not folder.is_dir():
                     continue
                 copy = taken / folder.relative_to(state.root)
@@ -248,6 +259,11 @@ def _members_of(taken: Path) -> list[str]:
             # What is lost here already is not there either.
             if state.spool.verify(row.key):
                 names.append(f"spool/{row.key}")
+    # Those of sensors that this ledger does not know, too: a rebuild may still meet them.
+    for path in declared.files(taken / "declared"):
+        with suppress(DeclaredError):
+            declared.read(path, path.stem)
+            names.append(str(path.relative_to(taken)))
     if (taken / "series.json").exists():
         names.append("series.json")
     return ["ledger.sqlite", *names]
@@ -457,6 +473,7 @@ def restore(root: Path, file: Path, *, force: bool) -> list[str]:
                 raise
     if old is not None:
         said.append(f"The state that was there is kept in {old}.")
+        said += _declared_only_in(old, root)
     return [f"Restored {root} from the backup of {backup.made_at}.", *said]
 
 
@@ -574,6 +591,7 @@ def rebuild(root: Path, fold: Callable[[State], int | None]) -> int:
             shutil.rmtree(made)
             print(f"hotpixd: nothing was folded: the state {root} is as it was", file=sys.stderr)
             return code or 1
+        _carry_declared(root, made)
         _own_like(root, made)
         old = swap_in(made, root)
     print(f"{root} is made anew of {shots} shots.")
@@ -586,6 +604,34 @@ def rebuild(root: Path, fold: Callable[[State], int | None]) -> int:
                 f" hotpixd scan {old / 'spool'}/*"
             )
     return code
+
+
+def _declared_only_in(old: Path, root: Path) -> Iterator[str]:
+    """Yield a sentence for each sensor of which more was declared in the state that a backup has replaced."""
+    for path in declared.files(old / "declared"):
+        known = root / "declared" / path.name
+        try:
+            before = {(defect.x, defect.y) for defect in declared.read(path)}
+            now = {(defect.x, defect.y) for defect in declared.read(known)} if known.exists() else set()
+        except DeclaredError as error:
+            yield str(error)
+            continue
+        if more := len(before - now):
+            yield f"{more} of its declared defects are not in the backup; to take them over: hotpixd import {path}"
+
+
+def _carry_declared(root: Path, made: Path) -> None:
+    """Take over what was declared, damaged or not, of known sensors or others: no picture can say it again."""
+    files = declared.files(root / "declared")
+    if not files:
+        return
+    folder = made / "declared"
+    with full_disk_as_state_full(f"for the declared defects in {folder}"):
+        make_folder(folder)
+        for path in files:
+            tmp = folder / f"{path.name}.tmp"
+            shutil.copyfile(path, tmp)
+            replace_durably(tmp, folder / path.name, step="declared")
 
 
 def _spooled(root: Path) -> list[str]:

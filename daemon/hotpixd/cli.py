@@ -54,6 +54,9 @@ StateOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+SensorOption = Annotated[
+    str | None, typer.Option(metavar="S", help="One sensor: its serial number, or a part of its name. [default: all]")
+]
 ConfigOption = Annotated[
     Path | None,
     typer.Option("--config", metavar="F", help="Configuration. [default: see README]", exists=True, dir_okay=False),
@@ -241,16 +244,28 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 def scan(
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders (with all below) or globs.")],
     kind: KindGiven = KindOption.AUTO,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Decode and add up on a Dask cluster: its scheduler's address (tcp://HOST:8786), or local, or local:4"
+            " for 4 workers on this machine. PATH may then be a URL (s3://, http://, ssh://) too.",
+        ),
+    ] = None,
     state: StateOption = None,
 ) -> None:
     """Fold files or folders into the statistic, say what was found, and exit.
 
-    Interrupted (Ctrl-C, a crash, a power cut), it goes on where it was when it is started again.
+    Interrupted (Ctrl-C, a crash, a power cut), it goes on where it was when it is started again. On a cluster the
+    result is the same, to the last bit; the state stays on this machine, and workers read the files themselves.
     """
-    from hotpixd.scanning import run_scan
+    from hotpixd.scanning import run_cluster_scan, run_scan
 
     with _opened(state) as opened, _interruptible() as stop:
-        code = run_scan(opened, paths, kind.given, stop)
+        if cluster is None:
+            code = run_scan(opened, paths, kind.given, stop)
+        else:
+            code = run_cluster_scan(opened, cluster, paths, kind.given, stop)
     raise typer.Exit(code)
 
 
@@ -457,6 +472,31 @@ def defects(
 
 
 @app.command()
+def history(
+    sensor: SensorOption = None,
+    since: Annotated[
+        str | None, typer.Option(metavar="DATE", help="Only what changed since, such as 2026-01-31.")
+    ] = None,
+    gap: Annotated[
+        float, typer.Option(min=0.01, max=8784, metavar="HOURS", help="Pause that parts two sessions.")
+    ] = 6.0,
+    everything: Annotated[bool, typer.Option("--all", help="All changes, not only the latest.")] = False,
+    as_json: JsonOption = False,
+    state: StateOption = None,
+) -> None:
+    """Show when defects came and went, by date and session, and how many more there are per month."""
+    from hotpixd.views import tables
+    from hotpixd.views.history import moment_s
+
+    try:
+        since is None or moment_s(since)
+    except ValueError as error:
+        _fail(str(error), WRONG_USE)
+    answer = _known_sensor(_asked(state, "history", sensor=sensor, since=since, gap_h=gap))
+    _print_json(answer) if as_json else tables.print_history(answer, everything=everything)
+
+
+@app.command()
 def least_variance(
     k: Annotated[int, typer.Option("-k", min=1, max=1_000_000, help="How many.")] = 10,
     state: StateOption = None,
@@ -467,6 +507,25 @@ def least_variance(
 
     answer = _asked(state, "least-variance", k=k)
     _print_json(answer) if as_json else tables.print_least_variance(answer)
+
+
+@app.command()
+def report(
+    file: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The page.")] = Path("report.html"),
+    sensor: SensorOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is no report.")] = False,
+    state: StateOption = None,
+) -> None:
+    """Make one HTML page of all that is known: maps, plots, magnified defects. It needs no network."""
+    from hotpixd.views import report as making
+    from hotpixd.views.history import GAP_H
+
+    file = file.expanduser().absolute()
+    making.look_at(file, force=force)
+    with _asking(state, _own_answers) as ask:
+        told = _known_sensor(making.gathered(ask, sensor, GAP_H))
+    size = making.write(file, making.page_of(told))
+    print(f"{file} has {size / 1e6:.1f} MB; open it in a browser.")
 
 
 @app.command()
@@ -536,6 +595,164 @@ def rebuild(
         raise typer.Exit(rebuilt(_state_dir(state), fold))
 
 
+OneSensorOption = Annotated[
+    str | None, typer.Option("--sensor", metavar="S", help="Its id, serial number, or part of its name.")
+]
+LikeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--like", metavar="PICTURE", help="One of the sensor's: the DNG to copy, or how FITS rows are stored."
+    ),
+]
+
+
+@app.command()
+def export(
+    format_name: Annotated[str | None, typer.Argument(metavar="FORMAT", help="See --list.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="F", help="The file. [default: stdout]")] = None,
+    sensor: OneSensorOption = None,
+    states: Annotated[str, typer.Option("--which", help="Some of stable, warm, candidate, recovered.")] = "stable,warm",
+    least_sigma: Annotated[
+        float, typer.Option("--min-excess", metavar="SIGMA", min=0, help="Leave weaker ones out.")
+    ] = 0.0,
+    like: LikeOption = None,
+    no_declared: Annotated[bool, typer.Option("--no-declared", help="Leave declared defects out.")] = False,
+    camera_clock: Annotated[
+        bool, typer.Option("--camera-clock", help="dcraw: with times of death, as the camera's clock is right.")
+    ] = False,
+    raw_crop: Annotated[
+        str | None, typer.Option(metavar="LEFT,TOP", help="rawtherapee: of its camconst.json, with --like.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file of that name.")] = False,
+    list_formats: Annotated[bool, typer.Option("--list", help="List the formats, and exit.")] = False,
+    state: StateOption = None,
+) -> None:
+    """Write the map of defects for another program, or a picture of the statistic."""
+    from hotpixd.exchange import ExportOrder, print_formats, run_export
+
+    if list_formats:
+        print_formats()
+        raise typer.Exit(DONE)
+    if format_name is None:
+        _fail("name a format; hotpixd export --list lists them", WRONG_USE)
+    order = ExportOrder(
+        format_name,
+        None if out is None else out.expanduser(),
+        sensor,
+        [word.strip() for word in states.split(",") if word.strip()],
+        least_sigma,
+        not no_declared,
+        like,
+        camera_clock,
+        raw_crop,
+        force,
+    )
+    _exchanged(state, lambda ask: run_export(ask, order))
+
+
+@app.command("import")
+def import_(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Lists or masks of other programs.")],
+    format_name: Annotated[
+        str | None, typer.Option("--format", metavar="F", help="[default: as the content is]")
+    ] = None,
+    sensor: OneSensorOption = None,
+    like: LikeOption = None,
+    state: StateOption = None,
+) -> None:
+    """Declare the bad pixels that other programs' lists name. They are kept apart from those found."""
+    from hotpixd.exchange import run_import
+
+    _exchanged(state, lambda ask: run_import(ask, files, format_name=format_name, sensor=sensor, like=like))
+
+
+@app.command()
+def mark(
+    x: Annotated[int, typer.Argument(min=0, help="Column, 0-based.")],
+    y: Annotated[int, typer.Argument(min=0, help="Row, 0-based, from the top.")],
+    sensor: OneSensorOption = None,
+    state: StateOption = None,
+) -> None:
+    """Declare a pixel to be defective."""
+    from hotpixd.exchange import run_mark
+
+    _exchanged(state, lambda ask: run_mark(ask, x, y, sensor=sensor))
+
+
+@app.command()
+def unmark(
+    x: Annotated[int | None, typer.Argument(min=0)] = None,
+    y: Annotated[int | None, typer.Argument(min=0)] = None,
+    source: Annotated[
+        str | None, typer.Option("--source", help="All that a list declares, such as dcraw:.badpixels.")
+    ] = None,
+    sensor: OneSensorOption = None,
+    state: StateOption = None,
+) -> None:
+    """Take back what declares a pixel to be defective. What was found stays."""
+    from hotpixd.exchange import run_unmark, run_unmark_source
+
+    if source is not None and x is None:
+        _exchanged(state, lambda ask: run_unmark_source(ask, source, sensor=sensor))
+    elif source is None and x is not None and y is not None:
+        _exchanged(state, lambda ask: run_unmark(ask, x, y, sensor=sensor))
+    else:
+        _fail("name a pixel as X Y, or a list with --source", WRONG_USE)
+
+
+@app.command()
+def repair(
+    pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="JPEG, TIFF, PNG, DNG or FITS files.")],
+    folder: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Folder for the corrected pictures.")
+    ] = None,
+    sensor: Annotated[
+        str | None, typer.Option(metavar="SENSOR", help="Whose map: id, serial number, or a part of the name.")
+    ] = None,
+    map_of: Annotated[
+        str | None,
+        typer.Option(metavar="SENSOR", help="Raw frames of the same body and size, whose map is to be used."),
+    ] = None,
+    states: Annotated[str, typer.Option("--states", metavar="LIST", help="stable, or stable,candidate.")] = "stable",
+    everything: Annotated[bool, typer.Option("--all", help="Defects that do not show in a picture, too.")] = False,
+    no_declared: Annotated[bool, typer.Option("--no-declared", help="Leave declared defects.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files in DIR; never a picture given.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be corrected.")] = False,
+    as_json: JsonOption = False,
+    state: StateOption = None,
+) -> None:
+    """Correct pictures with the map of their sensor; metadata and all other samples stay."""
+    from hotpixd.repairing import run_repair
+    from hotpixd.views.repair import Wish
+
+    wanted = [word.strip() for word in states.split(",")]
+    if not set(wanted) <= {"stable", "candidate"}:
+        _fail(f"--states lists stable and candidate, got {states!r}", WRONG_USE)
+    if sensor is not None and map_of is not None:
+        _fail("--sensor and --map-of name two maps; give one of them", WRONG_USE)
+    if folder is None and not dry_run:
+        _fail("say with -o DIR where the corrected pictures go", WRONG_USE)
+    answer = _asked(state, "defects", candidates=True)
+    if folder is not None and _daemon_of(state) is not None:
+        _require_unwatched(folder, _asked(state, "status"))
+    wish = Wish(wanted, not no_declared, everything, sensor, map_of)
+    options = {"force": force, "dry_run": dry_run, "as_json": as_json}
+    with _interruptible() as stop:
+        raise typer.Exit(run_repair(answer, pictures, folder, wish, stop=stop, **options))
+
+
+def _require_unwatched(folder: Path, status: dict[str, Any]) -> None:
+    """Fail if a daemon takes what is put into a folder for shots: corrected ones would make defects recover."""
+    for source in status["sources"]:
+        watched = Path(source["name"])
+        if watched.is_absolute() and folder.absolute().resolve().is_relative_to(watched.resolve()):
+            _fail(
+                f"the daemon watches {watched}, and would take corrected pictures there for shots: defects would seem"
+                " to have recovered. Name another folder with -o.",
+                WRONG_USE,
+            )
+
+
 @app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shots and truth.json.")],
@@ -598,17 +815,34 @@ def _state_dir(state: Path | None) -> Path:
     return state or default_state_dir()
 
 
+def _exchanged(state: Path | None, work: Callable[[_Ask], object]) -> None:
+    """Do something for one of the commands of `exchange`, whoever has the state open."""
+    from hotpixd.exchange import ExchangeError, ask_of
+
+    try:
+        with _asking(state, ask_of) as ask:
+            work(ask)
+    except ExchangeError as error:
+        _fail(str(error), WRONG_USE)
+
+
 def _asked(state: Path | None, question: str, **arguments: Any) -> dict[str, Any]:
     """Answer from the state, or have the daemon answer that has it open."""
-
-    def own(opened: State) -> _Ask:
-        # Not before it is needed: it takes a second, and who only asks may have no place for compiled kernels.
-        from hotpixd.views import answers
-
-        return lambda question, **arguments: answers.answer(opened, question, arguments)
-
-    with _asking(state, own) as ask:
+    with _asking(state, _own_answers) as ask:
         return ask(question, **arguments)
+
+
+def _own_answers(opened: State) -> _Ask:
+    # Not before it is needed: it takes a second, and who only asks may have no place for compiled kernels.
+    from hotpixd.views import answers
+
+    return lambda question, **arguments: answers.answer(opened, question, arguments)
+
+
+def _known_sensor(answer: dict[str, Any]) -> dict[str, Any]:
+    if "unknown" in answer:
+        _fail(answer["unknown"], WRONG_USE)
+    return answer
 
 
 @contextlib.contextmanager

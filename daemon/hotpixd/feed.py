@@ -72,7 +72,9 @@ _SILENT_S = 60.0
 _MOST_REPLY_BYTES = 64 * 1024 * 1024
 """Of answers that wait for their clients to take them, in all. Whoever lets more pile up is dropped."""
 
-CHANGING = frozenset(("darks", "set", "end-series", "list-cards", "backup", "backup-part", "backup-end"))
+CHANGING = frozenset(
+    ("darks", "set", "end-series", "list-cards", "declare", "undeclare", "backup", "backup-part", "backup-end")
+)
 """Questions that have something done, or whose answer holds pictures."""
 
 _MOST_UNANSWERED = 4

@@ -12,13 +12,16 @@ from __future__ import annotations
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from hotpixd.core.sensor import FoldReport, Sensor
 from hotpixd.monitor import Fate, Monitor, Outcome
+from hotpixd.store.declared import DeclaredError
 from hotpixd.store.state import State
 from hotpixd.views import answers
 from hotpixd.views.choices import MOST_LISTED
+from hotpixd.views.text import agreement
 
 Publish = Callable[[Mapping[str, Any]], None]
 
@@ -133,6 +136,11 @@ class Live:
         patch = kept.sensor.around(site, reach).round(2).tolist()
         return {"patch": [[None if v != v else v for v in row] for row in patch]}
 
+    def look_again(self, id_: str) -> None:
+        """Describe a sensor anew at the next refresh: other defects are declared."""
+        if id_ in self._sensors:
+            self._stale[id_] = None
+
     def _describe(self, id_: str) -> None:
         """Publish all about a sensor anew."""
         kept = self._monitor.sensor(id_)
@@ -143,6 +151,9 @@ class Live:
             known.update(not_counting=None, min_frames=sensor.settings.min_frames)
         known.update(_counters(sensor))
         entries = answers.entries_of(self._state, kept, candidates=True)
+        with suppress(DeclaredError):  # `verify` and `defects` tell of that
+            declared = ((defect.x, defect.y) for defect in self._state.declared.of(id_))
+            known.update(agreement=agreement([entry for _, entry in entries], declared))
         entries.sort(key=lambda entry: -(entry[1]["certainty"] or 0.0))
         entries = entries[:MOST_LISTED]
         recent = sensor.recent_excess([site for site, _ in entries])

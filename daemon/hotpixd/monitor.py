@@ -131,7 +131,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class _Waiting:
+class Waiting:
     """A shot in the ledger, on its way through the decoder."""
 
     row: ShotRow
@@ -199,7 +199,7 @@ class Monitor:
         self._wake: Callable[[], None] | None = None
         self._slabs = cores
         self._acked: deque[tuple[ShotRow, FoundShot]] = deque()
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._early: dict[str, Future[Frame]] = {}
         keep_large_buffers()
         self._hashers: dict[str, ThreadPoolExecutor] = {}
@@ -572,15 +572,15 @@ class Monitor:
             return Outcome(shot.path, Fate.REFUSED, row.reason, again=True, origin=shot.origin)
         return Outcome(shot.path, Fate.KNOWN, sensor_id=None if row is None else row.sensor_id, origin=shot.origin)
 
-    def _decode(self, row: ShotRow, found: FoundShot, *, replayed: bool) -> _Waiting:
+    def _decode(self, row: ShotRow, found: FoundShot, *, replayed: bool) -> Waiting:
         kind = None if row.kind_given is None else ShotKind(row.kind_given)
         if replayed:
-            return _Waiting(row, self._decoding.submit(self._decode_again, row, kind), True, found)
+            return Waiting(row, self._decoding.submit(self._decode_again, row, kind), True, found)
         early = self._early.pop(row.key, None)
         frame = early or self._decoding.submit(self.decoders.decode, self._state.spool.path(row.key), kind)
         if self._wake is not None:
             frame.add_done_callback(partial(_woken, self._wake))
-        return _Waiting(row, frame, False, found)
+        return Waiting(row, frame, False, found)
 
     def _decode_again(self, row: ShotRow, kind: ShotKind | None) -> Frame:
         if row.verdict == "received" and row.attempts >= _MOST_ATTEMPTS:
@@ -613,7 +613,7 @@ class Monitor:
         if (due and self.is_worth_a_checkpoint) or self._since_checkpoint >= self.checkpoint_every_shots:
             self.checkpoint()
 
-    def _conclude(self, shot: _Waiting) -> Outcome:
+    def _conclude(self, shot: Waiting) -> Outcome:
         """Fold a decoded shot and write down what that changed."""
         row, found = shot.row, shot.found
         try:
@@ -634,7 +634,7 @@ class Monitor:
             )
         self._ahead = min(self._memory // _SHARE_OF_FRAMES // frame.samples.nbytes, _DECODE_AHEAD)
         kept = self._sensor_of(frame)
-        report = kept.sensor.fold(frame, row.seq)
+        report = self._fold(kept, frame, row)
         kept.fold_in(row)
         digest = report.fingerprint
         # It depends on the frames before it, too: on their defects.
@@ -660,6 +660,9 @@ class Monitor:
             origin=found.origin,
         )
 
+    def _fold(self, kept: Kept, frame: Frame, row: ShotRow) -> FoldReport:
+        return kept.sensor.fold(frame, row.seq)
+
     def _write_down(self, row: ShotRow, frame: Frame, id_: str, report: FoldReport, digest: str) -> None:
         info = frame.info
         self._ledger.conclude(
@@ -682,6 +685,8 @@ class Monitor:
             self._ledger.add_observations(
                 id_, row.seq, report.observed_sites, seen["value"], seen["excess"], seen["events"]
             )
+        if report.counted:
+            self._ledger.thin_observations(id_, row.seq)
         if report.transitions:
             self._ledger.add_transitions(
                 TransitionRow(id_, t.site, row.seq, t.change, _detail(t)) for t in report.transitions
@@ -698,7 +703,7 @@ class Monitor:
         sensor = frame.sensor
         if row.camera_given and sensor.serial is None:
             sensor = replace(sensor, serial=row.camera_given)
-        depth = _bits(frame)
+        depth = frame.bits
         usual = self._depths.get(archive.sensor_id(sensor))
         if None not in (depth, usual) and depth != usual:
             # Samples of 12 and of 14 bit have different units: their sums must not be mixed.
@@ -715,7 +720,7 @@ class Monitor:
         id_ = archive.sensor_id(frame.sensor)
         if id_ not in self._kept:
             if self._depths.get(id_) is None:
-                self._depths[id_] = _bits(frame)
+                self._depths[id_] = frame.bits
             self._ledger.add_sensor(id_, {**archive.describe(frame.sensor), "depth": self._depths[id_]})
         return self._resident(id_, frame.sensor)
 
@@ -750,11 +755,6 @@ class Monitor:
         if kept.covered_by_older is not None:
             self._covered_by_older[kept.id] = kept.covered_by_older
         return written
-
-
-def _bits(frame: Frame) -> int | None:
-    """Return how many bits the samples have, if their file says."""
-    return None if frame.white_level_adu is None else int(frame.white_level_adu).bit_length()
 
 
 def _woken(wake: Callable[[], None], _: Future[Frame]) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from hotpixd.core.frame import ShotKind
-from hotpixd.intake.files import find_shots
+from hotpixd.intake.files import Listing, find_shots
 from hotpixd.monitor import Fate, Monitor, Outcome
 from hotpixd.store.state import State
 from hotpixd.views import answers, tables
@@ -32,8 +32,37 @@ def run_scan(state: State, wanted: list[str], kind: str | None, stop: Callable[[
     kind : "light" or "dark", if the user says so
     stop : becomes true when the user wants to stop
     """
-    console = Console(stderr=True, highlight=False)
     listing = find_shots(wanted, None if kind is None else ShotKind(kind))
+    return _scan(state, wanted, listing, lambda: Monitor(state), stop)
+
+
+def run_cluster_scan(state: State, address: str, wanted: list[str], kind: str | None, stop: Callable[[], bool]) -> int:
+    """Do as `run_scan` does, on a cluster.
+
+    Parameters
+    ----------
+    address : see `cluster.connection.connected`
+    wanted : URLs too
+    """
+    from hotpixd.cluster.connection import ClusterError, connected
+    from hotpixd.cluster.inputs import InputError, find_inputs
+
+    try:
+        with connected(address) as client:
+            # The cluster first: where its extra is missing, this may be what URLs lack as well.
+            from hotpixd.cluster.coordinator import ClusterMonitor
+
+            inputs = find_inputs(wanted, None if kind is None else ShotKind(kind))
+            return _scan(state, wanted, inputs.listing, lambda: ClusterMonitor(state, client, inputs.marks), stop)
+    except (ClusterError, InputError) as error:
+        _say(Console(stderr=True, highlight=False), str(error))
+        return 2
+
+
+def _scan(
+    state: State, wanted: list[str], listing: Listing, start: Callable[[], Monitor], stop: Callable[[], bool]
+) -> int:
+    console = Console(stderr=True, highlight=False)
     if listing.missing:
         for text in listing.missing:
             _say(console, f"nothing is at {text}")
@@ -45,7 +74,7 @@ def run_scan(state: State, wanted: list[str], kind: str | None, stop: Callable[[
         return 1 if listing.unreadable else 2
     outcomes: list[Outcome] = []
     changes: Counter[str] = Counter()
-    with Monitor(state) as monitor:
+    with start() as monitor:
         # What was imported stays; the collector went through all of it with every frame, 2 ms of processor time.
         gc.freeze()
         _replay(monitor, console, stop)

@@ -33,6 +33,8 @@ from hotpixd.backup import QUESTIONS as BACKUP_QUESTIONS
 from hotpixd.backup import Backups
 from hotpixd.config import Config, ConfigError, needs_restart
 from hotpixd.core.sensor import warm_up
+from hotpixd.declaring import QUESTIONS as DECLARING_QUESTIONS
+from hotpixd.declaring import Declaring
 from hotpixd.feed import FeedServer, Question, default_socket
 from hotpixd.intake.camera import CameraError, CameraSettings, CameraSource
 from hotpixd.intake.darks import DarkSeries, SeriesOrder, left_open
@@ -240,6 +242,7 @@ class _Service:
             stack.callback(self._alerts.close)
             if self._stand_in is None:
                 self._watchman = Watchman(self._alerts)
+            self._declaring = Declaring(state)
             self._backups = Backups(state, live=True)
             # One thread: of one backup after the other.
             self._packing = ThreadPoolExecutor(1, "backup")
@@ -835,10 +838,16 @@ class _Service:
         if name == "around":
             assert self._live is not None
             return self._live.around(str(arguments["sensor"]), int(arguments["site"]), int(arguments.get("reach", 8)))
-        if name == "verify":
-            # It looks at what is on the disk.
+        if name in DECLARING_QUESTIONS:
+            declared = self._declaring.answer(name, arguments)
+            assert self._live is not None
+            self._live.look_again(str(arguments["sensor"]))
+            return declared
+        if name in ("verify", "generation"):
+            # They are about what is on the disk.
             self._monitor.checkpoint()
-        sensors = self._monitor.sensors(list(self._ledger.sensors()))
+        ids = [str(arguments["sensor"])] if name == "report" else list(self._ledger.sensors())
+        sensors = self._monitor.sensors(ids)
         answer = answers.answer(self._state, name, arguments, sensors)
         if name == "status":
             answer.update(

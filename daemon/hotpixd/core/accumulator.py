@@ -254,6 +254,20 @@ class Accumulator:
         self.frames += other.frames
         self.counted += other.counted
 
+    def require(self, sites: NDArray[np.int64]) -> None:
+        """Be told that sites are looked at from now on, with what is around them. Here is all that it takes."""
+
+    def pack(self, frame: FrameEvents) -> NDArray[np.uint8]:
+        """Return the events of the frame folded last as planes of bits, for an accumulator on another machine."""
+        planes = np.empty((len(COUNTS) + 1, *self._bits.shape), np.uint8)
+        kernels.pack_events(frame.events.view(np.uint64), frame.pattern_bits, planes)
+        return planes
+
+    def unpack(self, planes: NDArray[np.uint8], totals: NDArray[np.int64], phases: NDArray[np.int64]) -> FrameEvents:
+        """Return what `fold` returned there, from what `pack` made of it; to be counted before the next fold."""
+        kernels.unpack_events(planes, self._events.view(np.uint64), self._bits)
+        return FrameEvents(self._events, totals.copy(), self._bits, phases)
+
     def _make_room_for_sums(self, frames: int) -> None:
         width = _width_for(frames * self._largest, np.uint32, np.uint64)
         self._total = self._total.astype(max(width, self._total.dtype), copy=False)

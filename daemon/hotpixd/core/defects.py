@@ -319,6 +319,11 @@ def _quantile(values: NDArray[np.float64], q: float) -> NDArray[np.float64]:
     return np.asarray(np.where(n > 0, picked, np.nan))
 
 
+def medians(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the median of each row, NaN left out."""
+    return _quantile(values, 0.5)
+
+
 def dark_current(
     tracks: Tracks, sample_kind: SampleKind, white_level_adu: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -182,3 +182,13 @@ class Frame:
 
     white_level_adu: float | None = None
     """Largest value a sample can take, black level included, if the file says."""
+
+    @property
+    def lone(self) -> bool:
+        """Whether extremes that touch an extreme of another plane are no events, see `Accumulator.fold`."""
+        return self.kind is ShotKind.LIGHT and self.sensor.layout.mosaic
+
+    @property
+    def bits(self) -> int | None:
+        """How many bits the samples have, if the file says."""
+        return None if self.white_level_adu is None else int(self.white_level_adu).bit_length()

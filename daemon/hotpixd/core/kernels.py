@@ -397,7 +397,7 @@ def count_rows(events, high, low, high_outstanding, low_outstanding, limits, rea
 
     Parameters
     ----------
-    events : (rows, padded) uint8, from `fold_rows`
+    events : (rows, padded) uint8, from `find_events`
     high, low, high_outstanding, low_outstanding : (rows, cols) unsigned, changed in place
     limits : (3, K) int64, K > 1: extremes high, low, either that a sample with k outstanding ones needs,
         falling with k; the last entry serves for all greater k. They fit the counts' width
@@ -552,3 +552,44 @@ def overlap(a, b):  # type: ignore[no-untyped-def]
             v &= v - np.uint64(1)
             n += 1
     return n
+
+
+@nb.njit(**_FAST)
+def pack_events(words, patterns, planes):  # type: ignore[no-untyped-def]
+    """Split events into planes of one bit per sample, for the way to another machine; see `unpack_events`.
+
+    Parameters
+    ----------
+    words : (rows, padded / 8) uint64, a view of the events from `find_events`
+    patterns : (rows, padded / 8) uint8, its `bits`
+    planes : (5, rows, padded / 8) uint8, overwritten: extremes high, low, outstanding ones high, low, and where the
+        pattern is not what these four make likely, which hardly ever is
+    """
+    for y in range(words.shape[0]):
+        for w in range(words.shape[1]):
+            for k in range(4):
+                bit = (words[y, w] >> np.uint64(k)) & np.uint64(0x0101010101010101)
+                planes[k, y, w] = np.uint8((bit * np.uint64(0x0102040810204080)) >> np.uint64(56))
+            planes[4, y, w] = patterns[y, w] ^ _likely_pattern(planes, y, w)
+
+
+@nb.njit(inline="always")
+def _likely_pattern(planes, y, w):  # type: ignore[no-untyped-def]
+    extreme = np.uint8(planes[0, y, w] | planes[1, y, w])
+    return np.uint8(extreme & np.uint8(~np.uint8(planes[2, y, w] | planes[3, y, w])))
+
+
+@nb.njit(**_FAST)
+def unpack_events(planes, words, patterns):  # type: ignore[no-untyped-def]
+    """Undo `pack_events`: overwrite `words` and `patterns`."""
+    spread = np.zeros(256, np.uint64)
+    for b in range(256):
+        for k in range(8):
+            spread[b] |= np.uint64((b >> k) & 1) << np.uint64(8 * k)
+    for y in range(words.shape[0]):
+        for w in range(words.shape[1]):
+            pattern = np.uint8(planes[4, y, w] ^ _likely_pattern(planes, y, w))
+            patterns[y, w] = pattern
+            word = spread[planes[0, y, w]] | spread[planes[1, y, w]] << np.uint64(1)
+            word |= spread[planes[2, y, w]] << np.uint64(2) | spread[planes[3, y, w]] << np.uint64(3)
+            words[y, w] = word | spread[pattern] << np.uint64(4)

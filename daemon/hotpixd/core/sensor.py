@@ -209,6 +209,11 @@ class Sensor:
         return {status.name.lower(): int((statuses == status).sum()) for status in Status}
 
     @property
+    def followed_sites(self) -> NDArray[np.int64]:
+        """Flat indices of the sites under suspicion."""
+        return np.array(self._tracks.rows["site"])
+
+    @property
     def kinds(self) -> dict[str, int]:
         """Number of stable defects by kind, as far as these are known by now."""
         kinds = self._tracks.rows["kind"][self._tracks.rows["status"] == Status.STABLE]
@@ -240,14 +245,24 @@ class Sensor:
         """
         if frame.sensor != self.identity:
             raise ValueError("a frame of another sensor cannot be folded")
-        light = frame.kind is ShotKind.LIGHT
-        lone = light and self.layout.mosaic
-        events = self.accumulator.fold(frame.samples, lone=lone)
+        events = self.accumulator.fold(frame.samples, lone=frame.lone)
+        return self.follow(frame, events, defects.noise_of(frame, self.layout), seq)
+
+    def follow(self, frame: Frame, events: FrameEvents, noise: NDArray[np.float64], seq: int) -> FoldReport:
+        """Do what depends on the frames before this one, which the accumulator has in its sums already.
+
+        Parameters
+        ----------
+        frame, seq : as `fold` takes them; of the samples those are read that the accumulator requires
+        events : what the accumulator returned for it
+        noise : `defects.noise_of` it
+        """
+        light, lone = frame.kind is ShotKind.LIGHT, frame.lone
         running = self._running
         running.light_frames += light
         running.black_level_adu = frame.black_level_adu
         running.white_level_adu = frame.white_level_adu
-        self._noise_squares += defects.noise_of(frame, self.layout) ** 2
+        self._noise_squares += noise**2
         lift = self._gate.lift(events) if light else None
         if lift is not None and lift > self._lift_limit:
             why = f"the scene does not move: it repeats an earlier frame {lift:.1f} times as often as chance"
@@ -277,6 +292,7 @@ class Sensor:
         new = np.setdiff1d(reached, self._tracks.rows["site"])
         log_e = evidence.combined_log_e(n, self.accumulator.counts_at(new), self._rates)
         new, log_e = new[log_e >= level], log_e[log_e >= level]
+        self.accumulator.require(new)
         if self._rendered:
             new, log_e = self._strongest(new, log_e)
         positions = self._tracks.add(new, log_e, seq)
@@ -593,6 +609,25 @@ class Sensor:
         patch = np.full(inside.shape, np.nan)
         patch[inside] = mean
         return patch
+
+    def patches(self, sites: NDArray[np.int64], reach: int) -> NDArray[np.float32]:
+        """Return what `around` does for many sites at once, (K, 2 reach + 1, 2 reach + 1)."""
+        layout = self.layout
+        row, col = np.divmod(sites, layout.shape[1])
+        x, channel = np.divmod(col, layout.channels)
+        step = np.arange(-reach, reach + 1)
+        ys, xs = (row[:, None] + step)[:, :, None], (x[:, None] + step)[:, None, :]
+        inside = (ys >= 0) & (xs >= 0) & (ys < layout.height) & (xs < layout.width)
+        there = np.where(inside, ys * layout.shape[1] + xs * layout.channels + channel[:, None, None], 0)
+        patches = np.where(inside, self.accumulator.mean(there.ravel()).reshape(there.shape), np.nan)
+        noise = self._noise()[layout.planes_of(there)]
+        # All sites of one phase within a patch are of one plane.
+        for i in range(layout.period):
+            for j in range(layout.period):
+                plane = (slice(None), slice(i, None, layout.period), slice(j, None, layout.period))
+                own = patches[plane].reshape(len(sites), -1)
+                patches[plane] -= defects.medians(own)[:, None, None]
+        return np.asarray(patches / noise, np.float32)
 
     def digest(self, keys: Iterable[str] = ()) -> str:
         """Return the accumulator's digest over the frames named by `keys`."""

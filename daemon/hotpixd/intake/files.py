@@ -150,17 +150,25 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 
 
 def _with_companions(files: list[Path], kind: ShotKind | None) -> Iterator[FoundShot]:
-    raws = {stem_of(str(path)): path for path in files if path.suffix.lower() in RAW}
-    late: dict[Path, list[Path]] = {}
-    early: set[Path] = set()
-    for path in files:
-        raw = raws.get(stem_of(str(path))) if path.suffix.lower() in RENDERED else None
+    by_name = {str(path): path for path in files}
+    for name, raw in with_companions(list(by_name)):
+        yield FoundShot(by_name[name], raw=None if raw is None else by_name[raw], kind=kind)
+
+
+def with_companions(names: list[str]) -> Iterator[tuple[str, str | None]]:
+    """Yield paths or URLs, each raw file before its companions, and with these the raw file's."""
+    endings = {name: os.path.splitext(name)[1].lower() for name in names}  # noqa: PTH122 - URLs too
+    raws = {stem_of(name): name for name in names if endings[name] in RAW}
+    late: dict[str, list[str]] = {}
+    early: set[str] = set()
+    for name in names:
+        raw = raws.get(stem_of(name)) if endings[name] in RENDERED else None
         if raw is not None:
-            late.setdefault(raw, []).append(path)
-            early.add(path)
-    for path in files:
-        if path in early:
+            late.setdefault(raw, []).append(name)
+            early.add(name)
+    for name in names:
+        if name in early:
             continue
-        yield FoundShot(path, kind=kind)
-        for companion in late.get(path, ()):
-            yield FoundShot(companion, raw=path, kind=kind)
+        yield name, None
+        for companion in late.get(name, ()):
+            yield companion, name

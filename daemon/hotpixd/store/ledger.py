@@ -41,7 +41,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from hotpixd.store import wal
+from hotpixd.store import thinning, wal
 from hotpixd.store.durable import StateDamaged, StateError, StateFull, failpoint, make_folder
 
 Verdict = Literal["received", "folded", "refused", "companion"]
@@ -290,6 +290,28 @@ class Observation(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Timeline:
+    """The frames folded for a sensor, in the order of folding; every array has one entry per frame."""
+
+    seqs: NDArray[np.int64]
+
+    times_s: NDArray[np.int64]
+    """When each was taken, or received where the file does not say or names the future; UNIX time."""
+
+    counted: NDArray[np.bool_]
+    """Whether it was new evidence."""
+
+    dark: NDArray[np.bool_]
+
+    exposure_s: NDArray[np.float64]
+    """NaN where the file does not say; so in the next two."""
+
+    iso: NDArray[np.float64]
+
+    sensor_temp_c: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
 class TransitionRow:
     """A site of a sensor changed its life cycle with the shot `seq`."""
 
@@ -314,10 +336,39 @@ class Tally:
     companion: int = 0
 
 
+_FRAMES_OBSERVED = """
+    WITH RECURSIVE frame(seq) AS (
+        SELECT min(seq) FROM observation WHERE sensor = :sensor
+        UNION ALL
+        SELECT (SELECT min(seq) FROM observation WHERE sensor = :sensor AND seq > frame.seq)
+        FROM frame WHERE frame.seq IS NOT NULL
+    )"""
+"""From each frame to the next, by the primary key: a DISTINCT would read all their rows."""
+
+_THINNED_AT_ONCE = 32
+"""Frames whose observations go with one new frame. One on average; more where an older version left them all."""
+
 _KEY = re.compile(r"[0-9a-f]{64}")
 _VERDICTS = get_args(Verdict)
 _SHOT_COLUMNS = ", ".join(field.name for field in fields(ShotRow))
 _CONCLUSION_COLUMNS = frozenset(Conclusion.__annotations__)
+
+
+@dataclass(slots=True)
+class _Observed:
+    """The frames of a sensor whose observations are in the ledger."""
+
+    count: int
+    """Frames ever observed: those counted as evidence."""
+
+    newest: int
+    """Seq of the last one."""
+
+    ranks: NDArray[np.int64]
+    """(K,) places among all ever observed, of those that are still there, ascending."""
+
+    seqs: NDArray[np.int64]
+    """(K,) their seqs."""
 
 
 class Ledger:
@@ -354,7 +405,9 @@ class Ledger:
         self._failed = False
         self._pending: list[tuple[str, Sequence[Sequence[object]]]] = []
         self._applied = 0
+        self._taken_in = 0
         self._tag = 0
+        self._observed: dict[str, _Observed] = {}
         self._look_at_files()
         with self._in_plain_words():
             self._db = sqlite3.connect(":memory:" if path is None else path, isolation_level=None)
@@ -542,6 +595,22 @@ class Ledger:
             self._acknowledged(self._tag, max(seqs))
         return seqs
 
+    def take_in(self, shot: Received) -> int:
+        """Write a shot that is unknown yet with the next commit, which acknowledges it; return its seq.
+
+        For one whose bytes are not in the spool: its source offers it again until it has a verdict.
+        """
+        seq = self.last_seq + 1
+        values = (seq, shot.key, _file_text(shot.name), _file_text(shot.path), shot.size, shot.received_at)
+        about = "companion" if shot.companion_of else "received", _companion(shot.companion_of)
+        self.later(
+            "INSERT INTO shot(seq, key, name, path, size, received_at, kind_given, camera_given, verdict, reason)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [(*values, shot.kind_given, shot.camera_given, *about)],
+        )
+        self._taken_in = seq
+        return seq
+
     @property
     def tag(self) -> int:
         """A number that is this ledger's alone, and its copies'."""
@@ -714,28 +783,116 @@ class Ledger:
         rows = [(number, int(seq), *row) for row in zip(*columns, strict=True)]
         self.later("INSERT OR REPLACE INTO observation VALUES (?, ?, ?, ?, ?, ?)", rows)
 
+    def thin_observations(self, sensor_id: str, seq: int) -> None:
+        """Drop the observations of older frames that are too many, now that the counted frame `seq` is written.
+
+        `thinning` says which. Nothing that decides about a site reads them: detection has its own memory.
+        """
+        observed = self._observed.get(sensor_id)
+        if observed is None or observed.newest >= seq:
+            observed = self._observed[sensor_id] = self._observed_before(sensor_id, seq)
+        ranks, seqs = np.append(observed.ranks, observed.count), np.append(observed.seqs, int(seq))
+        drop = np.flatnonzero(~thinning.is_kept(ranks, observed.count))[:_THINNED_AT_ONCE]
+        number = self._numbers[sensor_id]
+        self.later(
+            "DELETE FROM observation WHERE sensor = ? AND seq = ?",
+            [(number, dropped) for dropped in seqs[drop].tolist()],
+        )
+        self._observed[sensor_id] = _Observed(
+            observed.count + 1, int(seq), np.delete(ranks, drop), np.delete(seqs, drop)
+        )
+
+    def _observed_before(self, sensor_id: str, seq: int) -> _Observed:
+        """Find out which frames before `seq` still have observations; once in the life of this process."""
+        counted = self.rows(
+            "SELECT seq FROM shot WHERE verdict = 'folded' AND sensor_id = ? AND seq < ? AND counted ORDER BY seq",
+            (sensor_id, seq),
+        )
+        counted_seqs = np.array([found for (found,) in counted], np.int64)
+        seqs = self.frames_observed(sensor_id)
+        seqs = np.intersect1d(seqs[seqs < seq], counted_seqs)
+        return _Observed(len(counted_seqs), int(seq) - 1, np.searchsorted(counted_seqs, seqs), seqs)
+
     def observations(self, sensor_id: str, site: int | Iterable[int] | None = None) -> list[Observation]:
         """Return what was observed of a sensor, of one site, some or all, ordered by (seq, site).
 
-        One site takes about 10 us per frame; all sites take 5 us and 300 bytes per row, so ask for all of a
-        short history only.
+        One site takes about 10 us per frame kept; all sites take 5 us and 300 bytes per row: see `excesses`.
         """
-        number = self._numbers.get(sensor_id)
-        # CROSS JOIN fixes the order of the loops: for each shot, look its sites up by the primary key.
-        query = """
+        # CROSS JOIN fixes the order of the loops: for each frame, look its shot and its sites up by their keys.
+        query = f"""
+            {_FRAMES_OBSERVED}
             SELECT seq, site, value_adu, excess_adu, events,
                    exposure_s, iso, sensor_temp_c, taken_at, kind, counted
-            FROM shot CROSS JOIN observation USING (seq)
-            WHERE sensor = ? AND sensor_id = ? AND verdict = 'folded'"""
-        wanted: list[object] = [number, sensor_id]
+            FROM frame CROSS JOIN shot USING (seq) CROSS JOIN observation USING (seq)
+            WHERE sensor = :sensor AND sensor_id = :id AND verdict = 'folded'"""
+        wanted: dict[str, object] = {"sensor": self._numbers.get(sensor_id), "id": sensor_id}
         if site is not None:
             sites = [site] if isinstance(site, int | np.integer) else site
-            query += " AND site IN (SELECT value FROM json_each(?))"
-            wanted.append(json.dumps([int(s) for s in sites]))
+            query += " AND site IN (SELECT value FROM json_each(:sites))"
+            wanted["sites"] = json.dumps([int(s) for s in sites])
         return [
             Observation._make((*row[:-1], None if row[-1] is None else bool(row[-1])))
             for row in self.rows(query + " ORDER BY seq, site", wanted)
         ]
+
+    def frames_observed(self, sensor_id: str) -> NDArray[np.int64]:
+        """Return the seqs of the frames whose observations are kept, ascending."""
+        query = f"{_FRAMES_OBSERVED} SELECT seq FROM frame WHERE seq IS NOT NULL"
+        found = self.rows(query, {"sensor": self._numbers.get(sensor_id)})
+        return np.array([seq for (seq,) in found], np.int64)
+
+    def excesses(
+        self, sensor_id: str, seqs: NDArray[np.int64], sites: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.uint8]]:
+        """Return what some frames showed at some sites, as three tables of one row per site: (sites, seqs).
+
+        Takes about 1 us per observation of those frames, of whatever site.
+
+        Parameters
+        ----------
+        seqs, sites : ascending
+
+        Returns
+        -------
+        Excess and value, ADU, NaN where nothing was observed; events.
+        """
+        excess, value = (np.full((len(sites), len(seqs)), np.nan, np.float32) for _ in range(2))
+        events = np.zeros(excess.shape, np.uint8)
+        query = "SELECT site, excess_adu, value_adu, events FROM observation WHERE sensor = ? AND seq = ?"
+        for column, seq in enumerate(seqs.tolist() if len(sites) else ()):
+            rows = self.rows(query, (self._numbers.get(sensor_id), seq))
+            if not rows:
+                continue
+            # What is not known is None, which becomes NaN.
+            seen = np.array(rows, np.float64)
+            row = np.minimum(np.searchsorted(sites, seen[:, 0]), len(sites) - 1)
+            wanted = sites[row] == seen[:, 0]
+            excess[row[wanted], column] = seen[wanted, 1]
+            value[row[wanted], column] = seen[wanted, 2]
+            events[row[wanted], column] = np.nan_to_num(seen[wanted, 3])
+        return excess, value, events
+
+    def timeline(self, sensor_id: str) -> Timeline:
+        """Return all frames folded for a sensor. Takes about 2 us per frame."""
+        # A camera whose battery was out may be in the past, which nobody can tell; none can be in the future.
+        query = """
+            SELECT seq,
+                   coalesce(
+                       CASE WHEN julianday(taken_at) < julianday(received_at) + 1.5 THEN strftime('%s', taken_at) END,
+                       strftime('%s', received_at), 0
+                   ),
+                   coalesce(counted, 0), coalesce(kind = 'dark', 0), exposure_s, iso, sensor_temp_c
+            FROM shot WHERE verdict = 'folded' AND sensor_id = ? ORDER BY seq"""
+        table = np.array(self.rows(query, (sensor_id,)), np.float64).reshape(-1, 7).T
+        seqs, times_s = table[:2].astype(np.int64)
+        return Timeline(seqs, times_s, table[2] != 0, table[3] != 0, *table[4:])
+
+    def frames_not_counted(self, sensor_id: str) -> list[tuple[int, str, str]]:
+        """Return seq and file name of each frame that was no new evidence, and why, in seq order."""
+        query = """
+            SELECT seq, name, not_counted_because FROM shot
+            WHERE verdict = 'folded' AND sensor_id = ? AND counted = 0 ORDER BY seq"""
+        return [(seq, *map(_text, rest)) for seq, *rest in self.rows(query, (sensor_id,))]
 
     def add_transitions(self, rows: Iterable[TransitionRow]) -> None:
         """Write changes of life cycle.
@@ -761,6 +918,7 @@ class Ledger:
     def delete_derived_after(self, sensor_id: str, seq: int) -> None:
         """Remove a sensor's observations and transitions of shots after `seq`: a replay writes them again."""
         number = self._numbers.get(sensor_id)
+        self._observed.pop(sensor_id, None)
         self.later("DELETE FROM observation WHERE sensor = ? AND seq > ?", [(number, seq)])
         self.later("DELETE FROM transition WHERE sensor = ? AND seq > ?", [(number, seq)])
 
@@ -805,6 +963,15 @@ class Ledger:
         with self._in_plain_words():
             self._apply_pending()
             self._commit()
+        if self._taken_in:
+            self._acknowledged(self._tag, self._taken_in)
+            self._taken_in = 0
+
+    def abandon(self) -> None:
+        """Forget the derived rows that wait, and the shots that were taken in since the last commit."""
+        self._roll_back()
+        self._pending.clear()
+        self._taken_in = 0
 
     # --- how
 
@@ -843,7 +1010,7 @@ class Ledger:
             shot.kind_given,
             shot.camera_given,
             "received" if shot.companion_of is None else "companion",
-            None if shot.companion_of is None else _file_text(f"companion of {shot.companion_of}"),
+            _companion(shot.companion_of),
         )
         try:
             added = self._db.execute(
@@ -864,7 +1031,7 @@ class Ledger:
         self._pending.clear()
         self._applied = 0
 
-    def rows(self, query: str, values: Sequence[object] = ()) -> list[Any]:
+    def rows(self, query: str, values: Sequence[object] | Mapping[str, object] = ()) -> list[Any]:
         """Read, with the rows that wait in sight."""
         with self._in_plain_words():
             self._apply_pending()
@@ -874,8 +1041,8 @@ class Ledger:
         for row in self.rows(f"SELECT {_SHOT_COLUMNS} FROM shot {condition}", values):
             columns = dict(zip(ShotRow.__dataclass_fields__, row, strict=True))
             for name in ("name", "path", "reason", "not_counted_because"):
-                if isinstance(columns[name], bytes):
-                    columns[name] = columns[name].decode("utf-8", "surrogateescape")
+                if columns[name] is not None:
+                    columns[name] = _text(columns[name])
             if columns["counted"] is not None:
                 columns["counted"] = bool(columns["counted"])
             shot = ShotRow(**columns)
@@ -965,6 +1132,15 @@ def _file_text(text: str) -> str | bytes:
     except UnicodeEncodeError:
         return text.encode("utf-8", "surrogateescape")
     return text
+
+
+def _text(stored: str | bytes | None) -> str:
+    """Return text that `_file_text` made fit for SQLite."""
+    return stored.decode("utf-8", "surrogateescape") if isinstance(stored, bytes) else stored or ""
+
+
+def _companion(raw: str | None) -> str | bytes | None:
+    return None if raw is None else _file_text(f"companion of {raw}")
 
 
 def _storable(value: object) -> object:

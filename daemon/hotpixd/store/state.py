@@ -8,6 +8,7 @@
     spool/<key>                 shots not yet covered by the older of the two generations kept
     sensors/<id>/gen-<n>.hpx    the statistic of a sensor
     incoming/<port>/            files of cameras, until they are in the ledger
+    declared/<id>.json          defects that users and other programs' lists declare
     damaged/                    evidence: what was found damaged and is no longer used. Nothing here removes it
 """
 
@@ -33,6 +34,7 @@ from typing import Any, Self
 from numpy.typing import NDArray
 
 from hotpixd.store import checkpoint
+from hotpixd.store.declared import DeclaredLists
 from hotpixd.store.durable import (
     StateDamaged,
     StateError,
@@ -114,9 +116,10 @@ class State:
                 try:
                     make_folder(self.root / "sensors")
                     make_folder(self.root / "incoming")
-                    for unfinished in self.root.glob("sensors/*/*.tmp"):
+                    for unfinished in (*self.root.glob("sensors/*/*.tmp"), *self.root.glob("declared/*.tmp")):
                         with suppress(IsADirectoryError):
                             unfinished.unlink()
+                    self.declared = DeclaredLists(self.root / "declared")
                     for left in self.root.glob("backup-*.tmp"):
                         shutil.rmtree(left, ignore_errors=True)
                     self.spool = Spool(self.root / "spool")
@@ -190,15 +193,23 @@ class State:
         return sorted(keys - self.ledger.verdicts(keys).keys())
 
     def checkpoint(
-        self, sensor_id: str, number: int, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
+        self,
+        sensor_id: str,
+        number: int,
+        header: Mapping[str, Any],
+        arrays: Mapping[str, NDArray[Any]],
+        *,
+        ledger_first: bool = True,
     ) -> Path:
         """Write a sensor's next generation and remove all but the two newest that are whole.
 
         The ledger is committed first: a generation must never cover a shot whose verdict could still be lost,
-        or a replay would fold that shot twice.
+        or a replay would fold that shot twice. Where no replay can have the shots, as they were never in the spool,
+        it is the other way round (`ledger_first` false): a generation of which the ledger knows nothing is not used.
         """
         folder = self.sensor_folder(sensor_id)
-        self.ledger.commit()
+        if ledger_first:
+            self.ledger.commit()
         written = checkpoint.write_generation(folder, number, header, arrays)
         # Newer ones were passed over when the sensor was loaded: they must not count as one of the two.
         for path in checkpoint.generations(folder):

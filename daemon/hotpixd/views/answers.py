@@ -15,9 +15,11 @@ from hotpixd import archive
 from hotpixd.archive import Kept
 from hotpixd.core.frame import SensorIdentity
 from hotpixd.core.sensor import DetectionSettings
+from hotpixd.store.declared import DeclaredError
 from hotpixd.store.durable import StateDamaged, StateError
 from hotpixd.store.ledger import ShotRow, Tally
 from hotpixd.store.state import State
+from hotpixd.views import evidence, history
 
 Answer = dict[str, Any]
 
@@ -45,6 +47,15 @@ def answer(state: State, question: str, arguments: Mapping[str, Any], sensors: S
             return least_variance(state, int(arguments.get("k", 10)), sensors)
         case "verify":
             return verify(state)
+        case "generation":
+            return {
+                "path": generation(state, str(arguments["sensor"])),
+                "waiting": waiting(state) if sensors is None else 0,
+            }
+        case "report":
+            return report(state, str(arguments["sensor"]), sensors)
+        case "history":
+            return history.history(state, **arguments)
     raise KeyError(question)
 
 
@@ -90,8 +101,26 @@ def defects(state: State, *, candidates: bool = False, sensors: Sensors | None =
     answer = []
     for id_, kept in _given(state, sensors):
         entries = [entry for _, entry in entries_of(state, kept, candidates=candidates)]
-        answer.append({**describe(kept, tallies.get(id_)), "defects": entries})
+        answer.append({**describe(kept, tallies.get(id_)), "defects": entries, **declared(state, id_)})
     return {"sensors": answer}
+
+
+def declared(state: State, id_: str) -> Answer:
+    """Return what users and other programs' lists declare of a sensor, by position; why not, if that is damaged."""
+    try:
+        known = state.declared.of(id_)
+    except DeclaredError as error:
+        # What was found can be believed all the same.
+        return {"declared": [], "declared_unusable": str(error)}
+    return {"declared": [{"x": d.x, "y": d.y, "source": d.source, "declared_at": d.declared_at} for d in known]}
+
+
+def generation(state: State, id_: str) -> str | None:
+    """Return where the newest usable generation is. It never changes, but goes when there are two newer ones."""
+    if id_ not in state.ledger.sensors():
+        raise KeyError(id_)
+    path = next(iter(archive.look(state, id_, 1).usable), None)
+    return None if path is None else str(path.absolute())
 
 
 def entries_of(state: State, kept: Kept, *, candidates: bool) -> list[tuple[int, Answer]]:
@@ -121,6 +150,23 @@ def entries_of(state: State, kept: Kept, *, candidates: bool) -> list[tuple[int,
         }
         entries.append((defect.site, entry))
     return entries
+
+
+def report(state: State, id_: str, sensors: Sensors | None = None) -> Answer:
+    """All that a report shows of one sensor, but for its history; see `evidence`.
+
+    Raises
+    ------
+    KeyError
+        If there is no such sensor.
+    """
+    about = state.ledger.sensors()[id_]
+    if sensors is None:
+        sensors = [(id_, archive.load(state, id_, archive.identity_from(about), DetectionSettings()))]
+    kept = next(kept for found, kept in sensors if found == id_)
+    (found,) = defects(state, candidates=True, sensors=[(id_, kept)])["sensors"]
+    entries = found.pop("defects")
+    return {**found, "declared": found.get("declared", []), **evidence.of_sensor(state, kept, entries)}
 
 
 def least_variance(state: State, k: int, sensors: Sensors | None = None) -> Answer:
@@ -153,6 +199,7 @@ def verify(state: State) -> Answer:
         archive.check_sensors(state)
     except StateError as error:
         problems.append(str(error))
+    problems += state.declared.problems()
     sensors: list[Answer] = []
     covers: dict[str, int] = {}
     for id_, kept in _given(state, None):

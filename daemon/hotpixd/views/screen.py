@@ -36,7 +36,7 @@ from hotpixd.views.panels import (
     site_panel,
     source_lines,
 )
-from hotpixd.views.text import sensor_name
+from hotpixd.views.text import agreement_words, sensor_name
 
 SMALLEST = (80, 24)
 """Columns and lines without which the parts would not fit."""
@@ -160,7 +160,11 @@ def _header(scene: Scene, width: int) -> list[Text]:
         frames, counted = sensor["frames"], sensor["frames_counted"]
         refused = (daemon.get("shots") or {}).get("refused", 0)
         numbers = Text(f" {many(frames, 'frame')}, {counted} counted as evidence, {frames - counted} not; ")
-        lines.append(numbers.append(f"{many(refused, 'shot')} refused", "yellow" if refused else ""))
+        numbers.append(f"{many(refused, 'shot')} refused", "yellow" if refused else "")
+        agreement = sensor.get("agreement") or {"declared": 0}
+        words = Text(f"{agreement['declared']} declared, {agreement['both']} found " if agreement["declared"] else "")
+        # Where there is no room, the page of alerts tells it.
+        lines.append(ends(numbers, words, width, look) if numbers.cell_len + words.cell_len < width else numbers)
         lines.append(Text(f" {_last_shot(sensor.get('last_shot'), look)}"))
         if sensor.get("not_counting"):
             reason = look.text(sensor["not_counting"])
@@ -239,9 +243,12 @@ def _log(scene: Scene, width: int) -> list[Text]:
     reasons = [] if sensor is None else reason_lines(sensor, look)
     if sensor is not None and sensor.get("not_counting"):
         reasons.append(Text(f"the last frame: {look.text(sensor['not_counting'])}", "yellow"))
+    agreement = (sensor or {}).get("agreement")
+    agreed = agreement_words(agreement) if agreement else ""
     parts = [
         ("Trouble", _notices(scene)),
         ("Why frames are not counted", reasons),
+        *([("Declared defects", [Text(agreed)])] if agreed else []),
         ("Sources", source_lines(live, look) + series_lines(live, look)),
         ("Alerts, newest first", alert_lines(live, look)),
     ]

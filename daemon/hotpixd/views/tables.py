@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hotpixd.views.text import printable, sensor_name
+from hotpixd.views.history import sentences
+from hotpixd.views.text import agreement, agreement_words, printable, sensor_name
 
 Answer = Mapping[str, Any]
 
@@ -38,6 +39,11 @@ def print_defects(
         for reason, count in (not_counted or {}).get(sensor["id"], {}).items():
             console.print(f"  {count} {_plural(count, 'frame')} not counted: {escape(reason)}")
         found = sensor["defects"]
+        declared = [(defect["x"], defect["y"]) for defect in sensor.get("declared", [])]
+        if words := agreement_words(agreement(found, declared)):
+            console.print(f"  {words}")
+        if trouble := sensor.get("declared_unusable"):
+            console.print(f"  [red]{escape(printable(trouble))}[/red]", soft_wrap=True)
         if not found:
             console.print("  no stable defect")
             continue
@@ -66,6 +72,92 @@ def print_defects(
         console.print(table)
         if len(shown) > most:
             console.print(f"  ... and {len(shown) - most} more: hotpixd defects")
+
+
+_LATEST_CHANGES, _LATEST_SESSIONS = 30, 12
+
+
+def print_history(answer: Answer, *, everything: bool = False) -> None:
+    """Print the answer of `history.history`: the latest sessions and changes, or all."""
+    console = _console()
+    if not answer["sensors"]:
+        console.print("No sensor is known yet.")
+    since = answer["since"]
+    for sensor in answer["sensors"]:
+        told = sensor["sessions"]
+        span = f", {_date(told[0]['begin'])} to {_date(told[-1]['end'])}" if told else ""
+        counts = (
+            f"{sensor['frames']} {_plural(sensor['frames'], 'frame')} in {len(told)} {_plural(len(told), 'session')}"
+        )
+        console.print(f"\n[bold]{escape(sensor_name(sensor))}[/bold]  {counts}{span}", soft_wrap=True)
+        now = sensor["defects_now"]
+        console.print(f"  {now} stable {_plural(now, 'defect')}")
+        if since is not None:
+            new = len(sensor["new"])
+            console.print(f"  {new} new {_plural(new, 'defect')} since {escape(printable(since))}")
+        for sentence in sentences(sensor):
+            console.print(f"  {escape(sentence)}", soft_wrap=True)
+        table = _table(
+            "", "session", "frames", "counted", "exposure s", "sensor C", "new", "gone", "defects", left=("session",)
+        )
+        shown = told if everything else told[-_LATEST_SESSIONS:]
+        for one in shown:
+            table.add_row(
+                str(one["session"]),
+                _minute(one["begin"]),
+                str(one["frames"]),
+                str(one["frames_counted"]),
+                _range(one["exposure_s"]),
+                _range(one["sensor_temp_c"]),
+                _count(one["new"]),
+                _count(one["recovered"]),
+                str(one["defects"]),
+            )
+        if told:
+            console.print(table)
+        if len(sensor["months"]) > 1:
+            table = _table("month", "frames", "new", "gone", "defects")
+            for month in sensor["months"]:
+                changed = [_count(month["new"]), _count(month["recovered"])]
+                table.add_row(month["month"], str(month["frames"]), *changed, str(month["defects"]))
+            console.print(table)
+        events = [event for event in sensor["events"] if since is None or event["at"] >= since]
+        table = _table("when", "session", "x", "y", "", "kind", "change", left=("when", "", "kind", "change"))
+        latest = events if everything else events[-_LATEST_CHANGES:]
+        for event in latest:
+            where = [str(event["x"]), str(event["y"]), event["colour"]]
+            table.add_row(_minute(event["at"]), str(event["session"]), *where, event["kind"], event["change"])
+        if latest:
+            console.print(table)
+        if len(shown) < len(told) or len(latest) < len(events):
+            left = f"{len(told) - len(shown)} sessions and {len(events) - len(latest)} changes"
+            console.print(f"  ... and before that {left}: hotpixd history --all", soft_wrap=True)
+
+
+def _table(*titles: str, left: Sequence[str] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for title in titles:
+        table.add_column(title, justify="left" if title in left else "right", no_wrap=True)
+    return table
+
+
+def _date(moment: str) -> str:
+    return moment[:10]
+
+
+def _minute(moment: str) -> str:
+    return moment[:16].replace("T", " ")
+
+
+def _count(number: int) -> str:
+    return str(number) if number else ""
+
+
+def _range(limits: Sequence[float | None]) -> str:
+    low, high = limits
+    if low is None or high is None:
+        return ""
+    return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g}–{high:.3g}"
 
 
 def print_status(answer: Answer) -> None:

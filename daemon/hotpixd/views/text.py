@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
 def printable(text: str) -> str:
     """Return a text on one line, with control characters and broken UTF-8 written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def agreement(defects: Iterable[Mapping[str, Any]], declared: Iterable[tuple[int, int]]) -> dict[str, int]:
+    """Count the pixels declared, found as well, declared only, and found (stable) only.
+
+    Parameters
+    ----------
+    declared : x, y
+    """
+    said = set(declared)
+    found = {(defect["x"], defect["y"]) for defect in defects if defect["state"] == "stable"}
+    both = len(said & found)
+    return {"declared": len(said), "both": both, "not_found": len(said) - both, "not_declared": len(found) - both}
+
+
+def agreement_words(counts: Mapping[str, int]) -> str:
+    """Say how what is declared agrees with what is found; "" if nothing is declared."""
+    if not counts["declared"]:
+        return ""
+    return (
+        f"{counts['declared']} declared: {counts['both']} of them found, {counts['not_found']} not;"
+        f" {counts['not_declared']} found are not declared"
+    )
 
 
 def sensor_name(sensor: Mapping[str, Any]) -> str:

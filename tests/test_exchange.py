@@ -1,0 +1,254 @@
+"""The commands export, import, mark and unmark, as a user gives them; and what becomes of what they declare."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from astropy.io import fits
+
+from conftest import Camera, feed, run, told
+from hotpixd.backup import Backups, save
+from hotpixd.store.state import State
+from hotpixd.views import answers
+
+Pixels = list[tuple[int, int]]
+
+
+@pytest.fixture
+def root(scanned: Path, tmp_path: Path) -> Path:
+    """A state of one sensor with 200x150 pixels."""
+    shutil.copytree(scanned, tmp_path / "state")
+    return tmp_path / "state"
+
+
+def only(root: Path) -> dict[str, Any]:
+    """Return the one sensor of a state, as `defects` answers."""
+    with State(root, create=False) as state:
+        (sensor,) = answers.defects(state)["sensors"]
+    return sensor
+
+
+def declared(root: Path) -> Pixels:
+    """Return the pixels declared of the one sensor."""
+    return [(d["x"], d["y"]) for d in only(root)["declared"]]
+
+
+def command(*arguments: object, state: Path, code: int = 0, **options: Any) -> str:
+    """Run one of the commands, and return what it said."""
+    done = run(*arguments, "--state", state, **options)
+    assert done.returncode == code, done.stdout + done.stderr
+    return str(done.stdout + done.stderr)
+
+
+# --- marking and importing
+
+
+def test_pixels_are_marked_and_unmarked_by_hand(root):
+    """Once, whoever says it again; what was found does not change."""
+    before = told(root)["digests"]
+    assert declared(root) == []
+    assert "is declared now" in command("mark", 199, 149, state=root)
+    assert "was declared already" in command("mark", 199, 149, state=root)
+    command("mark", 0, 0, state=root)
+    (first, second) = only(root)["declared"]
+    assert (first["x"], first["y"], first["source"]) == (0, 0, "mark")
+    assert first["declared_at"].endswith("Z")
+    assert (second["x"], second["y"]) == (199, 149)
+    assert "is not declared any more; mark did" in command("unmark", 0, 0, state=root)
+    assert "was not declared" in command("unmark", 0, 0, state=root)
+    assert declared(root) == [(199, 149)]
+    assert told(root)["digests"] == before
+
+
+def test_a_pixel_outside_of_the_sensor_is_wrong_use(root):
+    """With the size that it has."""
+    for x, y in ((200, 0), (0, 150)):
+        assert "200x150 pixels" in command("mark", x, y, state=root, code=2)
+    assert declared(root) == []
+
+
+def test_lists_are_imported_as_a_whole_or_not_at_all(root, tmp_path):
+    """Several at once, too: one bad line in the last of them, and nothing of any is declared."""
+    (tmp_path / "good").write_text("1 2 0\n3 4 0\n")
+    (tmp_path / "bad").write_text("P 5 6 H\nP 200 6 H\n")
+    said = command("import", tmp_path / "good", tmp_path / "bad", state=root, code=2)
+    assert f"{tmp_path / 'bad'}, line 2: (200, 6) is outside of the sensor" in said
+    assert declared(root) == []
+    (tmp_path / "bad").write_text("P 5 6 H\nP 1 2 H\n")
+    assert "3 pixels of" in command("import", tmp_path / "good", tmp_path / "bad", state=root)
+    assert [(d["x"], d["y"], d["source"]) for d in only(root)["declared"]] == [
+        (1, 2, "dcraw:good"),
+        (3, 4, "dcraw:good"),
+        (5, 6, "siril:bad"),
+    ]
+    assert "2 pixels" in command("unmark", "--source", "dcraw:good", state=root)
+    assert declared(root) == [(5, 6)]
+    assert "there is: siril:bad" in command("unmark", "--source", "nonsense", state=root, code=2)
+
+
+def test_of_several_sensors_one_must_be_named(root, other_camera: Camera):
+    """By serial number, id or name; the error lists them."""
+    feed(root, other_camera.folder)
+    for arguments in (["export", "dcraw"], ["mark", 1, 2], ["unmark", 1, 2]):
+        said = command(*arguments, state=root, code=2)
+        assert "--sensor Hotpixd-Virtual-Camera-V0001" in said
+        assert "--sensor Hotpixd-Virtual-Camera-V0002" in said
+    assert "no sensor is called" in command("mark", 1, 2, "--sensor", "V0009", state=root, code=2)
+    command("mark", 1, 2, "--sensor", "V0002", state=root)
+    assert "\n1 2 0\n" in command("export", "dcraw", "--sensor", "V0002", state=root)
+    assert "\n1 2 0\n" not in command("export", "dcraw", "--sensor", "V0001", state=root)
+
+
+def test_what_was_exported_comes_back_as_declared(root, camera: Camera, tmp_path):
+    """And agrees with what is found, of which tables and answers tell."""
+    command("export", "siril", "-o", tmp_path / "map.lst", state=root)
+    command("import", tmp_path / "map.lst", state=root)
+    found = {(d["x"], d["y"]) for d in only(root)["defects"]}
+    planted = {(d.x, d.y) for d in camera.sensor.defects}
+    assert len(found) >= 5
+    assert found <= planted
+    assert set(declared(root)) == found
+    command("mark", 3, 3, state=root)
+    said = command("defects", state=root)
+    assert f"{len(found) + 1} declared: {len(found)} of them found, 1 not; 0 found are not declared" in said
+
+
+def test_declared_defects_are_exported_unless_left_out(root):
+    """By default they are part of the map."""
+    command("mark", 7, 9, state=root)
+    found = len(only(root)["defects"])
+    with_it = command("export", "dcraw", state=root).splitlines()
+    without = command("export", "dcraw", "--no-declared", state=root).splitlines()
+    assert "7 9 0" in with_it
+    assert "7 9 0" not in without
+    assert sum(line[0] != "#" for line in with_it) == found + 1
+    assert sum(line[0] != "#" for line in without) == found
+
+
+# --- exporting, as a command
+
+
+def test_binary_formats_want_a_file_and_files_are_not_overwritten(root, tmp_path):
+    """Unless it is said that they may be; and nothing is left beside them."""
+    assert "name a file with -o" in command("export", "png-mask", state=root, code=2)
+    out = tmp_path / "out" / "mask.png"
+    assert "no folder" in command("export", "png-mask", "-o", out, state=root, code=2)
+    out.parent.mkdir()
+    command("export", "png-mask", "-o", out, state=root)
+    first = out.read_bytes()
+    command("mark", 7, 9, state=root)
+    assert "is there already" in command("export", "png-mask", "-o", out, state=root, code=2)
+    assert out.read_bytes() == first
+    command("export", "png-mask", "-o", out, "--force", state=root)
+    assert out.read_bytes() != first
+    assert [path.name for path in out.parent.iterdir()] == ["mask.png"]
+
+
+def test_wrong_orders_are_told_what_is_right(root, tmp_path):
+    """Each in a sentence, exit code 2."""
+    assert "these are: dcraw" in command("export", "nonsense", state=root, code=2)
+    assert "--list" in command("export", state=root, code=2)
+    assert "stable, warm, candidate" in command("export", "dcraw", "--which", "hot", state=root, code=2)
+    assert "--like" in command("export", "dng", "-o", tmp_path / "a.dng", state=root, code=2)
+    assert "ends in .fits or .tif" in command("export", "mean", "-o", tmp_path / "a.png", state=root, code=2)
+    assert "camconst.json" in command("export", "rawtherapee", "--raw-crop", "1,2", state=root, code=2)
+    assert "these are: dcraw" in command("import", "--format", "x", tmp_path / "a", state=root, code=2)
+    assert "cannot be read" in command("import", tmp_path / "a", state=root, code=2)
+    assert "name a pixel" in command("unmark", 1, state=root, code=2)
+    listed = command("export", "--list", state=root)
+    assert all(len(line) <= 120 for line in listed.splitlines())
+    assert "rawtherapee" in listed
+
+
+def test_rawtherapee_s_list_goes_into_its_folder_under_its_name(root, tmp_path):
+    """And it is said which names it looks for."""
+    said = command("export", "rawtherapee", "-o", tmp_path, state=root)
+    assert (tmp_path / "Hotpixd Virtual Camera V0001.badpixels").is_file()
+    assert "'Hotpixd Virtual Camera.badpixels'" in said
+
+
+def test_phd2_gets_its_two_files(root, tmp_path):
+    """Named as it names them; the second as large as the sensor."""
+    command("export", "phd2", "-o", tmp_path / "PHD2_defect_map_1.txt", state=root)
+    with fits.open(tmp_path / "PHD2_defect_map_master_1.fit") as units:
+        assert units[0].data.shape == (150, 200)
+
+
+def test_frames_in_fits_want_a_picture_that_says_how_their_rows_are_stored(tmp_path):
+    """Else a map would be upside down in half of all cases, and nobody would know."""
+    import numpy as np
+
+    rng = np.random.default_rng(4)
+    for number in range(6):
+        frame = rng.normal(1000, 20, (64, 80)).astype(np.uint16)
+        frame[10, 20] = 9000
+        unit = fits.PrimaryHDU(frame)
+        unit.header["IMAGETYP"] = "Dark Frame"
+        unit.writeto(tmp_path / f"{number}.fits")
+    root = tmp_path / "state"
+    feed(root, *sorted(tmp_path.glob("*.fits")))
+    command("mark", 20, 53, state=root)  # as hotpixd sees row 10 of 64 from the bottom
+    assert "--like" in command("export", "phd2", "-o", tmp_path / "m.txt", state=root, code=2)
+    command("export", "phd2", "-o", tmp_path / "m.txt", "--like", tmp_path / "0.fits", state=root)
+    assert "20 10" in (tmp_path / "m.txt").read_text().splitlines()
+    assert "20 53 0" in command("export", "dcraw", state=root)
+    assert "--like" in command("import", tmp_path / "m.txt", state=root, code=2)
+    command("import", tmp_path / "m.txt", "--like", tmp_path / "0.fits", state=root)
+    assert declared(root) == [(20, 53)]
+
+
+# --- the rest of the state's life
+
+
+def test_damage_is_told_and_nothing_is_written_over_it(root, tmp_path):
+    """By verify; what was found is told as ever, and exported when it is said to leave declared ones out."""
+    command("mark", 1, 2, state=root)
+    (path,) = (root / "declared").iterdir()
+    path.write_bytes(path.read_bytes().replace(b"[1, 2", b"[1, 3"))
+    damaged = path.read_bytes()
+    assert str(path) in command("verify", state=root, code=3)
+    assert "cannot be believed" in command("defects", state=root)
+    assert "--no-declared" in command("export", "dcraw", state=root, code=3)
+    command("export", "dcraw", "--no-declared", state=root)
+    assert "move the file away" in command("mark", 5, 6, state=root, code=3)
+    assert path.read_bytes() == damaged
+    # A backup of such a state can be restored.
+    command("backup", tmp_path / "b", state=root)
+    command("restore", tmp_path / "b", state=tmp_path / "again")
+    path.unlink()
+    command("mark", 5, 6, state=root)
+    assert declared(root) == [(5, 6)]
+
+
+def test_a_rebuild_and_a_lost_ledger_take_nothing_along(root, camera: Camera):
+    """No picture could say it again."""
+    command("mark", 1, 2, state=root)
+    (root / "ledger.sqlite").unlink()
+    command("rebuild", camera.folder, state=root)
+    assert declared(root) == [(1, 2)]
+    assert "ok" in command("verify", state=root)
+    command("rebuild", camera.folder, state=root)
+    assert declared(root) == [(1, 2)]
+
+
+def test_a_backup_holds_them(root, tmp_path):
+    """And what was declared since is named when it is restored over, with the command that brings it back."""
+    command("mark", 1, 2, state=root)
+    command("backup", tmp_path / "b", state=root)
+    command("mark", 3, 4, state=root)
+    said = command("restore", tmp_path / "b", "--force", state=root)
+    assert declared(root) == [(1, 2)]
+    (told_line,) = (line for line in said.splitlines() if "hotpixd import" in line)
+    assert told_line.startswith("1 of its declared defects")
+    command("import", told_line.partition("hotpixd import ")[2], state=root)
+    assert declared(root) == [(1, 2), (3, 4)]
+
+
+def test_a_backup_without_any_is_as_ever(root, tmp_path):
+    """The control."""
+    with State(root, create=False) as state:
+        save(Backups(state, live=False).answer, tmp_path / "b", force=False)
+    assert b"declared/" not in (tmp_path / "b").read_bytes()

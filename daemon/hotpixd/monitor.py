@@ -632,7 +632,8 @@ class Monitor:
                 size=row.size,
                 origin=found.origin,
             )
-        self._ahead = min(self._memory // _SHARE_OF_FRAMES // frame.samples.nbytes, _DECODE_AHEAD)
+        # A frame whose samples are on another machine has none here.
+        self._ahead = min(self._memory // _SHARE_OF_FRAMES // max(frame.samples.nbytes, 1), _DECODE_AHEAD)
         kept = self._sensor_of(frame)
         report = self._fold(kept, frame, row)
         kept.fold_in(row)

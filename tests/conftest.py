@@ -81,8 +81,7 @@ def feed(root: Path, *wanted: Path, kind: Any = None) -> list[Outcome]:
 def told(root: Path) -> dict[str, Any]:
     """Return all that a state tells and that must not depend on how its shots came in; it must be undamaged.
 
-    Rows are told by their place among those folded: a torn file is waited for, and refused earlier or later. Neither a
-    kill nor a power cut damages a generation, so none may have been set aside.
+    Rows are told by their place among those folded: a torn file is waited for, and refused earlier or later.
     """
     with State(root, create=False) as state:
         checked = answers.verify(state)
@@ -90,7 +89,7 @@ def told(root: Path) -> dict[str, Any]:
         assert not checked["waiting"]
         ids = list(state.ledger.sensors())
         folded = [row.seq for row in state.ledger.rows_to_replay({}) if row.verdict == "folded"]
-        place = {seq: n for n, seq in enumerate(folded)}
+        place = {seq: n for n, seq in enumerate(folded, 1)}
         return {
             "digests": {sensor["id"]: sensor["digest"] for sensor in checked["sensors"]},
             "defects": answers.defects(state, candidates=True),
@@ -100,7 +99,6 @@ def told(root: Path) -> dict[str, Any]:
             "observations": {
                 id_: [row._replace(seq=place[row.seq]) for row in state.ledger.observations(id_)] for id_ in ids
             },
-            "generations set aside": sorted(path.name for path in (root / "damaged").glob("gen-*")),
             "least": answers.least_variance(state, 20),
             "refused": sorted((row.name, row.reason) for row in state.ledger.refused()),
             "shots": [{k: v for k, v in shot.items() if k != "received_at"} for shot in _last_shots(state, ids)],

@@ -1052,7 +1052,7 @@ def _settle_by_newer(monitor: Monitor, kept: Any) -> int:
     return written
 
 
-def _checkpoint_first(state: State, sensor_id: str, number: int, header: Any, arrays: Any) -> Path:
+def _checkpoint_first(state: State, sensor_id: str, number: int, header: Any, arrays: Any, **_: Any) -> Path:
     """Write the generation before the verdicts of its shots are committed."""
     return checkpoint.write_generation(state.sensor_folder(sensor_id), number, header, arrays)
 

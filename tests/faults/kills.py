@@ -49,6 +49,11 @@ SERIES_STEPS = _steps_of_rename("series")
 REPLAY_STEPS = ("amid_replay",)
 """Passed only by a replay; tests/test_monitor.py dies there."""
 
+DECLARED_STEPS = _steps_of_rename("declared")
+"""Passed only while defects are declared; tests/test_declared.py dies there."""
+CLUSTER_STEPS = ("ahead_of_ledger",)
+"""Passed only by a scan on a cluster; tests/test_cluster.py dies there."""
+
 _PASSES = (1, 2, 3, 5)
 """The Nth pass of a failpoint at which to die."""
 

@@ -134,6 +134,10 @@ def final(root: Path, folder: Path) -> dict[str, Any]:
         known = told(root)
     except AssertionError as error:
         raise Wrong(f"the state is damaged: {error}") from error
+    damaged = sorted(path.name for path in (root / "damaged").glob("gen-*"))
+    if damaged:
+        # Though the older one makes up for it: neither a kill nor a full disk damages a generation.
+        raise Wrong(f"generations were set aside: {damaged}")
     left = [str(path.relative_to(root)) for path in root.rglob("*.tmp")]
     if left:
         raise Wrong(f"unfinished files were left: {left}")

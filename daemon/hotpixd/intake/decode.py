@@ -399,18 +399,30 @@ def _read_dng(file: BinaryIO, place: Place) -> _Picture:
     file.seek(0)
     about = metadata.from_file(file)
     # What is missing LibRaw may know.
-    if plain is None or reading is None or None in (about.exposure_s, about.iso, about.taken_at):
-        samples, about, reading = _by_libraw(file, about)
-        if plain is not None and plain_dng.is_new(plain):
-            plain_dng.learn(plain, reading, samples, file)
-        return _raw_picture(samples, about, reading)
-    _refuse_if(extent.raw_fault(file, plain.width, plain.height, reading.colours))
-    placed = place((reading.height, reading.width), np.dtype(np.uint16))
-    if not plain_dng.read_into(placed, plain, reading, file):
+    if plain is not None and reading is not None and None not in (about.exposure_s, about.iso, about.taken_at):
+        placed = _placed(file, place, plain, reading)
+        if placed is not None:
+            return _raw_picture(placed, about, reading)
+    samples, about, reading = _by_libraw(file, about)
+    if plain is not None and plain_dng.is_new(plain):
+        plain_dng.learn(plain, reading, samples, file)
+    return _raw_picture(samples, about, reading)
+
+
+def _placed(file: BinaryIO, place: Place, plain: plain_dng.Plain, reading: Reading) -> NDArray[np.uint16] | None:
+    """Return the samples of a DNG; None if anything is wrong with it.
+
+    What that is LibRaw has to say: the reason must not depend on which shots came before.
+    """
+    if extent.raw_fault(file, plain.width, plain.height, reading.colours) is not None or _ends_empty(file):
+        return None
+    if file.seek(0, io.SEEK_END) < plain.end:
+        return None
+    # Memory is given once: there must be no way back from here.
+    samples = place((reading.height, reading.width), np.dtype(np.uint16))
+    if not plain_dng.read_into(samples, plain, reading, file):
         raise DecodeError(_broken("raw"))
-    if placed[-1].any():
-        _refuse_empty_end(file)
-    return _raw_picture(placed, about, reading)
+    return samples
 
 
 def _read_raw(file: BinaryIO) -> _Picture:
@@ -480,12 +492,17 @@ def _unpacked(file: BinaryIO, about: Metadata) -> tuple[NDArray[Any], Metadata, 
 
 def _refuse_empty_end(file: BinaryIO) -> None:
     """Refuse a compressed raw file whose last eighth was never written: its zeros decode to something."""
+    if _ends_empty(file):
+        raise DecodeError("the last part of the file is all zero, so it is only half written; copy it again")
+
+
+def _ends_empty(file: BinaryIO) -> bool:
     size = file.seek(0, io.SEEK_END)
     for tail in (4096, size // 8):
         file.seek(-min(tail, size), io.SEEK_END)
         if any(file.read(tail)):
-            return
-    raise DecodeError("the last part of the file is all zero, so it is only half written; copy it again")
+            return False
+    return True
 
 
 def _raw_colours(raw: Any) -> str:

@@ -1,9 +1,8 @@
-"""DNGs that are uncompressed, or in lossless JPEG: read without LibRaw, once it was seen to make the same of them.
+"""Uncompressed DNGs: samples straight from the file into their place, once LibRaw was seen to make the same of them.
 
 LibRaw reads a file into memory, copies its samples twice and asks for a third
-copy; three quarters of the time that an uncompressed DNG takes. Lossless JPEG
-takes it twice as long as imagecodecs, if that is installed. What it makes of the
-samples depends on a header that is the same for all shots of a camera. So the
+copy; three quarters of the time that an uncompressed DNG takes. What it makes of
+the samples depends on a header that is the same for all shots of a camera. So the
 first shot is read both ways, and compared: samples, crop, colours, levels. If all
 are equal, the next shots with that header are read here.
 """
@@ -26,15 +25,12 @@ _OF_THE_SHOT = {
     *(0x0132, 0x8769, 0x8825, 0x02BC, 0x83BB),  # time, EXIF, GPS, XMP, IPTC
     *(0x829A, 0x829D, 0x8827, *range(0x9003, 0x9015), *range(0x9201, 0x9209), *range(0x9290, 0x9293), 0x9400),
     *(0xC628, 0xC629, 0xC65D, 0xC761),  # white balance, the samples' digest, their noise
-    *(0x0111, 0x0117, 0x0144, 0x0145),  # where they lie
+    *(0x0111, 0x0117),  # where they lie
 }
 """Tags that differ from shot to shot, and that what LibRaw makes of the samples does not depend on."""
 
-_REFUSED = {0xC618, 0xC68E}
-"""Tags with which it does more: a table of levels, masked areas."""
-
-_STORED, _LOSSLESS_JPEG = 1, 7
-"""Compressions."""
+_REFUSED = {0xC618, 0xC68E, 0x0142}
+"""Tags with which it does more: a table of levels, masked areas, tiles."""
 
 _MOST = 64
 """Headers to remember. No card has the shots of so many cameras."""
@@ -47,17 +43,14 @@ class Plain:
     header: bytes
     """Digest of all that says what to make of them."""
 
+    offset: int
     width: int
     height: int
 
-    parts: tuple[tuple[int, int], ...]
-    """Offset and bytes of each strip or tile. Those of an uncompressed file lie one behind the other."""
-
-    part: tuple[int, int]
-    """Width and height of a part."""
-
-    compressed: bool
-    """Whether they are lossless JPEGs."""
+    @property
+    def end(self) -> int:
+        """Where they end."""
+        return self.offset + 2 * self.width * self.height
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,24 +84,15 @@ def find(file: BinaryIO) -> Plain | None:
     if len(raws) != 1 or not _REFUSED.isdisjoint(raws[0].entries):
         return None
     raw = raws[0]
-    compression, bits = raw.number(0x0103), raw.number(0x0102) or 0
-    lossless = compression == _LOSSLESS_JPEG and _has_imagecodecs()
-    if raw.number(0x0115) != 1 or not (lossless or (compression == _STORED and bits == 16)):
+    if (raw.number(0x0103), raw.numbers(0x0102), raw.number(0x0115)) != (1, (16.0,), 1):
         return None
     width, height = int(raw.number(0x0100) or 0), int(raw.number(0x0101) or 0)
-    tiled = 0x0142 in raw.entries
-    starts, counts = (0x0144, 0x0145) if tiled else (0x0111, 0x0117)
-    parts = tuple((int(at), int(n)) for at, n in zip(raw.numbers(starts), raw.numbers(counts), strict=False))
-    sides = (raw.number(0x0142), raw.number(0x0143)) if tiled else (width, raw.number(0x0116) or height)
-    part = int(sides[0] or 0), int(sides[1] or 0)
-    if min(width, height, *part) < 1 or len(parts) != -(-width // part[0]) * -(-height // part[1]):
+    starts, counts = raw.numbers(0x0111), raw.numbers(0x0117)
+    if not starts or len(starts) != len(counts) or sum(counts) != 2 * width * height:
         return None
-    if not lossless:
-        ends = [at + n for at, n in parts]
-        in_a_row = ends[:-1] == [at for at, _ in parts[1:]] and ends[-1] - parts[0][0] == 2 * width * height
-        if tiled or not in_a_row:
-            return None
-    return Plain(_digest(first, raw), width, height, parts, part, lossless)
+    if any(start + count != after for start, count, after in zip(starts, counts, starts[1:], strict=False)):
+        return None
+    return Plain(_digest(first, raw), int(starts[0]), width, height)
 
 
 def known(plain: Plain) -> Reading | None:
@@ -131,52 +115,14 @@ def learn(plain: Plain, reading: Reading, samples: NDArray[np.generic], file: Bi
 
 
 def read_into(samples: NDArray[np.uint16], plain: Plain, reading: Reading, file: BinaryIO) -> bool:
-    """Read the visible samples into an array (height, width); False if the file ends before they do, or is damaged."""
-    columns = slice(reading.left, reading.left + reading.width)
-    if plain.compressed:
-        if samples.shape == (plain.height, plain.width):
-            return _decompressed(samples, plain, file)
-        every = np.empty((plain.height, plain.width), np.uint16)
-        whole = _decompressed(every, plain, file)
-        samples[...] = every[reading.top : reading.top + reading.height, columns]
-        return whole
-    file.seek(plain.parts[0][0] + 2 * reading.top * plain.width)
+    """Read the visible samples into an array (height, width); False if the file ends before they do."""
+    file.seek(plain.offset + 2 * reading.top * plain.width)
     if reading.width == plain.width:
         return _filled(samples, file)
     rows = np.empty((reading.height, plain.width), np.uint16)
     whole = _filled(rows, file)
-    samples[...] = rows[:, columns]
+    samples[...] = rows[:, reading.left : reading.left + reading.width]
     return whole
-
-
-def _has_imagecodecs() -> bool:
-    try:
-        from imagecodecs import ljpeg_decode  # noqa: F401 - it is a name made when it is asked for
-    except (ImportError, AttributeError):
-        return False
-    return True
-
-
-def _decompressed(samples: NDArray[np.uint16], plain: Plain, file: BinaryIO) -> bool:
-    """Decode all parts into their places; False if one is missing or broken."""
-    import imagecodecs
-
-    width, height = plain.part
-    across = -(-plain.width // width)
-    for number, (offset, size) in enumerate(plain.parts):
-        file.seek(offset)
-        data = file.read(size)
-        try:
-            part = imagecodecs.ljpeg_decode(data)
-        except (RuntimeError, ValueError):
-            return False
-        # Two samples of a row may be stored as two components of one pixel.
-        if part.size != width * height or part.shape[0] != height:
-            return False
-        y, x = number // across * height, number % across * width
-        place = samples[y : y + height, x : x + width]
-        place[...] = part.reshape(height, width)[: place.shape[0], : place.shape[1]]
-    return True
 
 
 def _filled(samples: NDArray[np.uint16], file: BinaryIO) -> bool:

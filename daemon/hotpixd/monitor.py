@@ -46,9 +46,12 @@ _HASH_AHEAD = 6
 _DECODE_AHEAD = 3
 """Frames being decoded, or waiting for the fold, at most: with the one in the fold, four are in memory."""
 
-_SHARE_OF_FRAMES = 16
+_SHARE_OF_FRAMES = 32
 """Of memory: what these may take, and as much those that wait to be added to the sums together. But never fewer than
-one of each."""
+one of each. With 61 megapixels and 2 GB, two decoders at a time were one too many."""
+
+_LARGE_FRAME = 120_000_000
+"""Bytes of a frame of which nothing is known yet: raw, of 60 megapixels."""
 
 _RECEIVE_TOGETHER = 4
 """Shots acknowledged with one commit, when that many are hashed already."""
@@ -219,7 +222,7 @@ class Monitor:
         self._bytes_since = 0
         self._depths = {id_: about.get("depth") for id_, about in self._ledger.sensors().items()}
         self._memory = memory_bytes()
-        self._ahead = _DECODE_AHEAD
+        self._ahead = self._frames_ahead(_LARGE_FRAME)
         self.lost: dict[str, str] = {}
         """Names by key of shots that were acknowledged, could not be folded again, and were not offered since."""
         self.warnings: list[str] = []
@@ -343,6 +346,11 @@ class Monitor:
                 yield from self._next_concluded()
             else:
                 yield None
+
+    def _frames_ahead(self, nbytes: int) -> int:
+        """Return how many frames of a size may wait while one is folded."""
+        # One whose samples are on another machine has none here.
+        return min(self._memory // _SHARE_OF_FRAMES // max(nbytes, 1), _DECODE_AHEAD)
 
     def _sum_up(self) -> None:
         """Do what folding has put off, now that there is time for it."""
@@ -632,8 +640,7 @@ class Monitor:
                 size=row.size,
                 origin=found.origin,
             )
-        # A frame whose samples are on another machine has none here.
-        self._ahead = min(self._memory // _SHARE_OF_FRAMES // max(frame.samples.nbytes, 1), _DECODE_AHEAD)
+        self._ahead = self._frames_ahead(frame.samples.nbytes)
         kept = self._sensor_of(frame)
         report = self._fold(kept, frame, row)
         kept.fold_in(row)

@@ -443,9 +443,14 @@ def _environment() -> dict[str, str]:
 def memory_bytes() -> int:
     """Return how much memory this process may take: the machine's, or what its service is allowed."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError, IndexError):
-        (group,) = re.findall(r"^0::(/.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
-        return min(machine, int(Path(f"/sys/fs/cgroup{group}/memory.max").read_text()))
+    groups = ""
+    with suppress(OSError):
+        groups = Path("/proc/self/cgroup").read_text()
+    # Of both versions of cgroups; a group without a limit says "max", or a number beyond all machines.
+    for line, limit in ((r"^0::(/.*)$", "{}/memory.max"), (r"^\d+:memory:(/.*)$", "/memory{}/memory.limit_in_bytes")):
+        for group in re.findall(line, groups, re.MULTILINE):
+            with suppress(OSError, ValueError):
+                machine = min(machine, int(Path("/sys/fs/cgroup" + limit.format(group)).read_text()))
     return machine
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import numpy as np
@@ -31,6 +31,9 @@ _OF_THE_SHOT = {
 
 _REFUSED = {0xC618, 0xC68E, 0x0142}
 """Tags with which it does more: a table of levels, masked areas, tiles."""
+
+_BAND = 256
+"""Rows compared at a time."""
 
 _MOST = 64
 """Headers to remember. No card has the shots of so many cameras."""
@@ -109,17 +112,22 @@ def learn(plain: Plain, reading: Reading, samples: NDArray[np.generic], file: Bi
     """Compare what LibRaw has made of a file with what is here, and remember whether they agree."""
     if len(_known) >= _MOST:
         _known.pop(next(iter(_known)))
-    own = np.empty((reading.height, reading.width), np.uint16)
-    agree = _fits(plain, reading) and read_into(own, plain, reading, file) and np.array_equal(own, samples)
+    agree = _fits(plain, reading)
+    # Some rows at a time: LibRaw has all of them in memory twice already.
+    own = np.empty((min(_BAND, reading.height), reading.width), np.uint16)
+    for first in range(0, reading.height, _BAND):
+        rows = own[: reading.height - first]
+        part = replace(reading, top=reading.top + first)
+        agree = agree and read_into(rows, plain, part, file) and np.array_equal(rows, samples[first : first + _BAND])
     _known[plain.header] = reading if agree else None
 
 
 def read_into(samples: NDArray[np.uint16], plain: Plain, reading: Reading, file: BinaryIO) -> bool:
-    """Read the visible samples into an array (height, width); False if the file ends before they do."""
+    """Read as many rows of visible samples as an array (rows, width) has; False if the file ends before they do."""
     file.seek(plain.offset + 2 * reading.top * plain.width)
     if reading.width == plain.width:
         return _filled(samples, file)
-    rows = np.empty((reading.height, plain.width), np.uint16)
+    rows = np.empty((len(samples), plain.width), np.uint16)
     whole = _filled(rows, file)
     samples[...] = rows[:, reading.left : reading.left + reading.width]
     return whole

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
 import live_states as made_up
+from conftest import environment
 from hotpixd.views import tables
 from hotpixd.views.text import printable
 
@@ -124,3 +127,11 @@ def test_the_status_says_in_the_word_of_each_source_how_it_is(capsys, monkeypatc
 def test_text_from_outside_is_shown_as_what_it_is(text, written):
     """Letters of all languages stay; what would act on the terminal, or turn its direction, becomes an escape."""
     assert printable(text) == written
+
+
+def test_tables_do_without_the_kernels():
+    """What a daemon has answered is shown at once: to load numba takes longer than all the rest."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, hotpixd.views.tables; sys.exit('numba' in sys.modules)"], env=environment()
+    )
+    assert done.returncode == 0

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from throughput import FORMATS, _picture, make_pictures
+from throughput import USUAL, _picture, make_pictures
 
 RUN = [sys.executable, "-c", "from hotpixd.cli import main; main()"]
 
@@ -106,9 +106,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="hpx") as temporary:
         pictures = given.work or Path(temporary) / "pictures"
         make_pictures(pictures, given.shots, tuple(given.size), 92, os.cpu_count() or 1)
-        print("| | " + " | ".join(FORMATS) + " |\n|---|" + "---|" * len(FORMATS))
+        print("| | " + " | ".join(USUAL) + " |\n|---|" + "---|" * len(USUAL))
         columns = []
-        for name in FORMATS:
+        for name in USUAL:
             files = [_picture(pictures, name, i) for i in range(given.shots)]
             work = Path(temporary) / name
             work.mkdir()

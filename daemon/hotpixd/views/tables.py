@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hotpixd.views.history import sentences
 from hotpixd.views.text import agreement, agreement_words, printable, sensor_name
 
 Answer = Mapping[str, Any]
@@ -79,6 +78,9 @@ _LATEST_CHANGES, _LATEST_SESSIONS = 30, 12
 
 def print_history(answer: Answer, *, everything: bool = False) -> None:
     """Print the answer of `history.history`: the latest sessions and changes, or all."""
+    # Only here: it brings the kernels, which take longer to load than a status to answer.
+    from hotpixd.views.history import sentences
+
     console = _console()
     if not answer["sensors"]:
         console.print("No sensor is known yet.")

@@ -58,6 +58,15 @@ def whole(root: Path) -> dict[str, Any]:
     return all_of_it
 
 
+def comparable(root: Path) -> dict[str, Any]:
+    """Return all that a state tells but where its shots were."""
+    all_of_it = whole(root)
+    rows = [(seq, key, name, *rest) for seq, key, name, _path, *rest in all_of_it.pop("rows")]
+    for shot in all_of_it["shots"]:
+        shot.pop("path", None)
+    return {**all_of_it, "rows": rows}
+
+
 def fates(outcomes: list[Outcome]) -> list[tuple[str, str, str]]:
     """Return what became of each shot; what needs no decoder is told of early by one machine."""
     return sorted((str(outcome.path), str(outcome.fate), outcome.reason or "") for outcome in outcomes)

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("distributed", reason="the extra `cluster` is not installed")
 
-from clusters import killed_at_last, whole
+from clusters import comparable, killed_at_last
 from conftest import HOTPIXD, environment, feed
 
 HOSTS = ("head", "one", "two")
@@ -87,15 +87,6 @@ def scanned_there(start: Callable[..., Any], state: Path) -> subprocess.Popen[st
     return start("head", *HOTPIXD, *order, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # type: ignore[no-any-return]
 
 
-def told_of(root: Path) -> dict[str, Any]:
-    """Return all that a state tells but where its shots were."""
-    found = whole(root)
-    rows = [(seq, key, name, *rest) for seq, key, name, _path, *rest in found.pop("rows")]
-    for shot in found["shots"]:
-        shot.pop("path", None)
-    return {**found, "rows": rows}
-
-
 def test_three_hosts_tell_what_one_machine_tells(cluster, camera, tmp_path):
     """Same digest, defects, transitions and rows; the workers cannot see the files but over the network."""
     feed(tmp_path / "here", camera.folder)
@@ -103,7 +94,7 @@ def test_three_hosts_tell_what_one_machine_tells(cluster, camera, tmp_path):
     scan = scanned_there(start, tmp_path / "there")
     said, _ = scan.communicate(timeout=200)
     assert scan.returncode == 0, said
-    assert told_of(tmp_path / "there") == told_of(tmp_path / "here")
+    assert comparable(tmp_path / "there") == comparable(tmp_path / "here")
 
 
 def test_a_host_that_dies_amid_the_scan_changes_nothing(cluster, hosts, camera, tmp_path):
@@ -128,4 +119,4 @@ def test_a_host_that_dies_amid_the_scan_changes_nothing(cluster, hosts, camera, 
             continue
     said, _ = scan.communicate(timeout=200)
     assert scan.returncode == 0, said
-    assert told_of(tmp_path / "there") == told_of(tmp_path / "here")
+    assert comparable(tmp_path / "there") == comparable(tmp_path / "here")

@@ -20,7 +20,7 @@ import pytest
 
 pytest.importorskip("distributed", reason="the extra `cluster` is not installed")
 
-from clusters import cluster_feed, fates, killed_at_last, until, whole
+from clusters import cluster_feed, comparable, fates, killed_at_last, until
 from conftest import feed, run, told
 from hotpixd.cluster.connection import connected
 from hotpixd.cluster.inputs import find_inputs
@@ -56,15 +56,6 @@ def here(store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, An
 
 def without_place(found: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
     return sorted((path.rpartition("/")[2], fate, reason) for path, fate, reason in found)
-
-
-def comparable(root: Path) -> dict[str, Any]:
-    """Return all that a state tells but where its shots were."""
-    all_of_it = whole(root)
-    rows = [(seq, key, name, *rest) for seq, key, name, _path, *rest in all_of_it.pop("rows")]
-    for shot in all_of_it["shots"]:
-        shot.pop("path", None)
-    return {**all_of_it, "rows": rows}
 
 
 def free_port() -> int:

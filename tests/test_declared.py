@@ -9,14 +9,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from astropy.io import fits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import Camera, environment, nobody, run
+from conftest import Camera, environment, nobody
+from declarations import command, declared
 from hotpixd import declaring
 from hotpixd.declaring import DeclareError, Declaring
 from hotpixd.exchange import ask_of, declare
@@ -26,33 +26,12 @@ from hotpixd.store.declared import DeclaredDefect, DeclaredError, DeclaredLists,
 from hotpixd.store.state import State
 from hotpixd.views import answers
 
-Pixels = list[tuple[int, int]]
-
 
 @pytest.fixture
 def root(scanned: Path, tmp_path: Path) -> Path:
     """A state of one sensor with 200x150 pixels."""
     shutil.copytree(scanned, tmp_path / "state")
     return tmp_path / "state"
-
-
-def only(root: Path) -> dict[str, Any]:
-    """Return the one sensor of a state, as `defects` answers."""
-    with State(root, create=False) as state:
-        (sensor,) = answers.defects(state)["sensors"]
-    return sensor
-
-
-def declared(root: Path) -> Pixels:
-    """Return the pixels declared of the one sensor."""
-    return [(d["x"], d["y"]) for d in only(root)["declared"]]
-
-
-def command(*arguments: object, state: Path, code: int = 0, **options: Any) -> str:
-    """Run one of the commands, and return what it said."""
-    done = run(*arguments, "--state", state, **options)
-    assert done.returncode == code, done.stdout + done.stderr
-    return str(done.stdout + done.stderr)
 
 
 # --- the files

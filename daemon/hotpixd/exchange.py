@@ -9,20 +9,19 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hotpixd.declaring import MOST_DECLARED, POINTS_AT_A_TIME, QUESTIONS, Declaring
 from hotpixd.store import checkpoint
-from hotpixd.store.durable import StateError, fsync_folder, write_all
+from hotpixd.store.durable import StateError, written_beside
 from hotpixd.store.state import State
 from hotpixd.views import answers
 from hotpixd.views.exports import FORMATS, ExportError, Extras, Format, rawtherapee_name
 from hotpixd.views.imports import BY_ROWS, READERS, ListError, read_list
 from hotpixd.views.maps import STATES, Rows, defect_map
-from hotpixd.views.text import printable, sensor_name
+from hotpixd.views.text import called, printable, sensor_name
 
 Ask = Callable[..., dict[str, Any]]
 """Asks a question, of the state or of its daemon."""
@@ -191,11 +190,7 @@ def choose_sensor(sensors: Sequence[Mapping[str, Any]], wanted: str | None) -> M
     """
     if not sensors:
         raise ExchangeError("no sensor is known yet: no shot was ever folded")
-    found = list(sensors)
-    if wanted is not None:
-        exact = [sensor for sensor in sensors if wanted in (sensor["id"], sensor["serial"])]
-        word = wanted.lower()
-        found = exact or [s for s in sensors if word in s["id"].lower() or word in sensor_name(s).lower()]
+    found = list(sensors) if wanted is None else called(sensors, wanted)
     if len(found) == 1:
         return found[0]
     listed = "\n".join(f"  --sensor {sensor['id']}   {sensor_name(sensor)}" for sensor in found or sensors)
@@ -391,29 +386,12 @@ def write_anew(path: Path, content: bytes, *, force: bool) -> None:
         If something of that name is there and `force` is not given.
     """
     _refuse_existing(path, force=force)
-    part = path.with_name(f".{path.name[:200]}.{os.getpid()}.part")
     try:
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-        try:
-            write_all(fd, content)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        if not force:
-            try:
-                # Unlike a rename, this never replaces what somebody has put there meanwhile.
-                path.hardlink_to(part)
-            except FileExistsError:
-                _refuse_existing(path, force=False)
-                raise
-            except OSError:
-                part.rename(path)  # a file system without hard links
-        else:
-            part.rename(path)
-        with suppress(PermissionError):
-            fsync_folder(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
+        with written_beside(path, content, replace=force):
+            pass
+    except FileExistsError:
+        _refuse_existing(path, force=False)
+        raise
 
 
 def _refuse_existing(path: Path, *, force: bool) -> None:

@@ -25,7 +25,7 @@ from hotpixd.core.frame import Frame
 from hotpixd.intake.decode import DecodeError
 from hotpixd.intake.decoders import Decoders
 from hotpixd.scanning import progress
-from hotpixd.store.durable import fsync_folder, write_all
+from hotpixd.store.durable import written_beside
 from hotpixd.views import rewriting
 from hotpixd.views.repair import Choice, PictureRefusedError, Plan, Sensor, Wish, WrongSensorError, planned, sensor_of
 from hotpixd.views.rewriting import jpeg
@@ -171,39 +171,14 @@ class _Repairer:
         self, output: Path, data: bytes, original: os.stat_result, frame: Frame, plan: Plan, *, is_jpeg: bool
     ) -> None:
         """Write a picture, check what can be read from it, and give it its name: all of it is there, or nothing."""
-        # Hidden, and no picture's name: nobody who watches the folder takes it for one.
-        part = output.with_name(f".{output.name[:200]}.{os.getpid()}.part")
         try:
-            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-            try:
-                write_all(fd, data)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            if plan.sites.size:
-                _require_as_meant(self._decoders.decode(part), frame, plan, is_jpeg=is_jpeg)
-            os.utime(part, ns=(original.st_atime_ns, original.st_mtime_ns))
-            if self._force:
-                part.replace(output)
-            else:
-                _rename_to_new(part, output)
-            fsync_folder(output.parent)
-        finally:
-            part.unlink(missing_ok=True)
+            with written_beside(output, data, replace=self._force, mode=0o644) as part:
+                if plan.sites.size:
+                    _require_as_meant(self._decoders.decode(part), frame, plan, is_jpeg=is_jpeg)
+                os.utime(part, ns=(original.st_atime_ns, original.st_mtime_ns))
+        except FileExistsError:
+            raise PictureRefusedError(f"{output} is there already; --force replaces it") from None
         self._made.add(output)
-
-
-def _rename_to_new(part: Path, path: Path) -> None:
-    """Give a file a name that nobody else may have taken meanwhile."""
-    try:
-        path.hardlink_to(part)
-    except FileExistsError:
-        raise PictureRefusedError(f"{path} is there already; --force replaces it") from None
-    except OSError:
-        # No links here, as on FAT.
-        if os.path.lexists(path):
-            raise PictureRefusedError(f"{path} is there already; --force replaces it") from None
-        part.rename(path)
 
 
 def _status(path: Path) -> os.stat_result | None:

@@ -83,11 +83,8 @@ BESIDE = frozenset(
         "durable.replace_durably#2 declared",
         "durable.set_aside#1",
         "durable.set_aside#2",
-        "exchange.write_anew#1",
-        "exchange.write_anew#2",
-        "repairing._write#1",
-        "repairing._write#2",
-        "report.write",
+        "durable.written_beside#1",
+        "durable.written_beside#2",
         "state.swap_in#1",
         "state.swap_in#2",
     )

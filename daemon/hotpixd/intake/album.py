@@ -22,7 +22,7 @@ from blake3 import blake3
 from hotpixd.intake import metadata
 from hotpixd.intake.arrivals import CameraFile, content_digest
 from hotpixd.intake.naming import UNKNOWN, filled
-from hotpixd.store.durable import failpoint, fsync_file, fsync_folder, write_all
+from hotpixd.store.durable import failpoint, fsync_file, fsync_folder, rename_to_new, write_all
 
 _LONGEST_VALUE = 60
 """Characters of what a file says of its camera: a name has room for 255 bytes."""
@@ -31,7 +31,6 @@ _LONGEST_NAME = 255
 """Bytes."""
 
 _BLOCK = 1 << 20
-_NO_LINKS = (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EACCES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,21 +172,6 @@ def _place(arrived: Path, path: Path) -> None:
         finally:
             os.close(fd)
         _open_up(part, 0o644)
-        _rename_to_new(part, path)
+        rename_to_new(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _rename_to_new(part: Path, path: Path) -> None:
-    try:
-        os.link(part, path)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        # No links here, as on FAT: an empty file of ours takes the name, so that the rename replaces nothing else.
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
-        try:
-            part.rename(path)
-        except OSError:
-            path.unlink()
-            raise

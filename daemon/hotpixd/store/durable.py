@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+_NO_LINKS = (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EACCES)
+
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What the system says where there is no room for more."""
 
@@ -151,6 +153,59 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextmanager
+def written_beside(path: Path, content: bytes, *, replace: bool, mode: int = 0o666) -> Iterator[Path]:
+    """Write a file of the user's under a hidden name beside its place, and give it its name when the block has ended.
+
+    Then all of it is there, or nothing; yields where it is until then. Hidden, and of no picture's name, so that nobody
+    who watches the folder takes it for one.
+
+    Parameters
+    ----------
+    replace : whether what has that name by then is replaced
+    mode : of the file, less what the user's umask takes away
+
+    Raises
+    ------
+    FileExistsError
+        If the name is taken, and `replace` is false.
+    """
+    part = path.with_name(f".{path.name[:200]}.{os.getpid()}.part")
+    try:
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        try:
+            write_all(fd, content)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        yield part
+        if replace:
+            part.replace(path)
+        else:
+            rename_to_new(part, path)
+        # A folder that may be written but not listed.
+        with suppress(PermissionError):
+            fsync_folder(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def rename_to_new(part: Path, path: Path) -> None:
+    """Give a file another name, if nobody else has taken that; FileExistsError if so. It may keep its old one."""
+    try:
+        os.link(part, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # No links here, as on FAT: an empty file of ours takes the name, so that the rename replaces nothing else.
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+        try:
+            part.rename(path)
+        except OSError:
+            path.unlink()
+            raise
 
 
 def replace_durably(tmp: Path, final: Path, step: str = "file") -> None:

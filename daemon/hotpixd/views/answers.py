@@ -13,7 +13,6 @@ from typing import Any
 
 from hotpixd import archive
 from hotpixd.archive import Kept
-from hotpixd.core.frame import SensorIdentity
 from hotpixd.core.sensor import DetectionSettings
 from hotpixd.store.declared import DeclaredError
 from hotpixd.store.durable import StateDamaged, StateError
@@ -248,21 +247,11 @@ def _given(state: State, sensors: Sensors | None) -> Iterator[tuple[str, Kept]]:
 
 def describe(kept: Kept, tally: Tally | None = None) -> Answer:
     """Describe a sensor in the words that all answers use."""
-    identity: SensorIdentity = kept.sensor.identity
     answer: Answer = {
-        "id": kept.id,
-        "make": identity.make,
-        "model": identity.model,
-        "serial": identity.serial,
-        "samples": str(identity.samples),
-        "width": identity.layout.width,
-        "height": identity.layout.height,
-        "colours": identity.layout.colours,
+        **history.identity_words(kept.id, kept.sensor.identity),
         "frames": kept.sensor.frames,
         "frames_counted": kept.sensor.frames_counted,
     }
-    if identity.bits is not None:
-        answer["bits"] = identity.bits
     if tally is not None:
         answer["frames_waiting"] = max(tally.folded - kept.sensor.frames, 0)
     return answer

@@ -6,7 +6,7 @@ All of it comes from the ledger's rows, so it costs no more than reading these.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from itertools import pairwise
@@ -19,7 +19,7 @@ from hotpixd import archive
 from hotpixd.core.frame import SensorIdentity
 from hotpixd.store.ledger import Ledger, Timeline, TransitionRow
 from hotpixd.store.state import State
-from hotpixd.views.text import sensor_name
+from hotpixd.views.text import called, sensor_name
 
 Answer = dict[str, Any]
 
@@ -84,14 +84,11 @@ def chosen(ledger: Ledger, wanted: str | None) -> tuple[list[str], dict[str, str
 
     If it means none of those there are, the answer gets a sentence about that, under `unknown`.
     """
-    known = {id_: archive.identity_from(about) for id_, about in ledger.sensors().items()}
-    if wanted is None or not known:
-        return list(known), {}
-    exact = [id_ for id_, identity in known.items() if wanted in (id_, identity.serial)]
-    names = {id_: sensor_name(identity_words(id_, identity)) for id_, identity in known.items()}
-    found = exact or [id_ for id_ in known if wanted.lower() in f"{names[id_]} {id_}".lower()]
-    unknown = {} if found else {"unknown": f"no sensor is called {wanted!r}; there are: {'; '.join(names.values())}"}
-    return found, unknown
+    known = [identity_words(id_, archive.identity_from(about)) for id_, about in ledger.sensors().items()]
+    found = known if wanted is None else called(known, wanted)
+    names = "; ".join(map(sensor_name, known))
+    unknown = {} if found or not known else {"unknown": f"no sensor is called {wanted!r}; there are: {names}"}
+    return [sensor["id"] for sensor in found], unknown
 
 
 def identity_words(id_: str, identity: SensorIdentity) -> Answer:
@@ -484,25 +481,3 @@ def _spans(changes: Sequence[tuple[int, str]]) -> Iterable[tuple[int, int | None
 def _median(values: NDArray[np.float64]) -> float | None:
     known = values[np.isfinite(values)]
     return round(float(np.median(known)), 2) if len(known) else None
-
-
-def sentences(sensor: Mapping[str, Any]) -> list[str]:
-    """Return what the history of a sensor says in words."""
-    said = []
-    growth = sensor["growth"]
-    if growth is not None:
-        said.append(
-            f"{growth['per_month']:.2g} new defects per month (95 %: {growth['low']:.2g} to {growth['high']:.2g}),"
-            f" from {growth['new']} in {growth['months']:.1f} months"
-        )
-    for remap in sensor["remaps"]:
-        between = f"between {remap['after'][:16].replace('T', ' ')} and {remap['before'][:16].replace('T', ' ')}"
-        gone = f"{remap['defects']} of {remap['of']} defects vanished {between}"
-        if remap["cause"] == "colder":
-            before, after = remap["sensor_temp_c"]
-            said.append(f"{gone}: the sensor was {before - after:.0f} C colder then, which may only hide them")
-        else:
-            said.append(f"{gone}: the camera's own remapping, it seems")
-        if remap["came_back"]:
-            said[-1] += f"; {remap['came_back']} came back"
-    return said

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hotpixd.core.frame import Frame, SampleKind, SensorIdentity
 from hotpixd.core.inpaint import inpaint, local_noise
-from hotpixd.views.text import sensor_name
+from hotpixd.views.text import called, sensor_name
 
 Sensor = Mapping[str, Any]
 """A sensor of the answer to `defects`."""
@@ -142,15 +142,12 @@ def named(sensors: Sequence[Sensor], name: str) -> Sensor:
     WrongSensorError
         If none or several are.
     """
-    for matches in (
-        [sensor for sensor in sensors if name in (sensor["id"], sensor["serial"])],
-        [sensor for sensor in sensors if name.lower() in f"{sensor['id']} {sensor_name(sensor)}".lower()],
-    ):
-        if len(matches) == 1:
-            return matches[0]
-        if matches:
-            listed = "; ".join(f"{sensor['id']} ({sensor['samples']})" for sensor in matches)
-            raise WrongSensorError(f"{name!r} may be one of several sensors: {listed}")
+    matches = called(sensors, name)
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        listed = "; ".join(f"{sensor['id']} ({sensor['samples']})" for sensor in matches)
+        raise WrongSensorError(f"{name!r} may be one of several sensors: {listed}")
     known = "; ".join(sensor["id"] for sensor in sensors) or "none"
     raise WrongSensorError(f"no sensor is called {name!r}; known are: {known}")
 

@@ -10,12 +10,9 @@ import base64
 import html
 import io
 import json
-import os
 import re
 import stat
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hotpixd import __version__
-from hotpixd.store.durable import StateError
+from hotpixd.store.durable import StateError, written_beside
 from hotpixd.views.answers import now
 from hotpixd.views.evidence import REACH, unpacked
-from hotpixd.views.history import moment_s, sentences
-from hotpixd.views.text import printable, sensor_name
+from hotpixd.views.history import moment_s
+from hotpixd.views.text import history_words, printable, sensor_name
 
 Answer = Mapping[str, Any]
 
@@ -81,21 +78,8 @@ def write(path: Path, page: str) -> int:
     """Write a page so that there is all of it or what was there before; return its bytes."""
     content = page.encode("utf-8")
     try:
-        fd, part = tempfile.mkstemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                # mkstemp makes it ours alone; a page is for others too, as far as the user lets them.
-                mask = os.umask(0o077)
-                os.umask(mask)
-                os.fchmod(file.fileno(), 0o666 & ~mask)
-            Path(part).replace(path)
-        except BaseException:
-            with suppress(OSError):
-                Path(part).unlink()
-            raise
+        with written_beside(path, content, replace=True):
+            pass
     except OSError as error:
         raise ReportError(f"The report {path} cannot be written: {error.strerror}.") from error
     return len(content)
@@ -187,7 +171,7 @@ def _section(n: int, history: Answer, shown: Answer) -> str:
         ),
     ]
     boxes = "".join(f"<div><b>{a}</b><span>{b}</span><small>{c}</small></div>" for a, b, c in tiles)
-    notes = [f"{said}." for said in sentences({**history, "growth": None})]
+    notes = [f"{said}." for said in history_words({**history, "growth": None})]
     if shown["left_out"]:
         notes.append(f"{shown['left_out']:,} weaker candidates are left out of this report.")
     listed = "".join(f"<li>{_said(note)}</li>" for note in notes)

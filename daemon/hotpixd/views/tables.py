@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hotpixd.views.text import agreement, agreement_words, printable, sensor_name
+from hotpixd.views.text import agreement, agreement_words, history_words, printable, sensor_name
 
 Answer = Mapping[str, Any]
 
@@ -78,9 +78,6 @@ _LATEST_CHANGES, _LATEST_SESSIONS = 30, 12
 
 def print_history(answer: Answer, *, everything: bool = False) -> None:
     """Print the answer of `history.history`: the latest sessions and changes, or all."""
-    # Only here: it brings the kernels, which take longer to load than a status to answer.
-    from hotpixd.views.history import sentences
-
     console = _console()
     if not answer["sensors"]:
         console.print("No sensor is known yet.")
@@ -97,7 +94,7 @@ def print_history(answer: Answer, *, everything: bool = False) -> None:
         if since is not None:
             new = len(sensor["new"])
             console.print(f"  {new} new {_plural(new, 'defect')} since {escape(printable(since))}")
-        for sentence in sentences(sensor):
+        for sentence in history_words(sensor):
             console.print(f"  {escape(sentence)}", soft_wrap=True)
         table = _table(
             "", "session", "frames", "counted", "exposure s", "sensor C", "new", "gone", "defects", left=("session",)

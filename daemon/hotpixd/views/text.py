@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+_Sensor = TypeVar("_Sensor", bound=Mapping[str, Any])
 
 
 def printable(text: str) -> str:
@@ -44,3 +46,35 @@ def sensor_name(sensor: Mapping[str, Any]) -> str:
     serial = f"serial {sensor['serial']}" if sensor["serial"] else "no serial number"
     depth = f", {sensor['bits']} bit" if sensor.get("bits") else ""
     return printable(f"{named}, {serial}, {sensor['width']}x{sensor['height']} {sensor['samples']}{depth}")
+
+
+def called(sensors: Sequence[_Sensor], wanted: str) -> list[_Sensor]:
+    """Return the sensors, described as in the answers, that a user's word means.
+
+    Those of that id or serial number; if there are none, those with the word in their id or name.
+    """
+    exact = [sensor for sensor in sensors if wanted in (sensor["id"], sensor["serial"])]
+    word = wanted.lower()
+    return exact or [s for s in sensors if word in s["id"].lower() or word in sensor_name(s).lower()]
+
+
+def history_words(sensor: Mapping[str, Any]) -> list[str]:
+    """Return what the history of a sensor says in words."""
+    said = []
+    growth = sensor["growth"]
+    if growth is not None:
+        said.append(
+            f"{growth['per_month']:.2g} new defects per month (95 %: {growth['low']:.2g} to {growth['high']:.2g}),"
+            f" from {growth['new']} in {growth['months']:.1f} months"
+        )
+    for remap in sensor["remaps"]:
+        between = f"between {remap['after'][:16].replace('T', ' ')} and {remap['before'][:16].replace('T', ' ')}"
+        gone = f"{remap['defects']} of {remap['of']} defects vanished {between}"
+        if remap["cause"] == "colder":
+            before, after = remap["sensor_temp_c"]
+            said.append(f"{gone}: the sensor was {before - after:.0f} C colder then, which may only hide them")
+        else:
+            said.append(f"{gone}: the camera's own remapping, it seems")
+        if remap["came_back"]:
+            said[-1] += f"; {remap['came_back']} came back"
+    return said

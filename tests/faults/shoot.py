@@ -249,7 +249,8 @@ exit 0
     def look(self) -> bool:
         """Ask how far it is, and note how it is; False if it does not answer now."""
         daemon = self.daemon
-        if daemon is None or "state in" not in daemon.log[:20000]:
+        # It opens its feed then, after it has taken up what the last one left.
+        if daemon is None or (self.answered_life != self.life and "state in" not in daemon.log):
             return False
         try:
             with contextlib.closing(daemon.client()) as client:

@@ -17,6 +17,7 @@ generation to its ledger, of the log.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -38,6 +39,7 @@ from table import Row
 
 from hotpixd import archive
 from hotpixd.backup import Backups, restore, save
+from hotpixd.intake.decoders import Decoders
 from hotpixd.intake.files import FoundShot, find_shots
 from hotpixd.monitor import Monitor
 from hotpixd.simulate import VirtualSensor, write_series
@@ -67,11 +69,12 @@ class Ground:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.decoders = Decoders(1)
         self.pictures = folder / "pictures"
         _shoot(self.pictures, "V0001", 1)
         _shoot(folder / "others", "V0001", 2)
-        self.older, self.state = _grown(folder / "grown", self.pictures)
-        _, self.other = _grown(folder / "grown-other", folder / "others")
+        self.older, self.state = _grown(folder / "grown", self.pictures, self.decoders)
+        _, self.other = _grown(folder / "grown-other", folder / "others", self.decoders)
         self.backup = folder / "state.backup"
         copy = folder / "for-backup"
         shutil.copytree(self.state, copy)
@@ -80,12 +83,34 @@ class Ground:
         self.work = folder / "work" / "state"
         self.work.parent.mkdir()
         with self.copied():
-            self.replayed = _used(self.work, None)
-            self.ended = _used(self.work, self.pictures)
+            self.replayed = self.used(None)
+            self.ended = self.used(self.pictures)
         assert self.replayed.told is not None and self.ended.told is not None
         assert not self.replayed.said and not self.ended.said
         assert self.replayed.told != self.ended.told
         self.names = {path.name: Spool.hash_file(path) for path in self.pictures.iterdir()}
+
+    def used(self, pictures: Path | None) -> Seen:
+        """Start on the state in the working place and offer it pictures, if any; return what it tells then."""
+        seen = Seen()
+        try:
+            with State(self.work) as state, Monitor(state, decoders=self.decoders) as monitor:
+                list(monitor.replay())
+                if pictures is not None:
+                    list(monitor.process(find_shots([str(pictures)]).shots))
+                monitor.checkpoint()
+                seen.said = list(monitor.warnings)
+            with State(self.work, create=False) as state:
+                seen.told = _told(state)
+        except StateError as error:
+            seen.refused = error
+        return seen
+
+    def move(self) -> None:
+        """Have a working place and decoders of this process's own, after a fork."""
+        self.work = self.folder / f"work-{os.getpid()}" / "state"
+        self.work.parent.mkdir()
+        self.decoders = Decoders(1)
 
     def folded_in_order_of(self, root: Path) -> dict[str, Any]:
         """Return what a new state tells of the pictures, folded in the order in which a state has folded them."""
@@ -93,7 +118,7 @@ class Ground:
             rows = state.ledger.rows("SELECT key FROM shot WHERE verdict = 'folded' ORDER BY seq")
         paths = {key: path for path in self.pictures.iterdir() if (key := self.names[path.name])}
         fresh = self.work.with_name("fresh")
-        with State(fresh) as state, Monitor(state) as monitor:
+        with State(fresh) as state, Monitor(state, decoders=self.decoders) as monitor:
             list(monitor.process(FoundShot(paths[key]) for (key,) in rows))
             monitor.checkpoint()
         with State(fresh) as state:
@@ -117,7 +142,7 @@ def _shoot(folder: Path, serial: str, seed: int) -> None:
     (folder / "truth.json").unlink()
 
 
-def _grown(folder: Path, pictures: Path) -> tuple[Path, Path]:
+def _grown(folder: Path, pictures: Path, decoders: Decoders) -> tuple[Path, Path]:
     """Let a state grow from pictures that are gone afterwards; return it as an early kill and a later one left it."""
     away = folder / "away"
     shutil.copytree(pictures, away)
@@ -125,7 +150,7 @@ def _grown(folder: Path, pictures: Path) -> tuple[Path, Path]:
     root = folder / "state"
     copies = []
     for first, last in ((0, 3), (3, 6)):
-        with State(root) as state, Monitor(state) as monitor:
+        with State(root) as state, Monitor(state, decoders=decoders) as monitor:
             list(monitor.replay())
             list(monitor.process(find_shots(map(str, shots[first:last])).shots))
             monitor.checkpoint()
@@ -149,23 +174,6 @@ def _grown(folder: Path, pictures: Path) -> tuple[Path, Path]:
     shutil.rmtree(away)
     shutil.rmtree(root)
     return copies[0], copies[1]
-
-
-def _used(root: Path, pictures: Path | None) -> Seen:
-    """Start on a state, and offer it pictures if there are any; return what it tells then."""
-    seen = Seen()
-    try:
-        with State(root) as state, Monitor(state) as monitor:
-            list(monitor.replay())
-            if pictures is not None:
-                list(monitor.process(find_shots([str(pictures)]).shots))
-            monitor.checkpoint()
-            seen.said = list(monitor.warnings)
-        with State(root, create=False) as state:
-            seen.told = _told(state)
-    except StateError as error:
-        seen.refused = error
-    return seen
 
 
 def _told(state: State) -> dict[str, Any]:
@@ -346,8 +354,8 @@ def wrong_with(ground: Ground, damage: Damage) -> tuple[str | None, str]:
                     problems = answers.verify(state)["problems"]
             except StateError as error:
                 problems = [str(error)]
-            replayed = _used(root, None)
-            ended = replayed if replayed.refused else _used(root, ground.pictures)
+            replayed = ground.used(None)
+            ended = replayed if replayed.refused else ground.used(ground.pictures)
         except Exception as error:
             return f"{type(error).__name__}: {error}", "traceback"
         said = [*problems, *replayed.said, *ended.said]
@@ -405,7 +413,7 @@ def _wrong_refusal(ground: Ground, root: Path, refused: StateError, lost_evidenc
         if "hotpixd restore FILE" not in str(refused) or "hotpixd rebuild FOLDER" not in str(refused):
             return f"refused without a cure: {refused}"
         restore(root, ground.backup, force=True)
-        if _used(root, ground.pictures).told != ground.ended.told:
+        if ground.used(ground.pictures).told != ground.ended.told:
             return "refused, and the backup does not cure it"
     return None
 
@@ -479,8 +487,9 @@ def run(long: bool) -> list[Row]:
         ground = Ground(Path(folder))
         every = 1 if long else 25
         tallies: dict[tuple[str, str], list[tuple[str | None, str]]] = {}
-        for damage in damages(ground, every):
-            tallies.setdefault((_role(damage.file), damage.what), []).append(wrong_with(ground, damage))
+        chosen = damages(ground, every)
+        for damage, result in zip(chosen, _in_processes(ground, chosen), strict=True):
+            tallies.setdefault((_role(damage.file), damage.what), []).append(result)
         for (role, what), results in tallies.items():
             ends = [end for _, end in results]
             counts = {"same": "as if undamaged", "told": "cured and told", "refused": "refused with the cure"}
@@ -497,6 +506,22 @@ def run(long: bool) -> list[Row]:
                 wrong = sum(wrong_with(ground, damage)[0] is not None for damage in chosen)
             rows.append(Row("damage", f"control: {name}", len(chosen), wrong, True))
     return rows
+
+
+def _in_processes(ground: Ground, chosen: list[Damage]) -> Iterator[tuple[str | None, str]]:
+    """Do each damage, on all cores; yield what `wrong_with` says of them, in their order."""
+    # What a damage does is a function that cannot be sent: a process has the list from its parent by the fork.
+    context = multiprocessing.get_context("fork")
+    _shared[:] = [(ground, damage) for damage in chosen]
+    with context.Pool(os.cpu_count(), ground.move) as pool:
+        yield from pool.imap(_nth_wrong, range(len(chosen)), chunksize=8)
+
+
+_shared: list[tuple[Ground, Damage]] = []
+
+
+def _nth_wrong(number: int) -> tuple[str | None, str]:
+    return wrong_with(*_shared[number])
 
 
 def _role(file: str) -> str:

@@ -129,9 +129,11 @@ def test_text_from_outside_is_shown_as_what_it_is(text, written):
     assert printable(text) == written
 
 
-def test_tables_do_without_the_kernels():
-    """What a daemon has answered is shown at once: to load numba takes longer than all the rest."""
+@pytest.mark.parametrize("module", ["tables", "answers"])
+def test_who_only_asks_does_without_the_kernels(module: str):
+    """What a daemon has answered, or the state itself, is shown at once: to load numba takes longer than the rest."""
     done = subprocess.run(
-        [sys.executable, "-c", "import sys, hotpixd.views.tables; sys.exit('numba' in sys.modules)"], env=environment()
+        [sys.executable, "-c", f"import sys, hotpixd.views.{module}; sys.exit('numba' in sys.modules)"],
+        env=environment(),
     )
     assert done.returncode == 0

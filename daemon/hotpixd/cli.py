@@ -833,7 +833,7 @@ def _asked(state: Path | None, question: str, **arguments: Any) -> dict[str, Any
 
 
 def _own_answers(opened: State) -> _Ask:
-    # Not before it is needed: it takes a second, and who only asks may have no place for compiled kernels.
+    # Not before it is needed: a daemon's answer is shown without.
     from hotpixd.views import answers
 
     return lambda question, **arguments: answers.answer(opened, question, arguments)

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hotpixd.core import kernels
+from hotpixd import core
 from hotpixd.core.frame import Samples, SensorLayout
+from hotpixd.core.window import PHASE_COLS, PHASE_ROWS, WINDOW
 
 COUNTS = ("high", "low", "high_outstanding", "low_outstanding")
 """Names of the four event counts, in the order in which they are stored."""
@@ -94,9 +95,9 @@ class Accumulator:
         slabs: int = 1,
         held_bytes: int = HELD_BYTES,
     ) -> None:
-        if min(layout.height // layout.row_step, layout.shape[1] // layout.col_step) < kernels.WINDOW:
+        if min(layout.height // layout.row_step, layout.shape[1] // layout.col_step) < WINDOW:
             raise ValueError(
-                f"a plane needs at least {kernels.WINDOW} rows and columns; "
+                f"a plane needs at least {WINDOW} rows and columns; "
                 f"{layout.width}x{layout.height} with colours {layout.colours!r} has fewer"
             )
         self.layout = layout
@@ -110,7 +111,7 @@ class Accumulator:
         self._unsummed: list[NDArray[Any]] = []
         self._most_unsummed = min(max(held_bytes // (layout.size * self.dtype.itemsize), 1), _FRAMES_PER_PASS)
         self.counts: dict[str, NDArray[Any]] = {name: np.zeros((rows, cols), np.uint8) for name in COUNTS}
-        padded = -(-cols // kernels.PHASE_COLS) * kernels.PHASE_COLS
+        padded = -(-cols // PHASE_COLS) * PHASE_COLS
         self._events = np.zeros((rows, padded), np.uint8)
         self._bits = np.zeros((rows, padded // 8), np.uint8)
         self._each_slab = each_slab
@@ -141,8 +142,8 @@ class Accumulator:
 
         def find_in_slab(slab: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
             totals = np.zeros(len(COUNTS), np.int64)
-            phases = np.zeros((kernels.PHASE_ROWS, kernels.PHASE_COLS), np.int64)
-            kernels.find_events(
+            phases = np.zeros((PHASE_ROWS, PHASE_COLS), np.int64)
+            core.kernels.find_events(
                 contiguous, self.layout.row_step, self.layout.col_step, lone, self._events, totals, phases,
                 self._bits, *slab,
             )  # fmt: skip
@@ -172,7 +173,7 @@ class Accumulator:
         four = [*frames, *frames[:1] * (_FRAMES_PER_PASS - len(frames))]
 
         def sum_slab(slab: tuple[int, int]) -> None:
-            kernels.add_rows(*four, len(frames), total, squares, *slab)
+            core.kernels.add_rows(*four, len(frames), total, squares, *slab)
 
         list(self._each_slab(sum_slab, self._slabs))
 
@@ -209,7 +210,7 @@ class Accumulator:
 
         def count_slab(slab: tuple[int, int]) -> NDArray[np.int64]:
             reached = np.empty(_ROOM, np.int64)
-            n = kernels.count_rows(frame.events, *self.counts.values(), bounded, reached, *slab)
+            n = core.kernels.count_rows(frame.events, *self.counts.values(), bounded, reached, *slab)
             return reached[: min(n, _ROOM)]
 
         parts = list(self._each_slab(count_slab, self._slabs))
@@ -226,7 +227,7 @@ class Accumulator:
         defects : (K,) flat indices, sorted
         """
         steps = self.layout.row_step, self.layout.col_step
-        kernels.unmask(np.ascontiguousarray(samples), *steps, lone, defects, frame.events, frame.totals)
+        core.kernels.unmask(np.ascontiguousarray(samples), *steps, lone, defects, frame.events, frame.totals)
 
     def forget_counts(self) -> None:
         """Start the counts anew; the sums stay."""
@@ -260,12 +261,12 @@ class Accumulator:
     def pack(self, frame: FrameEvents) -> NDArray[np.uint8]:
         """Return the events of the frame folded last as planes of bits, for an accumulator on another machine."""
         planes = np.empty((len(COUNTS) + 1, *self._bits.shape), np.uint8)
-        kernels.pack_events(frame.events.view(np.uint64), frame.pattern_bits, planes)
+        core.kernels.pack_events(frame.events.view(np.uint64), frame.pattern_bits, planes)
         return planes
 
     def unpack(self, planes: NDArray[np.uint8], totals: NDArray[np.int64], phases: NDArray[np.int64]) -> FrameEvents:
         """Return what `fold` returned there, from what `pack` made of it; to be counted before the next fold."""
-        kernels.unpack_events(planes, self._events.view(np.uint64), self._bits)
+        core.kernels.unpack_events(planes, self._events.view(np.uint64), self._bits)
         return FrameEvents(self._events, totals.copy(), self._bits, phases)
 
     def _make_room_for_sums(self, frames: int) -> None:

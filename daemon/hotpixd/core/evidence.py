@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hotpixd.core import kernels
+from hotpixd import core
 from hotpixd.core.accumulator import FrameEvents
 from hotpixd.core.frame import SensorLayout
+from hotpixd.core.window import PHASE_COLS, PHASE_ROWS, WINDOW
 
-NEIGHBOURHOOD = kernels.WINDOW**2
+NEIGHBOURHOOD = WINDOW**2
 """A sample and its neighbours: 49."""
 
 PRIOR = (2, 2, 1)
@@ -206,7 +207,7 @@ class SceneGate:
     def __init__(self, layout: SensorLayout, depth: int) -> None:
         self._patterns: deque[_Pattern] = deque(maxlen=depth)
         self._samples_per_phase = _samples_per_phase(layout)
-        bands = np.arange(layout.height) // kernels.PHASE_ROWS
+        bands = np.arange(layout.height) // PHASE_ROWS
         self._rows = np.flatnonzero(bands % max(1, layout.size // _COMPARED) == 0)
         self._share = len(self._rows) / layout.height
 
@@ -226,7 +227,7 @@ class SceneGate:
     def _lift(self, a: _Pattern, b: _Pattern) -> float:
         expected = float((a.rates * b.rates * self._samples_per_phase).sum()) * self._share
         # Fewer than a handful expected: a chance meeting must not look like a pattern.
-        return int(kernels.overlap(a.bits, b.bits)) / max(expected, 25.0)
+        return int(core.kernels.overlap(a.bits, b.bits)) / max(expected, 25.0)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the gate's memory, oldest first."""
@@ -254,6 +255,6 @@ def _as_words(bits: NDArray[np.uint8]) -> NDArray[np.uint64]:
 
 def _samples_per_phase(layout: SensorLayout) -> NDArray[np.float64]:
     rows, cols = layout.shape
-    per_row = np.bincount(np.arange(rows) % kernels.PHASE_ROWS, minlength=kernels.PHASE_ROWS)
-    per_col = np.bincount(np.arange(cols) % kernels.PHASE_COLS, minlength=kernels.PHASE_COLS)
+    per_row = np.bincount(np.arange(rows) % PHASE_ROWS, minlength=PHASE_ROWS)
+    per_col = np.bincount(np.arange(cols) % PHASE_COLS, minlength=PHASE_COLS)
     return np.maximum(np.outer(per_row, per_col).astype(np.float64), 1.0)

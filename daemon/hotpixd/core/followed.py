@@ -15,10 +15,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from hotpixd.core import kernels
 from hotpixd.core.accumulator import Accumulator
 from hotpixd.core.frame import Samples, SensorLayout
 from hotpixd.core.tracks import neighbours_of
+from hotpixd.core.window import WINDOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +210,7 @@ def surroundings_of(sites: NDArray[np.int64], layout: SensorLayout) -> NDArray[n
     Those in the windows of all samples in whose windows they are, the adjacent ones, and the neighbours of both.
     """
     cols = layout.shape[1]
-    reach = np.arange(1 - kernels.WINDOW, kernels.WINDOW)
+    reach = np.arange(1 - WINDOW, WINDOW)
     row, col = np.divmod(sites, cols)
     windows = _within(row, col, reach * layout.row_step, reach * layout.col_step, layout)
     beside = _within(row, col, np.arange(-1, 2), np.arange(-1, 2), layout)

@@ -18,11 +18,7 @@ from typing import Any
 import numba as nb
 import numpy as np
 
-HALF_WINDOW = 3
-"""Plane rows and columns on either side of a sample in its window."""
-
-WINDOW = 2 * HALF_WINDOW + 1
-"""Width of the window: a sample has WINDOW**2 - 1 = 48 neighbours of its plane."""
+from hotpixd.core.window import HALF_WINDOW, PHASE_COLS, PHASE_ROWS, WINDOW
 
 HIGH, LOW, HIGH_OUTSTANDING, LOW_OUTSTANDING, PATTERN, KNOWN = 1, 2, 4, 8, 16, 32
 """Bits of a sample's events: strict maximum or minimum of its window, and by more than half the window's range.
@@ -30,9 +26,6 @@ HIGH, LOW, HIGH_OUTSTANDING, LOW_OUTSTANDING, PATTERN, KNOWN = 1, 2, 4, 8, 16, 3
 PATTERN marks the samples whose return in the next frame tells that the scene stands still. KNOWN is set only while
 `unmask` looks at the frame.
 """
-
-PHASE_ROWS, PHASE_COLS = 16, 48
-"""Extremes are counted by position in this grid of samples: JPEG codes blocks of 8 or 16 pixels of 3 samples."""
 
 BLOCK = 256
 """Samples of a row that are counted together, then looked at one by one only if one of them is at a limit."""

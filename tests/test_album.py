@@ -155,10 +155,10 @@ def test_somebody_who_takes_the_name_meanwhile_loses_nothing(photos: Path, inbox
     """Between the look and the write: another program may save the same card."""
     place = album_module._place
 
-    def beaten(source: Path, path: Path) -> None:
+    def beaten(source: Path, part: Path, path: Path) -> None:
         if path.name == "IMG_0002.CR2":
             path.write_bytes(b"theirs")
-        place(source, path)
+        place(source, part, path)
 
     monkeypatch.setattr(album_module, "_place", beaten)
     saved = Album(photos).save(arrived(inbox, b"ours"), CameraFile("V", "/DCIM", "IMG_0002.CR2", 4, 1))
@@ -262,6 +262,25 @@ def test_a_kill_in_the_middle_of_a_copy_leaves_nothing_in_the_end(photos: Path, 
     assert torn.startswith(".")
     assert saved("live").stdout == "IMG_0001-1.CR2\n"
     assert there(photos) == {"IMG_0001.CR2": b"precious", "IMG_0001-1.CR2": b"raw"}
+
+
+def test_a_kill_once_it_has_its_name_leaves_no_second_one(photos: Path, inbox: Path, monkeypatch):
+    """The hidden name would be a second one of the user's photo, which the next use of it would write into."""
+    path = arrived(inbox, b"raw")
+    unlink = Path.unlink
+
+    def die(self: Path, missing_ok: bool = False) -> None:
+        if not missing_ok or not self.exists():
+            unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", die)
+    saved = Album(photos).save(path, SHOT)
+    assert len(there(photos)) == 3
+    monkeypatch.undo()
+    saved = saved.rename(photos / "edited.CR2")
+    assert Album(photos).save(path, SHOT).name == "IMG_0001-1.CR2"
+    assert there(photos) == {"IMG_0001.CR2": b"precious", "IMG_0001-1.CR2": b"raw", "edited.CR2": b"raw"}
+    assert not saved.samefile(photos / "IMG_0001-1.CR2")
 
 
 def test_a_folder_that_is_missing_is_not_made(tmp_path: Path, inbox: Path):

@@ -55,6 +55,10 @@ class Album:
             raise FileNotFoundError(errno.ENOENT, "the folder is missing", str(self.folder))
         name = self._name(arrived, file)
         with _folder_below(self.folder, name.parent.parts) as inside:
+            # Hidden, so that nobody takes it for a photo before it is whole; of the same name when it is tried again,
+            # so that nothing is left of a crash: half a photo, or a second name of one that is whole.
+            part = inside / f".hotpixd-{blake3(os.fsencode(arrived)).hexdigest(8)}.part"
+            part.unlink(missing_ok=True)
             for number in itertools.count():
                 step = _fitting(name.name, f"-{number}" if number else "")
                 path = inside / step
@@ -66,7 +70,7 @@ class Album:
                     fsync_folder(inside)
                     return self.folder / name.parent / step
                 with suppress(FileExistsError):
-                    _place(arrived, path)
+                    _place(arrived, part, path)
                     fsync_folder(inside)
                     failpoint("after_album")
                     return self.folder / name.parent / step
@@ -154,16 +158,13 @@ def _is_same(one: Path, other: Path) -> bool:
     return one.samefile(other) or content_digest(one) == content_digest(other)
 
 
-def _place(arrived: Path, path: Path) -> None:
-    """Give a copy its name, durably but for the folder's entry; FileExistsError if the name is taken.
+def _place(arrived: Path, part: Path, path: Path) -> None:
+    """Write a copy and give it its name, durably but for the folder's entry; FileExistsError if the name is taken.
 
     Not a link: the user may change the photo in place, which would change what is kept of the shot.
     """
-    # Hidden, so that nobody takes it for a photo before it is whole; of the same name when it is tried again, so that
-    # nothing is left of one that a crash has torn.
-    part = path.with_name(f".hotpixd-{blake3(os.fsencode(arrived)).hexdigest(8)}.part")
     try:
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         try:
             with arrived.open("rb") as content:
                 while block := content.read(_BLOCK):

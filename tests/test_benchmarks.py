@@ -79,6 +79,15 @@ def test_tether_prints_memory_and_what_is_open():
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/loop-control").exists(), reason="loop devices need root")
+def test_little_memory_prints_both_ways_within_each_limit(tmp_path):
+    """A row per limit and way; nothing is left mounted, and no group."""
+    rows = run("little_memory.py", "--work", str(tmp_path), "--size", "300", "200", "--shots", "2", "--limits", "1000")
+    assert [row[:2] for row in rows[1:]] == [["1000", "memory"], ["1000", "disk"]]
+    assert all(float(cell) > 0 for row in rows[1:] for cell in row[2:])
+    assert str(tmp_path) not in Path("/proc/mounts").read_text()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/loop-control").exists(), reason="loop devices need root")
 def test_written_prints_bytes_for_both_ways_and_spools(tmp_path):
     """Four rows; a copy costs the shot's bytes once more than a link, and nothing is left mounted."""
     rows = run("written.py", "--work", str(tmp_path), "--shots", "4", "--size", "300", "200", "--every", "0.1")

@@ -146,7 +146,10 @@ def test_a_picture_too_large_for_this_machine_is_refused(tmp_path, camera, monke
     monkeypatch.setattr(monitor_module, "memory_bytes", lambda: 100_000)
     (outcome,) = feed(tmp_path / "state", camera.shots[0])
     assert outcome.fate is Fate.REFUSED
-    assert outcome.reason == ("the statistic of 200 x 150 pixels takes 1 MB of memory; this machine has 0 MB for it")
+    assert outcome.reason == (
+        "the statistic of 200 x 150 pixels takes 1 MB of memory; this machine has 0 MB for it; it could be kept on the"
+        " disk (statistic: disk, or scan --on-disk)"
+    )
 
 
 def test_making_room_for_sensors_changes_nothing(interleaved, tmp_path, monkeypatch):

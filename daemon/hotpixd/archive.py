@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hotpixd.core.accumulator import HELD_BYTES, EachSlab
+import numpy as np
+
+from hotpixd.core.accumulator import HELD_BYTES, EachSlab, Zeros
 from hotpixd.core.frame import SampleKind, SensorIdentity, SensorLayout
 from hotpixd.core.sensor import DetectionSettings, Sensor
 from hotpixd.store import checkpoint
@@ -93,13 +95,14 @@ def load(
     each_slab: EachSlab = map,
     slabs: int = 1,
     held_bytes: int = HELD_BYTES,
+    zeros: Zeros = np.zeros,
 ) -> Kept:
     """Load a sensor from its newest generation that is whole; a new one if there is none."""
-    sensor = Sensor(identity, settings, each_slab=each_slab, slabs=slabs, held_bytes=held_bytes)
+    sensor = Sensor(identity, settings, each_slab=each_slab, slabs=slabs, held_bytes=held_bytes, zeros=zeros)
     standing = look(state, id_)
     damage = tuple(sentence for _, sentence in standing.unusable)
     for path in standing.usable[:1]:
-        generation = checkpoint.read_generation(path)
+        generation = checkpoint.read_generation(path, zeros)
         try:
             sensor.restore(generation.header["sensor"], generation.arrays)
         except (KeyError, TypeError, ValueError) as error:

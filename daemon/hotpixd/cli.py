@@ -252,6 +252,9 @@ def scan(
             " for 4 workers on this machine. PATH may then be a URL (s3://, http://, ssh://) too.",
         ),
     ] = None,
+    on_disk: Annotated[
+        bool, typer.Option("--on-disk", help="Keep the statistic on the disk while it runs: slower, for little memory.")
+    ] = False,
     state: StateOption = None,
 ) -> None:
     """Fold files or folders into the statistic, say what was found, and exit.
@@ -261,9 +264,11 @@ def scan(
     """
     from hotpixd.scanning import run_cluster_scan, run_scan
 
+    if on_disk and cluster is not None:
+        _fail("--on-disk is for a scan on this machine alone: workers hold what --cluster adds up.", WRONG_USE)
     with _opened(state) as opened, _interruptible() as stop:
         if cluster is None:
-            code = run_scan(opened, paths, kind.given, stop)
+            code = run_scan(opened, paths, kind.given, stop, on_disk=on_disk)
         else:
             code = run_cluster_scan(opened, cluster, paths, kind.given, stop)
     raise typer.Exit(code)

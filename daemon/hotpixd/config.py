@@ -392,6 +392,9 @@ class Config(_Section):
     cores: Annotated[int | None, Field(ge=1, le=256)] = None
     """Threads for decoding and folding. None: all of the machine, at most 4."""
 
+    statistic: Literal["memory", "disk"] = "memory"
+    """Where sums and counts are while it runs."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """What is logged: this and worse."""
 
@@ -495,7 +498,7 @@ def warnings(config: Config, path: Path | None) -> list[str]:
 
 def needs_restart(old: Config, new: Config) -> tuple[str, ...]:
     """Return the dotted keys that differ and take effect at the next start only."""
-    at_start = ("state", "cores", "detection", "feed", "metrics")
+    at_start = ("state", "cores", "statistic", "detection", "feed", "metrics")
     changed = (key for key in _keys() if key[0] in at_start and reduce(getattr, key, old) != reduce(getattr, key, new))
     return tuple(map(".".join, changed))
 

@@ -22,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+import numpy as np
+
 from hotpixd import archive
 from hotpixd.archive import Kept
 from hotpixd.core.frame import Frame, SensorIdentity, ShotInfo, ShotKind
@@ -31,6 +33,7 @@ from hotpixd.intake.decoders import Decoders, memory_bytes
 from hotpixd.intake.files import FoundShot
 from hotpixd.store.durable import failpoint
 from hotpixd.store.ledger import LOST, Received, ShotRow, TransitionRow
+from hotpixd.store.mapped import zeros_in
 from hotpixd.store.spool import Held, Spool, SpoolError
 from hotpixd.store.state import State, StateFull
 
@@ -70,6 +73,9 @@ _LOST_NAMED = 20
 
 _BYTES_PER_SAMPLE = 20
 """What the statistic of a sensor and a frame on its way through take, about, per sample."""
+
+_BYTES_PER_SAMPLE_ON_DISK = 8
+"""What of it is in memory if the statistic is not."""
 
 _RESIDENT_BYTES = 1 << 30
 """Accumulators of sensors not in use are kept in memory up to this size."""
@@ -179,6 +185,7 @@ class Monitor:
     decoders : used and not closed, if given; else it starts its own
     checkpoint_every_s : folding time that a crash may cost to repeat
     checkpoint_every_shots : shots after which the spool is cleared, however fast they came
+    on_disk : keep sums and counts in files of the state directory, mapped into memory, for what memory does not hold
     clock : monotonic, s
     """
 
@@ -191,6 +198,7 @@ class Monitor:
         decoders: Decoders | None = None,
         checkpoint_every_s: float = 60.0,
         checkpoint_every_shots: int = 1024,
+        on_disk: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._state = state
@@ -201,6 +209,7 @@ class Monitor:
         self._clock = clock
         self._wake: Callable[[], None] | None = None
         self._slabs = cores
+        self._on_disk = on_disk
         self._acked: deque[tuple[ShotRow, FoundShot]] = deque()
         self._waiting: deque[Waiting] = deque()
         self._early: dict[str, Future[Frame]] = {}
@@ -716,11 +725,12 @@ class Monitor:
         if None not in (depth, usual) and depth != usual:
             # Samples of 12 and of 14 bit have different units: their sums must not be mixed.
             sensor = replace(sensor, bits=depth)
-        needed = sensor.layout.size * _BYTES_PER_SAMPLE
+        needed = sensor.layout.size * (_BYTES_PER_SAMPLE_ON_DISK if self._on_disk else _BYTES_PER_SAMPLE)
         if needed > self._memory:
+            cure = "" if self._on_disk else "; it could be kept on the disk (statistic: disk, or scan --on-disk)"
             raise DecodeError(
                 f"the statistic of {sensor.layout.width} x {sensor.layout.height} pixels takes {needed / 1e6:.0f} MB"
-                f" of memory; this machine has {self._memory / 1e6:.0f} MB for it"
+                f" of memory; this machine has {self._memory / 1e6:.0f} MB for it{cure}"
             )
         return replace(frame, sensor=sensor)
 
@@ -744,6 +754,7 @@ class Monitor:
                 each_slab=self._folders.map,
                 slabs=self._slabs,
                 held_bytes=self._memory // _SHARE_OF_FRAMES,
+                zeros=zeros_in(self._state.root) if self._on_disk else np.zeros,
             )
             self.warnings.extend(kept.damage)
             self._kept[id_] = kept

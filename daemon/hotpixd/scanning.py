@@ -23,7 +23,9 @@ _REFUSALS_SHOWN = 20
 _DEFECTS_SHOWN = 20
 
 
-def run_scan(state: State, wanted: list[str], kind: str | None, stop: Callable[[], bool]) -> int:
+def run_scan(
+    state: State, wanted: list[str], kind: str | None, stop: Callable[[], bool], *, on_disk: bool = False
+) -> int:
     """Fold what some paths lead to and print what was found; return the exit code.
 
     Parameters
@@ -31,9 +33,10 @@ def run_scan(state: State, wanted: list[str], kind: str | None, stop: Callable[[
     wanted : files, folders, glob patterns
     kind : "light" or "dark", if the user says so
     stop : becomes true when the user wants to stop
+    on_disk : see `Monitor`
     """
     listing = find_shots(wanted, None if kind is None else ShotKind(kind))
-    return _scan(state, wanted, listing, lambda: Monitor(state), stop)
+    return _scan(state, wanted, listing, lambda: Monitor(state, on_disk=on_disk), stop)
 
 
 def run_cluster_scan(state: State, address: str, wanted: list[str], kind: str | None, stop: Callable[[], bool]) -> int:

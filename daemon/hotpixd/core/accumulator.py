@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from hotpixd import core
 from hotpixd.core.frame import Samples, SensorLayout
@@ -27,7 +27,10 @@ COUNTS = ("high", "low", "high_outstanding", "low_outstanding")
 EachSlab = Callable[[Callable[[tuple[int, int]], Any], Sequence[tuple[int, int]]], Iterable[Any]]
 """A `map` over slabs of rows; a thread pool's uses several cores."""
 
-_ROOM = 1 << 17
+Zeros = Callable[[tuple[int, ...], DTypeLike], NDArray[Any]]
+"""Makes an array of zeros, as `numpy.zeros` does; another place for it than memory may be found."""
+
+_MOST_REACHED = 1 << 17
 """Samples at a limit that one slab of one frame can report."""
 
 _FRAMES_PER_PASS = 4
@@ -84,6 +87,7 @@ class Accumulator:
     each_slab : a `map`; a thread pool's spreads the rows over cores
     slabs : number of slabs
     held_bytes : of samples, which may wait to be added to the sums together
+    zeros : makes the arrays of sums and counts
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class Accumulator:
         each_slab: EachSlab = map,
         slabs: int = 1,
         held_bytes: int = HELD_BYTES,
+        zeros: Zeros = np.zeros,
     ) -> None:
         if min(layout.height // layout.row_step, layout.shape[1] // layout.col_step) < WINDOW:
             raise ValueError(
@@ -106,11 +111,12 @@ class Accumulator:
         self.counted = 0
         self._largest = int(np.iinfo(self.dtype).max)
         rows, cols = layout.shape
-        self._total: NDArray[Any] = np.zeros((rows, cols), np.uint32)
-        self._squares: NDArray[Any] = np.zeros((rows, cols), np.uint32 if dtype == "uint8" else np.uint64)
+        self._zeros = zeros
+        self._total = zeros((rows, cols), np.uint32)
+        self._squares = zeros((rows, cols), np.uint32 if dtype == "uint8" else np.uint64)
         self._unsummed: list[NDArray[Any]] = []
         self._most_unsummed = min(max(held_bytes // (layout.size * self.dtype.itemsize), 1), _FRAMES_PER_PASS)
-        self.counts: dict[str, NDArray[Any]] = {name: np.zeros((rows, cols), np.uint8) for name in COUNTS}
+        self.counts = {name: zeros((rows, cols), np.uint8) for name in COUNTS}
         padded = -(-cols // PHASE_COLS) * PHASE_COLS
         self._events = np.zeros((rows, padded), np.uint8)
         self._bits = np.zeros((rows, padded // 8), np.uint8)
@@ -209,9 +215,9 @@ class Accumulator:
         bounded = np.minimum(limits, largest).astype(np.int64)
 
         def count_slab(slab: tuple[int, int]) -> NDArray[np.int64]:
-            reached = np.empty(_ROOM, np.int64)
+            reached = np.empty(_MOST_REACHED, np.int64)
             n = core.kernels.count_rows(frame.events, *self.counts.values(), bounded, reached, *slab)
-            return reached[: min(n, _ROOM)]
+            return reached[: min(n, _MOST_REACHED)]
 
         parts = list(self._each_slab(count_slab, self._slabs))
         self.counted += 1
@@ -232,7 +238,7 @@ class Accumulator:
     def forget_counts(self) -> None:
         """Start the counts anew; the sums stay."""
         for name in COUNTS:
-            self.counts[name] = np.zeros(self.layout.shape, np.uint8)
+            self.counts[name] = self._zeros(self.layout.shape, np.uint8)
         self.counted = 0
 
     def merge(self, other: Accumulator) -> None:
@@ -270,16 +276,21 @@ class Accumulator:
         return FrameEvents(self._events, totals.copy(), self._bits, phases)
 
     def _make_room_for_sums(self, frames: int) -> None:
-        width = _width_for(frames * self._largest, np.uint32, np.uint64)
-        self._total = self._total.astype(max(width, self._total.dtype), copy=False)
-        width = _width_for(frames * self._largest**2, np.uint32, np.uint64)
-        self._squares = self._squares.astype(max(width, self._squares.dtype), copy=False)
+        self._total = self._widened(self._total, _width_for(frames * self._largest, np.uint32, np.uint64))
+        self._squares = self._widened(self._squares, _width_for(frames * self._largest**2, np.uint32, np.uint64))
 
     def _make_room_for_counts(self, counted: int) -> None:
         # One more than the largest count must fit too: it is the limit that is never reached.
         width = _width_for(counted + 1, np.uint8, np.uint16, np.uint32)
         for name, count in self.counts.items():
-            self.counts[name] = count.astype(max(width, count.dtype), copy=False)
+            self.counts[name] = self._widened(count, width)
+
+    def _widened(self, array: NDArray[Any], width: np.dtype[Any]) -> NDArray[Any]:
+        if width <= array.dtype:
+            return array
+        wide = self._zeros(array.shape, width)
+        wide[...] = array
+        return wide
 
     def mean(self, sites: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the mean sample at flat indices `sites`, ADU; NaN before the first frame."""

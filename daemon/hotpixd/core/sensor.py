@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hotpixd.core import defects, evidence
-from hotpixd.core.accumulator import HELD_BYTES, Accumulator, EachSlab, FrameEvents
+from hotpixd.core.accumulator import HELD_BYTES, Accumulator, EachSlab, FrameEvents, Zeros
 from hotpixd.core.defects import Defect
 from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, SensorLayout, ShotInfo, ShotKind
 from hotpixd.core.tracks import OBSERVATION, RECENT, Kind, Status, Tracks, neighbours_of
@@ -165,7 +165,8 @@ class Sensor:
     ----------
     identity : whose frames
     settings : what it takes to call a site defective
-    each_slab, slabs, held_bytes : how to spread rows over cores, and how much to keep for one pass, see `Accumulator`
+    each_slab, slabs, held_bytes, zeros : how to spread rows over cores, how much to keep for one pass and where the
+        arrays are made, see `Accumulator`
     """
 
     def __init__(
@@ -176,12 +177,13 @@ class Sensor:
         each_slab: EachSlab = map,
         slabs: int = 1,
         held_bytes: int = HELD_BYTES,
+        zeros: Zeros = np.zeros,
     ) -> None:
         self.identity = identity
         self.layout = identity.layout
         self.settings = settings or DetectionSettings()
         self.accumulator = Accumulator(
-            self.layout, identity.dtype, each_slab=each_slab, slabs=slabs, held_bytes=held_bytes
+            self.layout, identity.dtype, each_slab=each_slab, slabs=slabs, held_bytes=held_bytes, zeros=zeros
         )
         self._rates = evidence.NullRates()
         self._gate = evidence.SceneGate(self.layout, self.settings.scene_memory)

@@ -154,8 +154,12 @@ def write_generation(folder: Path, number: int, header: Mapping[str, Any], array
     return final
 
 
-def read_generation(path: Path) -> Generation:
+def read_generation(path: Path, zeros: Callable[[tuple[int, ...], Any], NDArray[Any]] = np.zeros) -> Generation:
     """Read a generation, after its digest has proved it whole.
+
+    Parameters
+    ----------
+    zeros : makes the arrays
 
     Raises
     ------
@@ -170,7 +174,7 @@ def read_generation(path: Path) -> Generation:
         arrays = {}
         for name, dtype, shape in described:
             # Chunks of nothing but zeros are never touched again, and so take no memory.
-            arrays[name] = np.zeros(shape, dtype)
+            arrays[name] = zeros(shape, dtype)
             places += list(_chunks(arrays[name]))
         with closing(_in_order(_unpack, _stored_chunks(file, end, places))) as unpacked:
             for _ in unpacked:

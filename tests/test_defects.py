@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from hotpixd.core import defects
 from hotpixd.core.accumulator import Accumulator
 from hotpixd.core.defects import classify, dark_current, noise_of, observe, recovery_steps, weigh
 from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, SensorLayout, ShotInfo, ShotKind
@@ -92,6 +95,11 @@ def test_the_noise_is_that_of_one_frame():
     (frame,) = shots([9000.0], [1.0])
     frame.samples[:, :8] //= 2
     np.testing.assert_allclose(noise_of(frame, LAYOUT), NOISE, rtol=0.15)
+
+
+@given(st.lists(st.integers(0, 65535), min_size=1, max_size=40))
+def test_the_median_of_integers_is_numpys(values: list[int]):
+    assert defects._median_of_integers(np.array([values], np.int32)) == np.median(values)
 
 
 def test_an_observation_is_what_the_frame_shows():

@@ -103,8 +103,14 @@ def noise_of(frame: Frame, layout: SensorLayout) -> NDArray[np.float64]:
     for p in range(layout.plane_count):
         plane = layout.plane(frame.samples, p)
         rows = plane[:: max(1, plane.shape[0] // 48), :1024].astype(np.int32)
-        noise[p] = 1.4826 / np.sqrt(2) * np.median(np.abs(np.diff(rows, axis=1)))
+        noise[p] = 1.4826 / np.sqrt(2) * _median_of_integers(np.abs(np.diff(rows, axis=1)))
     return np.maximum(noise, QUANTISATION_ADU)
+
+
+def _median_of_integers(values: NDArray[np.int32]) -> float:
+    """Return what `numpy.median` does, of small integers that are not negative, and five times as fast."""
+    up_to = np.cumsum(np.bincount(values.ravel()))
+    return float(np.searchsorted(up_to, [(values.size - 1) // 2, values.size // 2], side="right").mean())
 
 
 def observe(frame: Frame, events: NDArray[np.uint8], tracks: Tracks, positions: NDArray[np.int64]) -> NDArray[Any]:

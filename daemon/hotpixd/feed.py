@@ -80,7 +80,8 @@ CHANGING = frozenset(
 _MOST_UNANSWERED = 4
 """Questions of one connection that wait at the same time. It is not read on before one is answered."""
 
-_BETWEEN_CHANGES_S = 0.1
+_CHANGES_PER_S, _CHANGES_AT_ONCE = 10.0, 4
+"""Lines that a client gets at most; a shot makes up to four: it arrives, is taken in, is folded, and nothing waits."""
 
 _ACCEPT_AGAIN_S = 1.0
 """Pause after a connection could not be accepted, for want of file descriptors most likely."""
@@ -334,15 +335,10 @@ class FeedServer:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         failing = False
-        credit, counted_at = float(_ACCEPTED_AT_ONCE), loop.time()
+        pace = _Pace(_ACCEPTED_PER_S, _ACCEPTED_AT_ONCE)
         while True:
-            now = loop.time()
-            credit = min(credit + (now - counted_at) * _ACCEPTED_PER_S, float(_ACCEPTED_AT_ONCE))
-            counted_at = now
-            if credit < 1.0:
-                # Those who come meanwhile wait in the kernel's queue, which costs nothing.
-                await asyncio.sleep((1.0 - credit) / _ACCEPTED_PER_S)
-                continue
+            # Those who come meanwhile wait in the kernel's queue, which costs nothing.
+            await pace.next()
             try:
                 accepted, _ = await loop.sock_accept(listener)
             except OSError as error:
@@ -352,7 +348,6 @@ class FeedServer:
                 await asyncio.sleep(_ACCEPT_AGAIN_S)
                 continue
             failing = False
-            credit -= 1.0
             peer = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
             pid, uid, gid = struct.unpack("3i", peer)
             if (refusal := self._refusal(uid)) is not None:
@@ -513,6 +508,7 @@ class _Connection:
 
     async def _send_changes(self) -> None:
         await self._asked_to_watch.wait()
+        pace = _Pace(_CHANGES_PER_S, _CHANGES_AT_ONCE)
         while True:
             silent = False
             try:
@@ -521,12 +517,12 @@ class _Connection:
             except TimeoutError:
                 silent = True
             await self._drained()
+            await pace.next()
             self.news.clear()
             line = self._changes(silent)
             if line:
                 self._writer.write(line)
                 await self._drained()
-                await asyncio.sleep(_BETWEEN_CHANGES_S)
 
     def _changes(self, silent: bool) -> bytes:
         """Make up a line from what the client does not have yet; b"" if it has everything, and was not silent."""
@@ -552,6 +548,27 @@ class _Connection:
                 if self._writer.transport.get_write_buffer_size() >= left:
                     log.debug("a client of %s takes nothing any more and is dropped", self._server.path)
                     raise
+
+
+class _Pace:
+    """So many per second at most in the long run, and some at once after a quiet time."""
+
+    def __init__(self, per_s: float, at_once: int) -> None:
+        self._per_s = per_s
+        self._at_once = self._credit = float(at_once)
+        self._counted_at = asyncio.get_running_loop().time()
+
+    async def next(self) -> None:
+        """Wait until it is time for the next one."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            now = clock()
+            self._credit = min(self._credit + (now - self._counted_at) * self._per_s, self._at_once)
+            self._counted_at = now
+            if self._credit >= 1.0:
+                self._credit -= 1.0
+                return
+            await asyncio.sleep((1.0 - self._credit) / self._per_s)
 
 
 class _NotUnderstood(Exception):  # noqa: N818 - a condition, not a fault

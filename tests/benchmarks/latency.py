@@ -37,12 +37,16 @@ class Feed:
         threading.Thread(target=self._follow, daemon=True).start()
 
     def _follow(self) -> None:
-        for live in self._client.watch():
-            now = time.perf_counter()
-            frames = sum(value["frames"] for key, value in live.items() if key.startswith("sensor:"))
-            with self.news:
-                self.seen_at.setdefault(frames, now)
-                self.news.notify_all()
+        from hotpixd.feed import FeedError
+
+        # The daemon is ended when all is measured.
+        with contextlib.suppress(FeedError):
+            for live in self._client.watch():
+                now = time.perf_counter()
+                frames = sum(value["frames"] for key, value in live.items() if key.startswith("sensor:"))
+                with self.news:
+                    self.seen_at.setdefault(frames, now)
+                    self.news.notify_all()
 
     def wait(self, frames: int) -> float:
         """Return when so many frames were folded."""

@@ -242,6 +242,15 @@ def test_the_lock_tells_where_its_holder_answers(tmp_path: Path) -> None:
     assert locked.value.feed is None
 
 
+def test_a_state_that_was_closed_is_free_though_a_child_still_has_its_lock(tmp_path: Path):
+    """Between fork and exec it does, whatever thread started it."""
+    state = State(tmp_path)
+    child = os.dup(state._lock)
+    state.close()
+    State(tmp_path).close()
+    os.close(child)
+
+
 def test_what_a_killed_process_was_about_to_start_is_waited_for(tmp_path: Path):
     """Between fork and exec a child has its parent's lock; on a busy machine that lasted longer than a restart."""
     killed = (

@@ -132,7 +132,7 @@ class State:
                     self.forgotten = max(self._mark.read(self.ledger.tag) - self.ledger.last_seq, 0)
                     """Shots that were acknowledged, and that the ledger does not know any more."""
                 except BaseException:
-                    os.close(self._lock)
+                    _unlock(self._lock)
                     raise
         except (FileExistsError, NotADirectoryError) as error:
             raise StateError(f"The state {self.root} is not a directory: {error}.") from error
@@ -155,7 +155,7 @@ class State:
             self.ledger.close()
         finally:
             self._mark.close()
-            os.close(self._lock)
+            _unlock(self._lock)
             self._lock = -1
 
     def announce(self, feed: Path) -> None:
@@ -300,7 +300,7 @@ def held(root: Path) -> Iterator[bool]:
     try:
         yield True
     finally:
-        os.close(lock)
+        _unlock(lock)
 
 
 def swap_in(made: Path, root: Path) -> Path | None:
@@ -387,6 +387,12 @@ def _locked(path: Path) -> int:
             raise StateLocked(f"The state {path.parent} is in use by {holder}.", feed) from None
         _write_lock(fd, None)
         return fd
+
+
+def _unlock(fd: int) -> None:
+    """Give the lock back. Closing it would not do: a process that is just being started has it, too, until it runs."""
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
 
 
 def _is_gone(holder: str) -> bool:

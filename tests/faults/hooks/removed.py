@@ -44,9 +44,9 @@ def let_go_early() -> None:
 
     checkpoint = State.checkpoint
 
-    def impatient(self: State, *arguments: Any) -> Path:
+    def impatient(self: State, *arguments: Any, **options: Any) -> Path:
         self.spool.drop(list(self.spool.keys()))
-        return checkpoint(self, *arguments)
+        return checkpoint(self, *arguments, **options)
 
     State.checkpoint = impatient  # type: ignore[method-assign]
 
@@ -78,9 +78,9 @@ def full_ignored() -> None:
 
     run_scan = scanning.run_scan
 
-    def careless(*arguments: Any) -> int:
+    def careless(*arguments: Any, **options: Any) -> int:
         try:
-            return run_scan(*arguments)
+            return run_scan(*arguments, **options)
         except StateFull:
             return 0
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -297,8 +298,9 @@ def pretend_version(version: str | None) -> None:
     metadata.version = real if version is None else lambda name: version if name == "hotpixd" else real(name)
 
 
-def test_a_scheduler_that_goes_ends_the_scan_in_a_sentence(camera, tmp_path, runtime):
-    """What was committed stays, and the next run goes on."""
+@pytest.mark.parametrize("noticed", [False, True])
+def test_a_scheduler_that_goes_ends_the_scan_in_a_sentence(camera, tmp_path, runtime, noticed):
+    """What was committed stays, and the next run goes on. What is asked when it has gone is never answered."""
     with scheduler(runtime) as (address, process):
         inputs = find_inputs([str(camera.folder)], None)
         with (
@@ -310,5 +312,7 @@ def test_a_scheduler_that_goes_ends_the_scan_in_a_sentence(camera, tmp_path, run
             for number, _ in enumerate(monitor.process(inputs.listing.shots)):
                 if number == 4:
                     process.kill()
+                    while noticed and other.status == "running":
+                        time.sleep(0.01)
     with State(tmp_path / "state", create=False) as state:
         assert state.ledger.last_seq == 4

@@ -53,6 +53,9 @@ _AHEAD_PER_THREAD = 2
 _STRAGGLES_AFTER_S = 60.0
 """And after five times what chunks usually take: then it is given to another worker as well."""
 
+_LOOKS_UP_EVERY_S = 0.2
+"""How often what waits for the cluster looks whether it is there still."""
+
 _NOBODY_FOR_S = 120.0
 """Time without any worker after which that is no restart any more."""
 
@@ -227,10 +230,13 @@ class ClusterMonitor(Monitor):
                     break
                 yield from self._followed(flying.popleft(), arrived)
         except (FutureCancelledError, FuturesCancelledError, TimeoutError) as error:
-            raise ClusterError(
-                f"the scheduler {self._client.scheduler.address if self._client.scheduler else ''} is gone ({error})."
-                " What was committed stays: run the same command again to go on."
-            ) from error
+            raise self._gone(str(error)) from error
+
+    def _gone(self, why: str) -> ClusterError:
+        where = f" {self._client.scheduler.address}" if self._client.scheduler else ""
+        return ClusterError(
+            f"the scheduler{where} is gone ({why}). What was committed stays: run the same command again to go on."
+        )
 
     def checkpoint(self) -> int:
         """Merge what the workers have, and write it down as `Monitor.checkpoint` does."""
@@ -302,7 +308,7 @@ class ClusterMonitor(Monitor):
                 break
             if stop():
                 return None
-            self._pause(chunk)
+            self._pause(chunk.tries, "FIRST_COMPLETED")
             now = time.monotonic()
             if self._workers():
                 last_worker_at = now
@@ -326,15 +332,20 @@ class ClusterMonitor(Monitor):
         self._durations = [*self._durations[-49:], arrived.about["seconds"]]
         return arrived
 
-    def _pause(self, chunk: _Chunk) -> None:
+    def _pause(self, futures: list[Any], until: str) -> bool:
+        """Wait a little for futures; tell whether they are done.
+
+        A future that was made while the connection was being lost is never done, so nothing waits in any other way.
+        """
         from distributed import wait
 
         if self._client.status not in ("running", "connecting"):
-            raise TimeoutError("the connection was lost")
+            raise self._gone("the connection was lost")
         try:
-            wait(chunk.tries, timeout=0.2, return_when="FIRST_COMPLETED")
+            wait(futures, timeout=_LOOKS_UP_EVERY_S, return_when=until)
         except TimeoutError:
-            return
+            return False
+        return True
 
     def _findings(self, measured: Any) -> Any:
         if measured.status == "finished":
@@ -342,7 +353,7 @@ class ClusterMonitor(Monitor):
                 found = self._there(near, worker.findings_there, measured.key)
                 if found is not None:
                     return found
-        return self._submit(worker.findings, measured).result()
+        return self._result(self._submit(worker.findings, measured))
 
     def _there(self, near: str | None, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function on a worker beside its tasks, at once; None if it is gone, or does not answer."""
@@ -374,9 +385,9 @@ class ClusterMonitor(Monitor):
             )
             measured = self._client.submit(worker.measure, alone, key=f"alone-{self._run}-{alone.number}")
             try:
-                (one,), groups, about = self._submit(worker.findings, measured).result()
+                (one,), groups, about = self._result(self._submit(worker.findings, measured))
             except KilledWorker:
-                key, size = self._submit(worker.key_of, wanted).result()
+                key, size = self._result(self._submit(worker.key_of, wanted))
                 reason = "it killed every worker that it was given to, so it is left alone; a good picture that does so"
                 reason += " is a fault, please report it"
                 found.append(Found(key, size, refusal=reason))
@@ -575,14 +586,14 @@ class ClusterMonitor(Monitor):
                 return Glimpse(np.empty((len(shots), 0), dtype), none, none)
             values = self._there(near, worker.glimpse_there, keys, sites, dtype)
             if values is None:
-                (values,) = self._gathered([self._submit(worker.glimpse, shots, kind, sites, dtype)])
+                values = self._gathered(self._submit(worker.glimpse, shots, kind, sites, dtype))
             total, squares = np.zeros(len(sites), np.uint64), np.zeros(len(sites), np.uint64)
             for place, group, pieces in self._pieces_of(id_):
                 pieces.take()
                 names = [piece.key for piece in pieces.there]
                 before = self._there(place, worker.at_sites_there, group, sites, names)
                 if before is None:
-                    (before,) = self._gathered([self._submit(worker.at_sites, group, sites, *pieces.there)])
+                    before = self._gathered(self._submit(worker.at_sites, group, sites, *pieces.there))
                 total += before[0]
                 squares += before[1]
                 self.bytes_in["sites"] += 16 * len(sites)
@@ -621,7 +632,7 @@ class ClusterMonitor(Monitor):
             pieces.take()
             # First what a worker has itself.
             parts.append((group, self._submit(worker.merge, group, *pieces.there)))
-        sums: Sums = self._gathered([self._merged(parts)])[0]
+        sums: Sums = self._gathered(self._merged(parts))
         self.bytes_in["sums"] += sums.__sizeof__()
         followed = kept.sensor.accumulator
         assert isinstance(followed, Followed)
@@ -649,11 +660,16 @@ class ClusterMonitor(Monitor):
             **where,
         )
 
-    def _gathered(self, futures: list[Any]) -> list[Any]:
+    def _result(self, future: Any) -> Any:
+        while not self._pause([future], "ALL_COMPLETED"):
+            pass
+        return future.result()
+
+    def _gathered(self, future: Any) -> Any:
         from distributed import KilledWorker
 
         try:
-            return list(self._client.gather(futures))
+            return self._result(future)
         except (KilledWorker, worker.InputChangedError, OSError) as error:
             raise ClusterError(f"{error}. What was committed stays: run it again.") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -70,6 +71,25 @@ def test_sums_and_counts_equal_numpys_over_all_frames(layout: SensorLayout, dtyp
     mean, variance = accumulator.mean_and_variance(every)
     np.testing.assert_allclose(mean, frames.mean(axis=0).ravel(), rtol=1e-12)
     np.testing.assert_allclose(variance, frames.astype(float).var(axis=0).ravel(), rtol=1e-9)
+
+
+def test_events_found_beside_others_leave_these_as_they_are():
+    """The next frame is looked at while the events of the one before are counted."""
+    layout = LAYOUTS[0]
+    frames = frames_of(layout, 5, "uint16", 3)
+    plain, ahead = (Accumulator(layout, "uint16") for _ in range(2))
+    found = ahead.find(frames[0], lone=True)
+    for frame, following in itertools.zip_longest(frames, frames[1:]):
+        coming = None if following is None else ahead.find(following, lone=True, beside=True)
+        ahead.add(frame)
+        ahead.count(found, NEVER)
+        expected = plain.fold(frame, lone=True)
+        plain.count(expected, NEVER)
+        np.testing.assert_array_equal(found.events, expected.events)
+        np.testing.assert_array_equal(found.pattern_bits, expected.pattern_bits)
+        assert found.fingerprint == expected.fingerprint
+        found = coming
+    assert_same(ahead, plain)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

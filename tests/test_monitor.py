@@ -19,6 +19,7 @@ from conftest import HOTPIXD, Camera, decoders, environment, feed, told
 from hotpixd import archive
 from hotpixd import monitor as monitor_module
 from hotpixd.core.frame import ShotKind
+from hotpixd.core.sensor import Sensor
 from hotpixd.intake.files import FoundShot, find_shots
 from hotpixd.monitor import Fate, Monitor, Outcome
 from hotpixd.simulate import VirtualSensor, write_series
@@ -63,6 +64,25 @@ def test_the_same_shots_tell_the_same_in_another_state(camera, scanned, tmp_path
     """Everything known is a function of the shots and their order."""
     feed(tmp_path / "state", camera.folder)
     assert told(tmp_path / "state") == told(scanned)
+
+
+@pytest.mark.parametrize("ahead", ["always", "never"])
+def test_it_does_not_matter_which_frames_are_looked_at_ahead(interleaved, tmp_path, monkeypatch, ahead):
+    """A look at the next frame, of this sensor or another, is what it would be in its turn."""
+    feed(tmp_path / "expected", *interleaved)
+    looks = []
+    look = Sensor.look
+    monkeypatch.setattr(Sensor, "look", lambda *frame, **beside: looks.append(beside) or look(*frame, **beside))
+    if ahead == "never":
+        monkeypatch.setattr(Monitor, "_look_ahead", lambda _: None)
+    else:
+        # Whether the next frame is here already is else up to chance.
+        conclude = Monitor._conclude
+        wait = lambda self: [waiting.frame.exception() for waiting in self._waiting]  # noqa: E731
+        monkeypatch.setattr(Monitor, "_conclude", lambda self, shot: wait(self) and conclude(self, shot))
+    feed(tmp_path / "state", *interleaved)
+    assert ({"beside": True} in looks) == (ahead == "always")
+    assert told(tmp_path / "state") == told(tmp_path / "expected")
 
 
 def test_it_does_not_matter_in_how_many_runs_the_shots_came(camera, scanned, tmp_path):

@@ -26,8 +26,8 @@ import numpy as np
 
 from hotpixd import archive
 from hotpixd.archive import Kept
-from hotpixd.core.frame import Frame, SensorIdentity, ShotInfo, ShotKind
-from hotpixd.core.sensor import DetectionSettings, FoldReport, Transition
+from hotpixd.core.frame import Frame, Samples, SensorIdentity, ShotInfo, ShotKind
+from hotpixd.core.sensor import DetectionSettings, FoldReport, Look, Sensor, Transition
 from hotpixd.intake.decode import DecodeError, keep_large_buffers
 from hotpixd.intake.decoders import Decoders, memory_bytes
 from hotpixd.intake.files import FoundShot
@@ -162,6 +162,15 @@ class _Read:
     """Why its raw file could not be read."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """A look at the next frame, taken while the one before is followed."""
+
+    sensor: Sensor
+    samples: Samples
+    look: Future[Look]
+
+
 @dataclass(slots=True)
 class Reading:
     """A file that a source's thread is reading."""
@@ -224,6 +233,8 @@ class Monitor:
         """Reads whose shots are neither kept nor let go of."""
         self._to_replay: deque[ShotRow] | None = None
         self._folders = ThreadPoolExecutor(cores, "fold")
+        self._looking = ThreadPoolExecutor(1, "look")
+        self._next_look: _Ahead | None = None
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._covered_by_older: dict[str, int] = {}
         self._checkpointed_at = clock()
@@ -249,7 +260,7 @@ class Monitor:
             hasher.shutdown(wait=False, cancel_futures=True)
         if self._owns_decoders:
             self.decoders.close()
-        for pool in (self._decoding, self._folders):
+        for pool in (self._decoding, self._looking, self._folders):
             pool.shutdown(cancel_futures=True)
         # Hundreds of MB, which whoever reads the state next needs for the same.
         self._kept.clear()
@@ -678,7 +689,30 @@ class Monitor:
         )
 
     def _fold(self, kept: Kept, frame: Frame, row: ShotRow) -> FoldReport:
-        return kept.sensor.fold(frame, row.seq)
+        looked = self._look_taken(kept.sensor, frame) or kept.sensor.look(frame)
+        self._look_ahead()
+        return kept.sensor.fold(frame, row.seq, looked)
+
+    def _look_ahead(self) -> None:
+        """Have another thread look at the frame after this one, if it is here: following a frame leaves cores free."""
+        following = self._waiting[1] if len(self._waiting) > 1 else None
+        if following is None or not following.frame.done() or following.frame.exception() is not None:
+            return
+        try:
+            frame = self._placed(following.row, following.frame.result())
+        except DecodeError:
+            return
+        kept = self._kept.get(archive.sensor_id(frame.sensor))
+        if kept is not None and kept.sensor.identity == frame.sensor:
+            look = self._looking.submit(kept.sensor.look, frame, beside=True)
+            self._next_look = _Ahead(kept.sensor, frame.samples, look)
+
+    def _look_taken(self, sensor: Sensor, frame: Frame) -> Look | None:
+        """Return the look at a frame that was taken ahead, if that was done."""
+        ahead, self._next_look = self._next_look, None
+        # Waited for even if it is of another: it writes where the next look may.
+        look = None if ahead is None else ahead.look.result()
+        return look if ahead and ahead.sensor is sensor and ahead.samples is frame.samples else None
 
     def _write_down(self, row: ShotRow, frame: Frame, id_: str, report: FoldReport, digest: str) -> None:
         info = frame.info

@@ -48,7 +48,7 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class FrameEvents:
-    """The events of one frame. `events` and `pattern_bits` are buffers, overwritten by the next fold."""
+    """The events of one frame. `events` and `pattern_bits` are buffers, overwritten when the next are found."""
 
     events: NDArray[np.uint8]
     """(height, padded) event bits of each sample, see `kernels`."""
@@ -117,22 +117,38 @@ class Accumulator:
         self._unsummed: list[NDArray[Any]] = []
         self._most_unsummed = min(max(held_bytes // (layout.size * self.dtype.itemsize), 1), _FRAMES_PER_PASS)
         self.counts = {name: zeros((rows, cols), np.uint8) for name in COUNTS}
-        padded = -(-cols // PHASE_COLS) * PHASE_COLS
-        self._events = np.zeros((rows, padded), np.uint8)
-        self._bits = np.zeros((rows, padded // 8), np.uint8)
+        self._buffers = [self._buffers_for_events()]
         self._each_slab = each_slab
         edges = np.linspace(0, rows, slabs + 1).astype(int)
         self._slabs = [(int(a), int(b)) for a, b in itertools.pairwise(edges) if b > a]
 
     def fold(self, samples: Samples, *, lone: bool) -> FrameEvents:
-        """Add a frame to the sums, in place, and find its events.
+        """Add a frame to the sums, in place, and find its events: `find` and `add`."""
+        events = self.find(samples, lone=lone)
+        self.add(samples)
+        return events
+
+    def add(self, samples: Samples) -> None:
+        """Add a frame to the sums, in place.
 
         Parameters
         ----------
-        samples : (height, width * channels), ADU, of the accumulator's dtype; not modified, and kept for `sum_up`:
-            must not change any more
+        samples : as `find` takes them; kept for `sum_up`, and must not change any more
+        """
+        if len(self._unsummed) >= self._most_unsummed:
+            self.sum_up()
+        self._unsummed.append(np.ascontiguousarray(samples))
+        self.frames += 1
+
+    def find(self, samples: Samples, *, lone: bool, beside: bool = False) -> FrameEvents:
+        """Find the events of a frame. They depend on it alone, so another thread may do it ahead of time.
+
+        Parameters
+        ----------
+        samples : (height, width * channels), ADU, of the accumulator's dtype; not modified
         lone : drop extremes that touch an extreme of another plane. For light frames of a mosaic: stars and
             details light several colours at once, a defect lights one site.
+        beside : leave the events that were found last as they are; those before may be overwritten
 
         Raises
         ------
@@ -145,24 +161,29 @@ class Accumulator:
                 f"{self.layout.shape} {self.dtype}"
             )
         contiguous = np.ascontiguousarray(samples)
+        if beside:
+            if len(self._buffers) < 2:
+                self._buffers.append(self._buffers_for_events())
+            self._buffers.reverse()
+        events, bits = self._buffers[0]
 
         def find_in_slab(slab: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
             totals = np.zeros(len(COUNTS), np.int64)
             phases = np.zeros((PHASE_ROWS, PHASE_COLS), np.int64)
             core.kernels.find_events(
-                contiguous, self.layout.row_step, self.layout.col_step, lone, self._events, totals, phases,
-                self._bits, *slab,
+                contiguous, self.layout.row_step, self.layout.col_step, lone, events, totals, phases, bits, *slab
             )  # fmt: skip
             return totals, phases
 
-        if len(self._unsummed) >= self._most_unsummed:
-            self.sum_up()
         parts = list(self._each_slab(find_in_slab, self._slabs))
-        self._unsummed.append(contiguous)
-        self.frames += 1
         totals = np.sum([totals for totals, _ in parts], axis=0)
         phases = np.sum([phases for _, phases in parts], axis=0)
-        return FrameEvents(self._events, totals, self._bits, phases)
+        return FrameEvents(events, totals, bits, phases)
+
+    def _buffers_for_events(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        rows, cols = self.layout.shape
+        padded = -(-cols // PHASE_COLS) * PHASE_COLS
+        return np.zeros((rows, padded), np.uint8), np.zeros((rows, padded // 8), np.uint8)
 
     def sum_up(self) -> None:
         """Add the frames folded last to the sums, and let go of their samples.
@@ -266,14 +287,15 @@ class Accumulator:
 
     def pack(self, frame: FrameEvents) -> NDArray[np.uint8]:
         """Return the events of the frame folded last as planes of bits, for an accumulator on another machine."""
-        planes = np.empty((len(COUNTS) + 1, *self._bits.shape), np.uint8)
+        planes = np.empty((len(COUNTS) + 1, *frame.pattern_bits.shape), np.uint8)
         core.kernels.pack_events(frame.events.view(np.uint64), frame.pattern_bits, planes)
         return planes
 
     def unpack(self, planes: NDArray[np.uint8], totals: NDArray[np.int64], phases: NDArray[np.int64]) -> FrameEvents:
         """Return what `fold` returned there, from what `pack` made of it; to be counted before the next fold."""
-        core.kernels.unpack_events(planes, self._events.view(np.uint64), self._bits)
-        return FrameEvents(self._events, totals.copy(), self._bits, phases)
+        events, bits = self._buffers[0]
+        core.kernels.unpack_events(planes, events.view(np.uint64), bits)
+        return FrameEvents(events, totals.copy(), bits, phases)
 
     def _make_room_for_sums(self, frames: int) -> None:
         self._total = self._widened(self._total, _width_for(frames * self._largest, np.uint32, np.uint64))
@@ -395,12 +417,13 @@ class Accumulator:
 
     def held(self) -> list[NDArray[Any]]:
         """Return the arrays that every frame goes through, other than the sums."""
-        return [self._events, self._bits, *self.counts.values()]
+        return [*self._buffers[0], *self.counts.values()]
 
     @property
     def nbytes(self) -> int:
         """Bytes held in memory."""
-        return sum(array.nbytes for array in (self._total, self._squares, *self._unsummed, *self.held()))
+        buffers = [array for pair in self._buffers for array in pair]
+        return sum(a.nbytes for a in (self._total, self._squares, *self._unsummed, *buffers, *self.counts.values()))
 
 
 def _scaled_m2(frames: int, total: NDArray[np.uint64], squares: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -147,6 +147,17 @@ _ECHOES = ((8, 4.0), (20, 8.0))
 pixels, and a strong defect, with what it smears, rings through its own."""
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a frame shows whatever came before it."""
+
+    events: FrameEvents
+    """Overwritten when the next are found, see `Accumulator.find`."""
+
+    noise: NDArray[np.float64]
+    """(P,) ADU, `defects.noise_of` the frame."""
+
+
 @dataclass(slots=True)
 class _Running:
     """The plain numbers of the state."""
@@ -232,13 +243,31 @@ class Sensor:
         share = _FIRST_EPOCH_SHARE if epoch == 1 else (1 - _FIRST_EPOCH_SHARE) / (epoch * (epoch - 1))
         return math.log(self.layout.size / (share * self.settings.alpha))
 
-    def fold(self, frame: Frame, seq: int) -> FoldReport:
+    def fold(self, frame: Frame, seq: int, looked: Look | None = None) -> FoldReport:
         """Fold one frame.
 
         Parameters
         ----------
         frame : of this sensor
         seq : ledger row of the shot; grows from call to call
+        looked : what `look` returned for it, if that was done already
+
+        Raises
+        ------
+        ValueError
+            If the frame is of another sensor.
+        """
+        looked = looked or self.look(frame)
+        self.accumulator.add(frame.samples)
+        return self.follow(frame, looked.events, looked.noise, seq)
+
+    def look(self, frame: Frame, *, beside: bool = False) -> Look:
+        """Do what depends on the frame alone.
+
+        Parameters
+        ----------
+        frame : of this sensor
+        beside : leave what was returned last as it is, for another thread that folds that frame meanwhile
 
         Raises
         ------
@@ -247,8 +276,8 @@ class Sensor:
         """
         if frame.sensor != self.identity:
             raise ValueError("a frame of another sensor cannot be folded")
-        events = self.accumulator.fold(frame.samples, lone=frame.lone)
-        return self.follow(frame, events, defects.noise_of(frame, self.layout), seq)
+        events = self.accumulator.find(frame.samples, lone=frame.lone, beside=beside)
+        return Look(events, defects.noise_of(frame, self.layout))
 
     def follow(self, frame: Frame, events: FrameEvents, noise: NDArray[np.float64], seq: int) -> FoldReport:
         """Do what depends on the frames before this one, which the accumulator has in its sums already.

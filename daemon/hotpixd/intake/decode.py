@@ -44,6 +44,9 @@ MIN_PLANE_SIDE = 7
 MIN_EMPTY_ROWS = 8
 """Rows of zeros, one after the other, that may mean a half-written file."""
 
+_ENOUGH_OF_A_ROW = 64
+"""Samples, of which one that is not zero is to be expected in every row that is not all zeros."""
+
 MIN_BLACK_ADU = 64.0
 """Black level above which samples must be near it or above. Below, noise and clipping are as large."""
 
@@ -660,7 +663,9 @@ def require_sides(layout: SensorLayout) -> None:
 
 def _refuse_half_written(samples: Samples | NDArray[np.bool_], least: int = MIN_EMPTY_ROWS) -> None:
     """Refuse raw samples with so many rows of zeros, one after the other, as chance does not put there."""
-    empty = ~samples.any(axis=1)
+    # Most rows show at once that they are not: to look at all samples takes a third of the time of decoding.
+    empty = np.array(~samples[:, :_ENOUGH_OF_A_ROW].any(axis=1))
+    empty[empty] = ~samples[empty].any(axis=1)
     if not empty.any():
         return
     if empty.all():

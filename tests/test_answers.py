@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from conftest import Camera, feed
+from hotpixd import archive
+from hotpixd.core.sensor import Overview
 from hotpixd.intake.files import find_shots
 from hotpixd.monitor import Monitor
 from hotpixd.store.state import State
@@ -54,6 +56,16 @@ def test_status_counts_what_the_other_questions_list(scanned, camera, tmp_path):
     assert status["last_shot"]["name"] == "broken.dng"
     assert sensor["last_shot"]["name"] == camera.shots[-1].name
     assert sensor["last_shot"]["verdict"] == "folded"
+
+
+def test_status_does_not_load_what_it_does_not_tell(scanned, monkeypatch):
+    """Its numbers are in the header of a generation; with those of older versions, which lack them, it does load."""
+    with State(scanned, create=False) as state:
+        with monkeypatch.context() as patched:
+            patched.setattr(archive, "load", None)
+            told = answers.status(state)
+        monkeypatch.setattr(Overview, "of", lambda _: None)
+        assert answers.status(state) == told
 
 
 def test_least_variance_gives_k_of_a_sensor_from_the_least_on(scanned):

@@ -15,7 +15,7 @@ import numpy as np
 
 from hotpixd.core.accumulator import HELD_BYTES, EachSlab, Zeros
 from hotpixd.core.frame import SampleKind, SensorIdentity, SensorLayout
-from hotpixd.core.sensor import DetectionSettings, Sensor
+from hotpixd.core.sensor import DetectionSettings, Overview, Sensor
 from hotpixd.store import checkpoint
 from hotpixd.store.durable import StateDamaged, StateError
 from hotpixd.store.ledger import ShotRow, link_of_chain
@@ -111,6 +111,18 @@ def load(
         older = standing.covers[1] if len(standing.covers) > 1 else None
         return Kept(id_, sensor, generation.number, covers, older, covers, state.ledger.chain(id_, covers), damage)
     return Kept(id_, sensor, 0, 0, None, 0, state.ledger.chain(id_, 0), damage)
+
+
+def overview(state: State, id_: str, identity: SensorIdentity) -> Overview:
+    """Return what is told of a sensor, as its newest whole generation has it, without loading that if possible."""
+    for path in look(state, id_, 1).usable:
+        try:
+            told = Overview.of(checkpoint.header_of(path)["sensor"])
+        except (KeyError, TypeError) as error:
+            raise _another_version(path, error) from error
+        if told is not None:
+            return told
+    return load(state, id_, identity, DetectionSettings()).sensor.overview
 
 
 def save(state: State, kept: Kept, *, ledger_first: bool = True) -> int:

@@ -147,7 +147,7 @@ class Live:
         sensor = kept.sensor
         known = self._sensors.setdefault(id_, {})
         if not known:
-            known.update(answers.summary(self._state, id_, kept, None))
+            known.update(answers.summary(self._state, id_, sensor.identity, sensor.overview, None))
             known.update(not_counting=None, min_frames=sensor.settings.min_frames)
         known.update(_counters(sensor))
         entries = answers.entries_of(self._state, kept, candidates=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,6 +148,25 @@ pixels, and a strong defect, with what it smears, rings through its own."""
 
 
 @dataclass(frozen=True, slots=True)
+class Overview:
+    """What is told of a sensor without its statistic."""
+
+    frames: int
+    """Frames folded."""
+
+    frames_counted: int
+    """Frames that were new evidence."""
+
+    found: Mapping[str, int]
+    """Number of sites by status: "candidate", "stable", "recovered"."""
+
+    @classmethod
+    def of(cls, header: Mapping[str, Any]) -> Self | None:
+        """Return it from a header of `Sensor.save`; None if that was saved before there was such a thing."""
+        return cls(header["frames"], header["counted_total"], header["found"]) if "found" in header else None
+
+
+@dataclass(frozen=True, slots=True)
 class Look:
     """What a frame shows whatever came before it."""
 
@@ -220,6 +239,11 @@ class Sensor:
         """Number of sites by status: "candidate", "stable", "recovered"."""
         statuses = self._tracks.rows["status"]
         return {status.name.lower(): int((statuses == status).sum()) for status in Status}
+
+    @property
+    def overview(self) -> Overview:
+        """All of it that `status` tells."""
+        return Overview(self.frames, self.frames_counted, self.found)
 
     @property
     def followed_sites(self) -> NDArray[np.int64]:
@@ -669,6 +693,7 @@ class Sensor:
         header = {
             "frames": self.accumulator.frames,
             "counted": self.accumulator.counted,
+            "found": self.found,
             **asdict(self._running),
         }
         arrays = {

@@ -13,7 +13,8 @@ from typing import Any
 
 from hotpixd import archive
 from hotpixd.archive import Kept
-from hotpixd.core.sensor import DetectionSettings
+from hotpixd.core.frame import SensorIdentity
+from hotpixd.core.sensor import DetectionSettings, Overview
 from hotpixd.store.declared import DeclaredError
 from hotpixd.store.durable import StateDamaged, StateError
 from hotpixd.store.ledger import ShotRow, Tally
@@ -65,7 +66,13 @@ _ALERTS = 50
 def status(state: State, sensors: Sensors | None = None) -> Answer:
     """Sensors with their counters, all shots by verdict, what was refused and why."""
     tallies = {tally.sensor_id: tally for tally in state.ledger.tally()}
-    described = [summary(state, id_, kept, tallies.get(id_)) for id_, kept in _given(state, sensors)]
+    if sensors is None:
+        known = state.ledger.sensors().items()
+        identities = ((id_, archive.identity_from(description)) for id_, description in known)
+        given = [(id_, identity, archive.overview(state, id_, identity)) for id_, identity in identities]
+    else:
+        given = [(id_, kept.sensor.identity, kept.sensor.overview) for id_, kept in sensors]
+    described = [summary(state, *sensor, tallies.get(sensor[0])) for sensor in given]
     every = tallies.values()
     return {
         "state": str(state.root),
@@ -78,11 +85,11 @@ def status(state: State, sensors: Sensors | None = None) -> Answer:
     }
 
 
-def summary(state: State, id_: str, kept: Kept, tally: Tally | None) -> Answer:
+def summary(state: State, id_: str, identity: SensorIdentity, overview: Overview, tally: Tally | None) -> Answer:
     """One sensor of `status`."""
     return {
-        **describe(kept, tally),
-        **kept.sensor.found,
+        **_described(id_, identity, overview, tally),
+        **overview.found,
         "not_counted": state.ledger.not_counted(id_),
         "last_shot": last_shot(state, id_),
     }
@@ -247,13 +254,17 @@ def _given(state: State, sensors: Sensors | None) -> Iterator[tuple[str, Kept]]:
 
 def describe(kept: Kept, tally: Tally | None = None) -> Answer:
     """Describe a sensor in the words that all answers use."""
+    return _described(kept.id, kept.sensor.identity, kept.sensor.overview, tally)
+
+
+def _described(id_: str, identity: SensorIdentity, overview: Overview, tally: Tally | None) -> Answer:
     answer: Answer = {
-        **history.identity_words(kept.id, kept.sensor.identity),
-        "frames": kept.sensor.frames,
-        "frames_counted": kept.sensor.frames_counted,
+        **history.identity_words(id_, identity),
+        "frames": overview.frames,
+        "frames_counted": overview.frames_counted,
     }
     if tally is not None:
-        answer["frames_waiting"] = max(tally.folded - kept.sensor.frames, 0)
+        answer["frames_waiting"] = max(tally.folded - overview.frames, 0)
     return answer
 
 

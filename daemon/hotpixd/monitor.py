@@ -26,7 +26,7 @@ import numpy as np
 
 from hotpixd import archive
 from hotpixd.archive import Kept
-from hotpixd.core.frame import Frame, Samples, SensorIdentity, ShotInfo, ShotKind
+from hotpixd.core.frame import Frame, SampleKind, Samples, SensorIdentity, ShotInfo, ShotKind
 from hotpixd.core.sensor import DetectionSettings, FoldReport, Look, Sensor, Transition
 from hotpixd.intake.decode import DecodeError, keep_large_buffers
 from hotpixd.intake.decoders import Decoders, memory_bytes
@@ -52,6 +52,9 @@ _DECODE_AHEAD = 3
 _SHARE_OF_FRAMES = 32
 """Of memory: what these may take, and as much those that wait to be added to the sums together. But never fewer than
 one of each. With 61 megapixels and 2 GB, two decoders at a time were one too many."""
+
+_FRAMES_AHEAD_BYTES = 400_000_000
+"""What these may take on any machine: two JPEGs of 45 megapixels, three raw frames of 61."""
 
 _LARGE_FRAME = 120_000_000
 """Bytes of a frame of which nothing is known yet: raw, of 60 megapixels."""
@@ -370,7 +373,8 @@ class Monitor:
     def _frames_ahead(self, nbytes: int) -> int:
         """Return how many frames of a size may wait while one is folded."""
         # One whose samples are on another machine has none here.
-        return min(self._memory // _SHARE_OF_FRAMES // max(nbytes, 1), _DECODE_AHEAD)
+        share = min(self._memory // _SHARE_OF_FRAMES, _FRAMES_AHEAD_BYTES)
+        return min(share // max(nbytes, 1), _DECODE_AHEAD)
 
     def _sum_up(self) -> None:
         """Do what folding has put off, now that there is time for it."""
@@ -694,7 +698,10 @@ class Monitor:
         return kept.sensor.fold(frame, row.seq, looked)
 
     def _look_ahead(self) -> None:
-        """Have another thread look at the frame after this one, if it is here: following a frame leaves cores free."""
+        """Have another thread look at the frame after this one, if it is here: following a frame leaves cores free.
+
+        Not if it is rendered: decoding those keeps all cores busy, and the second buffer would be three times as large.
+        """
         following = self._waiting[1] if len(self._waiting) > 1 else None
         if following is None or not following.frame.done() or following.frame.exception() is not None:
             return
@@ -703,7 +710,7 @@ class Monitor:
         except DecodeError:
             return
         kept = self._kept.get(archive.sensor_id(frame.sensor))
-        if kept is not None and kept.sensor.identity == frame.sensor:
+        if kept is not None and kept.sensor.identity == frame.sensor and frame.sensor.samples is SampleKind.RAW:
             look = self._looking.submit(kept.sensor.look, frame, beside=True)
             self._next_look = _Ahead(kept.sensor, frame.samples, look)
 

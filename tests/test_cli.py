@@ -228,6 +228,15 @@ def test_simulate_writes_shots_and_the_truth(tmp_path):
     assert all(sensor[key] == truth[key] for key in ("make", "model", "serial", "width", "height"))
 
 
+def test_another_seed_is_another_camera(tmp_path):
+    """Or their shots would be folded together."""
+    serials = set()
+    for seed in (0, 3):
+        run("simulate", tmp_path / str(seed), "--seed", seed, "--frames", 1, "--width", 200, "--height", 150)
+        serials.add(json.loads((tmp_path / str(seed) / "truth.json").read_text())["serial"])
+    assert serials == {"V0001", "V0004"}
+
+
 def test_the_demo_finds_what_it_planted_and_nothing_else(tmp_path):
     """All the way: a camera is tethered, its shots are fetched, darks are ordered; and what it leaves is of use."""
     kept = tmp_path / "kept"
@@ -387,6 +396,16 @@ def test_2_says_which_path_leads_to_nothing(tmp_path):
     done = run("scan", tmp_path / "empty", "--state", tmp_path / "state")
     assert done.returncode == 2
     assert "no pictures" in done.stderr
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_kind_that_is_said_too_late_is_not_ignored_in_silence(camera, tmp_path):
+    """What was folded stays what it was taken for."""
+    run("scan", *camera.shots[:2], "--state", tmp_path / "state")
+    done = run("scan", *camera.shots[:3], "--kind", "dark", "--state", tmp_path / "state")
+    assert "2 of those known were folded as light frames, and stay so" in done.stdout
+    done = run("scan", *camera.shots[:2], "--kind", "light", "--state", tmp_path / "state")
+    assert "were folded as" not in done.stdout
 
 
 def test_2_when_simulated_shots_cannot_be_written(tmp_path):
@@ -421,6 +440,39 @@ def test_3_when_the_ledger_is_damaged(scanned, tmp_path, camera):
     answer = invoke("verify", "--json", "--state", root)
     assert answer["ok"] is False
     assert str(ledger) in answer["problems"][0]
+
+
+def test_3_when_a_generation_is_damaged(scanned, tmp_path, camera):
+    """What is answered lacks its frames, so it is said; what others would rely on is not written at all."""
+    root = harmed(scanned, tmp_path / "state")
+    (generation,) = root.glob("sensors/*/gen-*.hpx")
+    content = bytearray(generation.read_bytes())
+    content[len(content) // 2] ^= 1
+    generation.write_bytes(content)
+    for question in ("status", "defects", "least-variance"):
+        done = run(question, "--state", root)
+        assert done.returncode == 3, question
+        assert f"{generation} is damaged" in done.stderr
+        assert "0 frames" in done.stdout
+    corrected = tmp_path / "corrected"
+    for command in (["export", "dcraw"], ["repair", camera.shots[0], "-o", corrected]):
+        done = run(*command, "--state", root)
+        assert done.returncode == 3
+        assert f"{generation} is damaged" in done.stderr
+        assert not done.stdout
+        assert not corrected.exists()
+    assert run("scan", *camera.shots, "--state", root).returncode == 0
+    assert told(root) == told(scanned)
+    assert run("status", "--state", root).returncode == 0
+
+
+def test_3_when_an_answer_cannot_be_written(scanned, tmp_path):
+    """A full disk must not make an empty map of defects look like a success."""
+    root = harmed(scanned, tmp_path / "state")
+    for command in ("defects --json", "status", "export csv"):
+        done = shell(f'hotpixd {command} --state "$1" >/dev/full', root)
+        assert "codes 3" in done.stderr
+        assert "No space left on device" in done.stderr
 
 
 def test_3_and_the_page_that_is_damaged_is_found_by_verify(scanned, tmp_path):
@@ -480,7 +532,7 @@ def test_3_when_the_state_cannot_be_written(scanned, tmp_path, camera, like_ever
         for where in (root, tmp_path / "new"):
             done = run("scan", camera.shots[0], "--state", where, prefix=like_everyone)
             assert done.returncode == 3
-            assert f"The state {where} cannot be used: [Errno 13] Permission denied" in done.stderr
+            assert f"The state {where} cannot be used: you have no right to write" in done.stderr
     finally:
         tmp_path.chmod(0o700)
         root.chmod(0o700)

@@ -114,6 +114,8 @@ def test_binary_formats_want_a_file_and_files_are_not_overwritten(root, tmp_path
     assert "name a file with -o" in command("export", "png-mask", state=root, code=2)
     out = tmp_path / "out" / "mask.png"
     assert "no folder" in command("export", "png-mask", "-o", out, state=root, code=2)
+    assert "there is no folder" in command("export", "rawtherapee", "-o", f"{out.parent}/", state=root, code=2)
+    assert not out.parent.exists()
     out.parent.mkdir()
     command("export", "png-mask", "-o", out, state=root)
     first = out.read_bytes()

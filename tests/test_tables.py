@@ -41,6 +41,11 @@ def test_the_widest_row_fits_into_80_columns(capsys, monkeypatch):
     assert row == ["5471", "3647", "G", "unstable", "recovered", "100", "%", "-15000", "-1234.5", "123457", "12345"]
 
 
+def test_a_narrow_terminal_loses_no_number(capsys, monkeypatch):
+    """Its lines are broken; a position that is cut off is worth nothing."""
+    assert shown(capsys, 40, monkeypatch)[-1] == shown(capsys, 80, monkeypatch)[-1]
+
+
 def test_unknown_numbers_are_left_blank(capsys, monkeypatch):
     """A file that does not state its exposure gives no dark current; what is not stable took no frames."""
     lines = shown(capsys, 80, monkeypatch, dark_current_adu_per_s=None, frames_to_stable=None)

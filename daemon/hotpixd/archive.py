@@ -193,6 +193,8 @@ def look(state: State, id_: str, enough: int = 2) -> Standing:
             _belongs(state, id_, path, header)
         except checkpoint.GenerationError as error:
             unusable.append((path, str(error)))
+            if not usable:
+                state.unusable[path] = str(error)
             continue
         usable.append(path)
         covers.append(int(header["covers"]))

@@ -484,7 +484,7 @@ def _shots_in(root: Path) -> str:
             count = sum(t.received + t.folded + t.refused + t.companion for t in state.ledger.tally())
             return f"{count} shots" if count else ""
     except StateDamaged:
-        return "shots, though its ledger is damaged,"
+        return "shots under a damaged ledger"
     except StateError as error:
         with suppress(OSError):
             # Of a state that was begun and never had a shot; or an empty folder.

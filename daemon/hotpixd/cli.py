@@ -32,6 +32,9 @@ DONE, SHOTS_REFUSED, WRONG_USE, STATE_UNUSABLE = 0, 1, 2, 3
 
 _Ask = Callable[..., dict[str, Any]]
 
+_amiss: list[str] = []
+"""What was wrong though a command has done what it could: said at its end, which is no success then."""
+
 app = typer.Typer(
     name="hotpixd",
     no_args_is_help=True,
@@ -135,6 +138,10 @@ def main() -> None:
         finally:
             # Here, not when the interpreter ends: then it could only complain.
             sys.stdout.flush()
+    except SystemExit as end:
+        if _amiss and not end.code:
+            _fail("\n".join(_amiss), STATE_UNUSABLE)
+        raise
     except StateError as error:
         _fail(str(error), STATE_UNUSABLE)
     except OSError as error:
@@ -169,10 +176,13 @@ def _words(error: OSError) -> str:
 
 
 class _Out(io.FileIO):
-    """A standard stream whose writes never fail: if its reader has gone (| head) or its disk is full, say nothing.
+    """A standard stream whose writes never fail: if its reader has gone (| head), say nothing.
 
-    What was done is told by the exit code, which such a failure must not change.
+    If its disk is full, what a command was to answer is lost, and it has failed. What `scan` has done is in the state.
     """
+
+    answers = True
+    """Whether what is printed is what the command is for."""
 
     def write(self, data: ReadableBuffer, /) -> int:
         try:
@@ -180,6 +190,8 @@ class _Out(io.FileIO):
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
                 raise
+            if error.errno != errno.EPIPE and self.answers and self.fileno() == 1:
+                _amiss.append(f"the answer could not be written: {error.strerror}")
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
@@ -262,15 +274,20 @@ def scan(
     Interrupted (Ctrl-C, a crash, a power cut), it goes on where it was when it is started again. On a cluster the
     result is the same, to the last bit; the state stays on this machine, and workers read the files themselves.
     """
-    from hotpixd.scanning import run_cluster_scan, run_scan
+    from hotpixd.scanning import find, run_cluster_scan, run_scan
 
+    _Out.answers = False
     if on_disk and cluster is not None:
         _fail("--on-disk is for a scan on this machine alone: workers hold what --cluster adds up.", WRONG_USE)
+    if cluster is not None:
+        with _opened(state) as opened, _interruptible() as stop:
+            raise typer.Exit(run_cluster_scan(opened, cluster, paths, kind.given, stop))
+    # Before there is a state, which a wrong name must not begin.
+    listing = find(paths, kind.given)
+    if isinstance(listing, int):
+        raise typer.Exit(listing)
     with _opened(state) as opened, _interruptible() as stop:
-        if cluster is None:
-            code = run_scan(opened, paths, kind.given, stop, on_disk=on_disk)
-        else:
-            code = run_cluster_scan(opened, cluster, paths, kind.given, stop)
+        code = run_scan(opened, listing, stop, on_disk=on_disk)
     raise typer.Exit(code)
 
 
@@ -373,7 +390,7 @@ def darks(
     """
     from hotpixd.darkroom import end_darks, run_darks
 
-    socket = _daemon_of(state)
+    socket = _daemon_of(state, others=not _has_own_state(state))
     if stop:
         if socket is None:
             _fail("no daemon is running that could shoot darks", WRONG_USE)
@@ -589,12 +606,14 @@ def rebuild(
     Interrupted, the old state stays in place, and the same command goes on where it was.
     """
     from hotpixd.backup import rebuild as rebuilt
-    from hotpixd.scanning import run_scan
+    from hotpixd.scanning import find, run_scan
 
+    _Out.answers = False
     with _interruptible() as stop:
 
         def fold(made: State) -> int | None:
-            code = run_scan(made, folders, kind.given, stop)
+            listing = find(folders, kind.given)
+            code = listing if isinstance(listing, int) else run_scan(made, listing, stop)
             return None if stop.asked else code
 
         raise typer.Exit(rebuilt(_state_dir(state), fold))
@@ -614,7 +633,7 @@ LikeOption = Annotated[
 @app.command()
 def export(
     format_name: Annotated[str | None, typer.Argument(metavar="FORMAT", help="See --list.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="F", help="The file. [default: stdout]")] = None,
+    out: Annotated[str | None, typer.Option("-o", "--out", metavar="F", help="The file. [default: stdout]")] = None,
     sensor: OneSensorOption = None,
     states: Annotated[str, typer.Option("--which", help="Some of stable, warm, candidate, recovered.")] = "stable,warm",
     least_sigma: Annotated[
@@ -640,9 +659,11 @@ def export(
         raise typer.Exit(DONE)
     if format_name is None:
         _fail("name a format; hotpixd export --list lists them", WRONG_USE)
+    if out is not None and out.endswith("/") and not Path(out).expanduser().is_dir():
+        _fail(f"there is no folder {out}", WRONG_USE)
     order = ExportOrder(
         format_name,
-        None if out is None else out.expanduser(),
+        None if out is None else Path(out).expanduser(),
         sensor,
         [word.strip() for word in states.split(",") if word.strip()],
         least_sigma,
@@ -727,6 +748,7 @@ def repair(
     state: StateOption = None,
 ) -> None:
     """Correct pictures with the map of their sensor; metadata and all other samples stay."""
+    from hotpixd.exchange import ask_of
     from hotpixd.repairing import run_repair
     from hotpixd.views.repair import Wish
 
@@ -737,7 +759,8 @@ def repair(
         _fail("--sensor and --map-of name two maps; give one of them", WRONG_USE)
     if folder is None and not dry_run:
         _fail("say with -o DIR where the corrected pictures go", WRONG_USE)
-    answer = _asked(state, "defects", candidates=True)
+    with _asking(state, ask_of) as ask:
+        answer = ask("defects", candidates=True)
     if folder is not None and _daemon_of(state) is not None:
         _require_unwatched(folder, _asked(state, "status"))
     wish = Wish(wanted, not no_declared, everything, sensor, map_of)
@@ -779,7 +802,9 @@ def simulate(
     from hotpixd.simulate import VirtualSensor, write_series
 
     try:
-        sensor = VirtualSensor(width, height, hot=hot, stuck=stuck, dead=dead, unstable=unstable, seed=seed)
+        sensor = VirtualSensor(
+            width, height, hot=hot, stuck=stuck, dead=dead, unstable=unstable, seed=seed, serial=f"V{seed + 1:04d}"
+        )
     except ValueError as error:
         _fail(str(error), WRONG_USE)
     try:
@@ -853,7 +878,7 @@ def _known_sensor(answer: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def _asking(state: Path | None, own: Callable[[State], _Ask]) -> Iterator[_Ask]:
     """Yield what answers questions: `own` makes it of the state, or else the daemon does that has it open."""
-    from hotpixd.store.state import State, StateDamaged, StateError, StateLocked
+    from hotpixd.store.state import REFOLDED, State, StateDamaged, StateError, StateLocked
 
     try:
         opened = State(_state_dir(state), create=False)
@@ -872,6 +897,7 @@ def _asking(state: Path | None, own: Callable[[State], _Ask]) -> Iterator[_Ask]:
     else:
         with opened:
             yield own(opened)
+            _amiss.extend(f"{sentence} {REFOLDED}" for sentence in opened.unusable.values())
         return
     from hotpixd.feed import FeedClient
 
@@ -886,8 +912,17 @@ def _socket(state: Path | None) -> Path:
     return _daemon_of(state) or default_socket(_state_dir(state), os.environ)
 
 
-def _daemon_of(state: Path | None) -> Path | None:
-    """Return where the daemon of a state listens, or the only daemon if no state is named; None if there is none."""
+def _has_own_state(state: Path | None) -> bool:
+    return (_state_dir(state) / "ledger.sqlite").exists()
+
+
+def _daemon_of(state: Path | None, *, others: bool = True) -> Path | None:
+    """Return where the daemon of a state listens; None if there is none.
+
+    Parameters
+    ----------
+    others : if no state is named, it may also be the only daemon that runs
+    """
     from hotpixd.store.state import State, StateError, StateLocked
 
     try:
@@ -898,7 +933,7 @@ def _daemon_of(state: Path | None) -> Path | None:
             return locked.feed
     except StateError:
         pass
-    return _others_socket(state)
+    return _others_socket(state) if others or state is not None else None
 
 
 def _others_socket(state: Path | None) -> Path | None:

@@ -16,7 +16,7 @@ from typing import Any
 from hotpixd.declaring import MOST_DECLARED, POINTS_AT_A_TIME, QUESTIONS, Declaring
 from hotpixd.store import checkpoint
 from hotpixd.store.durable import StateError, written_beside
-from hotpixd.store.state import State
+from hotpixd.store.state import REFOLDED, State
 from hotpixd.views import answers
 from hotpixd.views.exports import FORMATS, ExportError, Extras, Format, rawtherapee_name
 from hotpixd.views.imports import BY_ROWS, READERS, ListError, read_list
@@ -43,7 +43,11 @@ def ask_of(state: State) -> Ask:
     def ask(question: str, **arguments: Any) -> dict[str, Any]:
         if question in QUESTIONS:
             return declaring.answer(question, arguments)
-        return answers.answer(state, question, arguments)
+        answer = answers.answer(state, question, arguments)
+        for sentence in state.unusable.values():
+            # A map without what was found, or a picture corrected with it, would be believed.
+            raise StateError(f"{sentence} {REFOLDED}")
+        return answer
 
     return ask
 
@@ -196,7 +200,7 @@ def choose_sensor(sensors: Sequence[Mapping[str, Any]], wanted: str | None) -> M
     listed = "\n".join(f"  --sensor {sensor['id']}   {sensor_name(sensor)}" for sensor in found or sensors)
     if not found:
         raise ExchangeError(f"no sensor is called {wanted!r}; these are known:\n{listed}")
-    raise ExchangeError(f"there are {len(found)} such sensors; say which:\n{listed}")
+    raise ExchangeError(f"{len(found)} sensors may be meant; say which:\n{listed}")
 
 
 def rows_of(ask: Ask, sensor: Mapping[str, Any], like: Path | None) -> Rows:

@@ -602,7 +602,9 @@ class Monitor:
     def _known(self, shot: FoundShot, row: ShotRow | None) -> Outcome:
         if row is not None and row.verdict == "refused":
             return Outcome(shot.path, Fate.REFUSED, row.reason, again=True, origin=shot.origin)
-        return Outcome(shot.path, Fate.KNOWN, sensor_id=None if row is None else row.sensor_id, origin=shot.origin)
+        kind = ShotKind(row.kind) if row is not None and row.kind else None
+        sensor_id = None if row is None else row.sensor_id
+        return Outcome(shot.path, Fate.KNOWN, sensor_id=sensor_id, kind=kind, origin=shot.origin)
 
     def _decode(self, row: ShotRow, found: FoundShot, *, replayed: bool) -> Waiting:
         kind = None if row.kind_given is None else ShotKind(row.kind_given)

@@ -23,24 +23,31 @@ _REFUSALS_SHOWN = 20
 _DEFECTS_SHOWN = 20
 
 
-def run_scan(
-    state: State, wanted: list[str], kind: str | None, stop: Callable[[], bool], *, on_disk: bool = False
-) -> int:
-    """Fold what some paths lead to and print what was found; return the exit code.
+def find(wanted: list[str], kind: str | None) -> Listing | int:
+    """Return the shots that some paths lead to; if there are none, say so and return the exit code.
 
     Parameters
     ----------
     wanted : files, folders, glob patterns
     kind : "light" or "dark", if the user says so
+    """
+    return _some_of(find_shots(wanted, None if kind is None else ShotKind(kind)), wanted)
+
+
+def run_scan(state: State, listing: Listing, stop: Callable[[], bool], *, on_disk: bool = False) -> int:
+    """Fold shots and print what was found; return the exit code.
+
+    Parameters
+    ----------
+    listing : of `find`
     stop : becomes true when the user wants to stop
     on_disk : see `Monitor`
     """
-    listing = find_shots(wanted, None if kind is None else ShotKind(kind))
-    return _scan(state, wanted, listing, lambda: Monitor(state, on_disk=on_disk), stop)
+    return _scan(state, listing, lambda: Monitor(state, on_disk=on_disk), stop)
 
 
 def run_cluster_scan(state: State, address: str, wanted: list[str], kind: str | None, stop: Callable[[], bool]) -> int:
-    """Do as `run_scan` does, on a cluster.
+    """Do as `find` and `run_scan` do, on a cluster.
 
     Parameters
     ----------
@@ -56,15 +63,16 @@ def run_cluster_scan(state: State, address: str, wanted: list[str], kind: str | 
             from hotpixd.cluster.coordinator import ClusterMonitor
 
             inputs = find_inputs(wanted, None if kind is None else ShotKind(kind))
-            return _scan(state, wanted, inputs.listing, lambda: ClusterMonitor(state, client, inputs.marks), stop)
+            listing = _some_of(inputs.listing, wanted)
+            if isinstance(listing, int):
+                return listing
+            return _scan(state, listing, lambda: ClusterMonitor(state, client, inputs.marks), stop)
     except (ClusterError, InputError) as error:
         _say(Console(stderr=True, highlight=False), str(error))
         return 2
 
 
-def _scan(
-    state: State, wanted: list[str], listing: Listing, start: Callable[[], Monitor], stop: Callable[[], bool]
-) -> int:
+def _some_of(listing: Listing, wanted: list[str]) -> Listing | int:
     console = Console(stderr=True, highlight=False)
     if listing.missing:
         for text in listing.missing:
@@ -75,6 +83,11 @@ def _scan(
     if not listing.shots:
         _say(console, "there are no pictures in " + ", ".join(wanted))
         return 1 if listing.unreadable else 2
+    return listing
+
+
+def _scan(state: State, listing: Listing, start: Callable[[], Monitor], stop: Callable[[], bool]) -> int:
+    console = Console(stderr=True, highlight=False)
     outcomes: list[Outcome] = []
     changes: Counter[str] = Counter()
     with start() as monitor:
@@ -94,6 +107,13 @@ def _scan(
             _say(console, warning)
         left = total - len(outcomes)
         _print_fates(outcomes, left)
+        given = listing.shots[0].kind
+        others = sum(o.fate is Fate.KNOWN and o.kind not in (None, given) for o in outcomes)
+        if given is not None and others:
+            print(
+                f"  {others} of those known were folded as {'dark' if given is ShotKind.LIGHT else 'light'} frames, and"
+                " stay so. To change that: hotpixd rebuild FOLDER --kind ..."
+            )
         _print_found(monitor, state, outcomes)
     if left:
         print(f"Interrupted: {left} shots are left. Run the same command again to go on where it stopped.")

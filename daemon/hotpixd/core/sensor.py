@@ -668,6 +668,8 @@ class Sensor:
     def patches(self, sites: NDArray[np.int64], reach: int) -> NDArray[np.float32]:
         """Return what `around` does for many sites at once, (K, 2 reach + 1, 2 reach + 1)."""
         layout = self.layout
+        if not sites.size:
+            return np.empty((0, 2 * reach + 1, 2 * reach + 1), np.float32)
         row, col = np.divmod(sites, layout.shape[1])
         x, channel = np.divmod(col, layout.channels)
         step = np.arange(-reach, reach + 1)

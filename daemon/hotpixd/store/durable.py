@@ -35,8 +35,8 @@ class StateDamaged(StateError):  # noqa: N818 - a condition, not a fault
 
     def __init__(self, what: str) -> None:
         super().__init__(
-            f"{what} Nothing of it is used or changed. If you have a backup: hotpixd restore FILE; else, from the"
-            " pictures: hotpixd rebuild FOLDER... Both keep the old state beside the new one."
+            f"{what} Nothing of it is used or changed. If you have a backup: hotpixd restore FILE --force; else, from"
+            " the pictures: hotpixd rebuild FOLDER... Both keep the old state beside the new one."
         )
         self.what = what
         """The same without what cures it."""

@@ -50,6 +50,11 @@ from hotpixd.store.spool import Spool
 
 __all__ = ["State", "StateDamaged", "StateError", "StateFull", "StateLocked", "StateMissing", "default_state_dir"]
 
+REFOLDED = (
+    "The next scan or start of the daemon keeps it as evidence, and folds its frames again as far as they are there."
+)
+"""What is done about a generation that cannot be used."""
+
 _LEFT_WITHIN_S = 5.0
 """What a killed process has left behind lets go of the lock."""
 
@@ -104,6 +109,8 @@ class State:
             If it cannot be made, written or read.
         """
         self.root = Path(root)
+        self.unusable: dict[Path, str] = {}
+        """Generations that could not be used since this is open, though newer than what was used; and why."""
         left = _look_for_ledger(self.root)
         if not create and not (self.root / "ledger.sqlite").exists():
             raise StateMissing(f"There is no state in {self.root} yet: no shot was ever watched or scanned.")
@@ -136,6 +143,11 @@ class State:
                     raise
         except (FileExistsError, NotADirectoryError) as error:
             raise StateError(f"The state {self.root} is not a directory: {error}.") from error
+        except PermissionError as error:
+            raise StateError(
+                f"The state {self.root} cannot be used: you have no right to write {error.filename}, which reading"
+                " takes, too. Use it as the user whose it is."
+            ) from error
         except OSError as error:
             raise StateError(f"The state {self.root} cannot be used: {error}.") from error
 

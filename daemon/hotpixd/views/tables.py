@@ -15,6 +15,8 @@ Answer = Mapping[str, Any]
 
 _ALERTS_SHOWN = 5
 
+_WIDEST_TABLE = 200
+
 _NAMED = 3
 """Sensors that one line names."""
 
@@ -68,7 +70,7 @@ def print_defects(
                 _number(defect["dark_current_adu_per_s"], ".0f"),
                 "" if defect["frames_to_stable"] is None else str(defect["frames_to_stable"]),
             )
-        console.print(table)
+        _print_table(console, table)
         if len(shown) > most:
             console.print(f"  ... and {len(shown) - most} more: hotpixd defects")
 
@@ -113,13 +115,13 @@ def print_history(answer: Answer, *, everything: bool = False) -> None:
                 str(one["defects"]),
             )
         if told:
-            console.print(table)
+            _print_table(console, table)
         if len(sensor["months"]) > 1:
             table = _table("month", "frames", "new", "gone", "defects")
             for month in sensor["months"]:
                 changed = [_count(month["new"]), _count(month["recovered"])]
                 table.add_row(month["month"], str(month["frames"]), *changed, str(month["defects"]))
-            console.print(table)
+            _print_table(console, table)
         events = [event for event in sensor["events"] if since is None or event["at"] >= since]
         table = _table("when", "session", "x", "y", "", "kind", "change", left=("when", "", "kind", "change"))
         latest = events if everything else events[-_LATEST_CHANGES:]
@@ -127,7 +129,7 @@ def print_history(answer: Answer, *, everything: bool = False) -> None:
             where = [str(event["x"]), str(event["y"]), event["colour"]]
             table.add_row(_minute(event["at"]), str(event["session"]), *where, event["kind"], event["change"])
         if latest:
-            console.print(table)
+            _print_table(console, table)
         if len(shown) < len(told) or len(latest) < len(events):
             left = f"{len(told) - len(shown)} sessions and {len(events) - len(latest)} changes"
             console.print(f"  ... and before that {left}: hotpixd history --all", soft_wrap=True)
@@ -202,7 +204,7 @@ def print_least_variance(answer: Answer) -> None:
             table.add_column(title, justify="left" if title == "colour" else "right")
         for row in sensor["least"]:
             table.add_row(str(row["x"]), str(row["y"]), row["colour"], f"{row['m2']:.6g}", f"{row['mean']:.6g}")
-        console.print(table)
+        _print_table(console, table)
 
 
 def print_verify(answer: Answer) -> None:
@@ -229,6 +231,13 @@ def print_verify(answer: Answer) -> None:
 
 def _console() -> Console:
     return Console(highlight=False)
+
+
+def _print_table(console: Console, table: Table) -> None:
+    """Print a table whole: where the terminal is too narrow it breaks the lines, but no number is lost."""
+    wide = Console(highlight=False, width=_WIDEST_TABLE)
+    wide.width = max(console.width, wide.measure(table).maximum)
+    wide.print(table)
 
 
 def _frames(sensor: Answer) -> str:

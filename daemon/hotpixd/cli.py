@@ -178,7 +178,7 @@ def _words(error: OSError) -> str:
 class _Out(io.FileIO):
     """A standard stream whose writes never fail: if its reader has gone (| head), say nothing.
 
-    If its disk is full, what a command was to answer is lost, and it has failed. What `scan` has done is in the state.
+    If its disk is full, what a command was to answer is lost, and it has failed. What others have done is in the state.
     """
 
     answers = True
@@ -992,6 +992,7 @@ def _serve(load: Callable[[], Config], *, reloadable: bool) -> int:
             WRONG_USE,
         )
     _log_to(config.log_level)
+    _Out.answers = False
     from hotpixd.feed import FeedError
     from hotpixd.metrics import MetricsError
     from hotpixd.service import serve

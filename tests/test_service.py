@@ -547,6 +547,14 @@ def test_a_right_configuration_is_said_to_be(tmp_path, sources, cameras, said):
     assert done.stdout.splitlines()[-1] == f"{path} is right, {said}"
 
 
+def test_a_url_that_no_alert_can_be_sent_to_is_told_before_it_is_needed(tmp_path):
+    """It is no error: the daemon goes on with the other channels."""
+    done = run("check-config", configured(tmp_path, alerts={"notify": ["json://localhost", "foo://bar"]}))
+    assert done.returncode == 0
+    assert "URL 2 of alerts.notify (foo://) cannot be used" in done.stdout
+    assert "URL 1" not in done.stdout
+
+
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
 def test_watch_shows_the_dashboard_and_stops_with_it(camera: Camera, tmp_path, runtime):
     """On a terminal: shots appear on the screen as they come; q ends the daemon too, cleanly."""

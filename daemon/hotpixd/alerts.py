@@ -689,6 +689,11 @@ def _plain(value: Any) -> Any:
 # --- channels
 
 
+def complaints(settings: AlertSettings) -> tuple[str, ...]:
+    """Return sentences about the URLs that no alert can be sent to."""
+    return _opened(settings).complaints
+
+
 def _opened(settings: AlertSettings) -> _Opened:
     """Make the channels that the settings name, and sentences about those that cannot be."""
     channels = []

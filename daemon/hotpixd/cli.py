@@ -457,7 +457,9 @@ def check_config(
         loaded = configuration.load(path, environ=os.environ, overrides={})
     except configuration.ConfigError as error:
         _fail(str(error), WRONG_USE)
-    for sentence in configuration.warnings(loaded, path):
+    from hotpixd.alerts import complaints
+
+    for sentence in (*configuration.warnings(loaded, path), *complaints(loaded.alerts.settings())):
         print(sentence)
     named = [
         f"{count} {word}{'' if count == 1 else 's'}"

@@ -337,6 +337,8 @@ def test_the_surroundings_of_a_defect_are_flat_but_for_itself(rendered: bool):
     assert np.nanargmax(patch) == 3 * 7 + 3 or rendered
     assert abs(np.median(inside)) < 1
     assert np.nanmax(patch) > 3
+    assert np.allclose(sensor.patches(np.array([site]), 3)[0], patch, equal_nan=True, atol=1e-3)
+    assert sensor.patches(np.empty(0, np.int64), 3).shape == (0, 7, 7)
 
 
 def test_sites_are_counted_by_status():

@@ -390,7 +390,9 @@ def darks(
     """
     from hotpixd.darkroom import end_darks, run_darks
 
-    socket = _daemon_of(state, others=not _has_own_state(state))
+    # Path's exists() raises where it may not look.
+    own_state = os.path.exists(_state_dir(state) / "ledger.sqlite")  # noqa: PTH110
+    socket = _daemon_of(state, others=not own_state)
     if stop:
         if socket is None:
             _fail("no daemon is running that could shoot darks", WRONG_USE)
@@ -912,10 +914,6 @@ def _socket(state: Path | None) -> Path:
     from hotpixd.feed import default_socket
 
     return _daemon_of(state) or default_socket(_state_dir(state), os.environ)
-
-
-def _has_own_state(state: Path | None) -> bool:
-    return (_state_dir(state) / "ledger.sqlite").exists()
 
 
 def _daemon_of(state: Path | None, *, others: bool = True) -> Path | None:

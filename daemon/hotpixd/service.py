@@ -50,6 +50,7 @@ from hotpixd.store.ledger import Ledger
 from hotpixd.store.state import State, StateError, StateFull, default_state_dir
 from hotpixd.systemd import Notifier
 from hotpixd.views import answers
+from hotpixd.views.history import identity_words
 from hotpixd.views.text import printable, sensor_name
 
 log = logging.getLogger("hotpixd")
@@ -474,7 +475,7 @@ class _Service:
         if id_ is None or report is None or seq is None:
             return
         kept = self._monitor.sensor(id_)
-        described = sensor_name(answers.describe(kept))
+        described = sensor_name(identity_words(id_, kept.sensor.identity))
         self._alerts.folded(id_, described, kept.sensor.layout, report, seq)
         if not outcome.told:
             self._watchman.counted(id_, described, report.counted, report.not_counted_because)

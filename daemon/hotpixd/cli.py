@@ -390,9 +390,9 @@ def darks(
     """
     from hotpixd.darkroom import end_darks, run_darks
 
-    # Path's exists() raises where it may not look.
-    own_state = os.path.exists(_state_dir(state) / "ledger.sqlite")  # noqa: PTH110
-    socket = _daemon_of(state, others=not own_state)
+    # A state of one's own is meant before that of the only daemon. Path's exists() raises where it may not look.
+    is_there = os.path.exists(_state_dir(state) / "ledger.sqlite")  # noqa: PTH110
+    socket = _daemon_of(_state_dir(state) if is_there else state)
     if stop:
         if socket is None:
             _fail("no daemon is running that could shoot darks", WRONG_USE)
@@ -916,13 +916,8 @@ def _socket(state: Path | None) -> Path:
     return _daemon_of(state) or default_socket(_state_dir(state), os.environ)
 
 
-def _daemon_of(state: Path | None, *, others: bool = True) -> Path | None:
-    """Return where the daemon of a state listens; None if there is none.
-
-    Parameters
-    ----------
-    others : if no state is named, it may also be the only daemon that runs
-    """
+def _daemon_of(state: Path | None) -> Path | None:
+    """Return where the daemon of a state listens, or the only daemon if no state is named; None if there is none."""
     from hotpixd.store.state import State, StateError, StateLocked
 
     try:
@@ -933,7 +928,7 @@ def _daemon_of(state: Path | None, *, others: bool = True) -> Path | None:
             return locked.feed
     except StateError:
         pass
-    return _others_socket(state) if others or state is not None else None
+    return _others_socket(state)
 
 
 def _others_socket(state: Path | None) -> Path | None:

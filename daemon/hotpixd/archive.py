@@ -21,6 +21,11 @@ from hotpixd.store.durable import StateDamaged, StateError
 from hotpixd.store.ledger import ShotRow, link_of_chain
 from hotpixd.store.state import State
 
+REFOLDED = (
+    "The next scan or start of the daemon keeps it as evidence, and folds its frames again as far as they are there."
+)
+"""What is done about a generation that cannot be used."""
+
 
 @dataclass(slots=True)
 class Kept:
@@ -194,7 +199,7 @@ def look(state: State, id_: str, enough: int = 2) -> Standing:
         except checkpoint.GenerationError as error:
             unusable.append((path, str(error)))
             if not usable:
-                state.unusable[path] = str(error)
+                state.unusable[path] = f"{error} {REFOLDED}"
             continue
         usable.append(path)
         covers.append(int(header["covers"]))

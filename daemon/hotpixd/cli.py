@@ -882,7 +882,7 @@ def _known_sensor(answer: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def _asking(state: Path | None, own: Callable[[State], _Ask]) -> Iterator[_Ask]:
     """Yield what answers questions: `own` makes it of the state, or else the daemon does that has it open."""
-    from hotpixd.store.state import REFOLDED, State, StateDamaged, StateError, StateLocked
+    from hotpixd.store.state import State, StateDamaged, StateError, StateLocked
 
     try:
         opened = State(_state_dir(state), create=False)
@@ -901,7 +901,7 @@ def _asking(state: Path | None, own: Callable[[State], _Ask]) -> Iterator[_Ask]:
     else:
         with opened:
             yield own(opened)
-            _amiss.extend(f"{sentence} {REFOLDED}" for sentence in opened.unusable.values())
+            _amiss.extend(opened.unusable.values())
         return
     from hotpixd.feed import FeedClient
 

@@ -16,7 +16,7 @@ from typing import Any
 from hotpixd.declaring import MOST_DECLARED, POINTS_AT_A_TIME, QUESTIONS, Declaring
 from hotpixd.store import checkpoint
 from hotpixd.store.durable import StateError, written_beside
-from hotpixd.store.state import REFOLDED, State
+from hotpixd.store.state import State
 from hotpixd.views import answers
 from hotpixd.views.exports import FORMATS, ExportError, Extras, Format, rawtherapee_name
 from hotpixd.views.imports import BY_ROWS, READERS, ListError, read_list
@@ -44,9 +44,9 @@ def ask_of(state: State) -> Ask:
         if question in QUESTIONS:
             return declaring.answer(question, arguments)
         answer = answers.answer(state, question, arguments)
-        for sentence in state.unusable.values():
+        if state.unusable:
             # A map without what was found, or a picture corrected with it, would be believed.
-            raise StateError(f"{sentence} {REFOLDED}")
+            raise StateError(next(iter(state.unusable.values())))
         return answer
 
     return ask

@@ -50,11 +50,6 @@ from hotpixd.store.spool import Spool
 
 __all__ = ["State", "StateDamaged", "StateError", "StateFull", "StateLocked", "StateMissing", "default_state_dir"]
 
-REFOLDED = (
-    "The next scan or start of the daemon keeps it as evidence, and folds its frames again as far as they are there."
-)
-"""What is done about a generation that cannot be used."""
-
 _LEFT_WITHIN_S = 5.0
 """What a killed process has left behind lets go of the lock."""
 
@@ -110,7 +105,8 @@ class State:
         """
         self.root = Path(root)
         self.unusable: dict[Path, str] = {}
-        """Generations that could not be used since this is open, though newer than what was used; and why."""
+        """Generations that could not be used since this is open, though newer than what was used; why, and what is done
+        about it."""
         left = _look_for_ledger(self.root)
         if not create and not (self.root / "ledger.sqlite").exists():
             raise StateMissing(f"There is no state in {self.root} yet: no shot was ever watched or scanned.")

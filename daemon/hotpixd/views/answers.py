@@ -18,7 +18,7 @@ from hotpixd.core.sensor import DetectionSettings, Overview
 from hotpixd.store.declared import DeclaredError
 from hotpixd.store.durable import StateDamaged, StateError
 from hotpixd.store.ledger import ShotRow, Tally
-from hotpixd.store.state import REFOLDED, State
+from hotpixd.store.state import State
 from hotpixd.views import evidence, history
 
 Answer = dict[str, Any]
@@ -211,7 +211,7 @@ def verify(state: State) -> Answer:
     for id_, kept in _given(state, None):
         covers[id_] = kept.covers
         keys = state.ledger.frame_keys(id_, kept.covers)
-        problems += [f"{sentence} {REFOLDED}" for _, sentence in archive.look(state, id_).unusable]
+        problems += [f"{sentence} {archive.REFOLDED}" for sentence in kept.damage]
         sensors.append({**describe(kept), "digest": kept.sensor.digest(keys)})
     if state.forgotten:
         problems.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -48,6 +49,37 @@ def assert_same(one: Accumulator, other: Accumulator) -> None:
     assert (one.frames, one.counted) == (other.frames, other.counted)
     for name, array in one.arrays().items():
         np.testing.assert_array_equal(array, other.arrays()[name])
+
+
+@given(st.sampled_from(LAYOUTS), st.sampled_from(("uint8", "uint16")), st.integers(1, 6), st.integers(1, 11))
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_what_is_lent_stays_as_it_is(layout: SensorLayout, dtype: str, before: int, more: int):
+    """Another thread saves it, in whatever time that takes; folding goes on as far as it can, and then waits."""
+    frames = frames_of(layout, before + more, dtype)
+    accumulator = folded(frames[:before], layout)
+    expected = folded(frames[:before], layout).arrays()
+    lent = accumulator.lend()
+
+    def fold_the_rest() -> None:
+        for frame in frames[before:]:
+            accumulator.count(accumulator.fold(frame, lone=layout.mosaic), NEVER)
+
+    folding = THREADS.submit(fold_the_rest)
+    while not accumulator.must_wait and not folding.done():
+        time.sleep(0.001)
+    time.sleep(0.01)
+    assert accumulator.frames == before + 1
+    for name, array in lent.items():
+        np.testing.assert_array_equal(array, expected[name])
+        accumulator.take_back(name)
+        if name == COUNTS[-1]:
+            while not accumulator.must_wait and not folding.done():
+                time.sleep(0.001)
+            assert folding.done() == (more <= 4)
+            assert not accumulator.may_sum_up
+    folding.result()
+    assert not accumulator.must_wait
+    assert_same(accumulator, folded(frames, layout))
 
 
 @given(st.sampled_from(LAYOUTS), st.sampled_from(("uint8", "uint16")), st.integers(1, 40), st.integers(0, 99))

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from conftest import feed
+from conftest import decoders, feed
 from hotpixd import archive
 from hotpixd.core.frame import SampleKind, SensorIdentity, SensorLayout
 from hotpixd.core.sensor import DetectionSettings
+from hotpixd.intake.files import find_shots
+from hotpixd.monitor import Monitor
 from hotpixd.store import checkpoint
 from hotpixd.store.durable import StateError
 from hotpixd.store.state import State
@@ -68,6 +70,18 @@ def test_a_sensor_without_new_frames_is_not_written(tmp_path, camera):
         kept = archive.load(state, id_, archive.identity_from(description), DetectionSettings())
         archive.save(state, kept)
         assert len(checkpoint.generations(state.sensor_folder(id_))) == 1
+
+
+def test_the_verdicts_are_committed_before_their_generation(tmp_path, camera, monkeypatch):
+    """A generation never covers a shot whose verdict a kill could still take away."""
+    with State(tmp_path / "state") as state, Monitor(state, decoders=decoders()) as monitor:
+        list(monitor.process(find_shots([str(camera.shots[0])]).shots))
+        waiting = []
+        write = state.checkpoint
+        monkeypatch.setattr(state, "checkpoint", lambda *what: waiting.append(state.ledger.waits) or write(*what))
+        assert state.ledger.waits
+        monitor.checkpoint()
+    assert waiting == [False]
 
 
 def test_what_two_generations_cover_is_known_after_loading(tmp_path, camera):

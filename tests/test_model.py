@@ -22,6 +22,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -675,6 +676,8 @@ class Machine(RuleBasedStateMachine):
                 checkpoint_every_shots=CHECKPOINT_EVERY,
                 clock=lambda: self.time,
             )
+            # A death is of the whole process, and not of one of its threads.
+            self.monitor._saver = _SaverAtOnce(1)
             for outcome in self.monitor.replay():
                 self.count["replayed"] += 1
                 self._after(outcome)
@@ -875,6 +878,15 @@ _statvfs, _link = os.statvfs, os.link
 _IN_THIS_PROCESS: Any = SimpleNamespace(decode=decode, close=lambda: None)
 
 
+class _SaverAtOnce(ThreadPoolExecutor):
+    """Has saved a checkpoint by the time it is asked to."""
+
+    def submit(self, save: Callable[..., Any], *orders: Any, **_: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(save(*orders))
+        return done
+
+
 class _AtOnce:
     """A thread that has run by the time it is started."""
 
@@ -1052,9 +1064,13 @@ def _settle_by_newer(monitor: Monitor, kept: Any) -> int:
     return written
 
 
-def _checkpoint_first(state: State, sensor_id: str, number: int, header: Any, arrays: Any, **_: Any) -> Path:
+def _saving_first(state: State, kept: Any, **options: Any) -> Any:
     """Write the generation before the verdicts of its shots are committed."""
-    return checkpoint.write_generation(state.sensor_folder(sensor_id), number, header, arrays)
+    state.ledger.commit = _nothing  # type: ignore[method-assign]
+    try:
+        return _Saving(state, kept, **options)
+    finally:
+        del state.ledger.commit
 
 
 def _add_without_key(outbox: Outbox, raised: Any, *, send: Any) -> Any:
@@ -1070,7 +1086,7 @@ def _compose_unsaved(raising: Alerts) -> None:
 
 
 _numbers = itertools.count()
-_add, _compose, _receive = Outbox.add, Alerts._compose, Ledger.receive
+_add, _compose, _receive, _Saving = Outbox.add, Alerts._compose, Ledger.receive, archive.Saving
 
 
 def _nothing(*_: object) -> None:
@@ -1106,9 +1122,9 @@ def _mutations() -> dict[str, list[tuple[Any, str, Any]]]:
         "a replay does not look at what is covered": [(Ledger, "rows_to_replay", _replay_all)],
         "the spool lets go of what is folded": [(State, "settle_spool", _settle_all)],
         "the spool lets go of what the newest generation covers": [(Monitor, "_save", _settle_by_newer)],
-        "a generation is written before the verdicts of its shots": [(State, "checkpoint", _checkpoint_first)],
+        "a generation is written before the verdicts of its shots": [(archive, "Saving", _saving_first)],
         "so it is, and nobody looks whether it is of this ledger": [
-            (State, "checkpoint", _checkpoint_first),
+            (archive, "Saving", _saving_first),
             (archive, "_belongs", _nothing),
         ],
         "a shot is marked as acknowledged before its commit": [(Ledger, "receive", _receive_marked)],

@@ -9,21 +9,23 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from conftest import HOTPIXD, Camera, decoders, environment, feed, told
-from hotpixd import archive
 from hotpixd import monitor as monitor_module
+from hotpixd.core.accumulator import COUNTS
 from hotpixd.core.frame import ShotKind
 from hotpixd.core.sensor import Sensor
 from hotpixd.intake.files import FoundShot, find_shots
 from hotpixd.monitor import Fate, Monitor, Outcome
 from hotpixd.simulate import VirtualSensor, write_series
-from hotpixd.store.checkpoint import generations
+from hotpixd.store.checkpoint import generations, read_generation
 from hotpixd.store.ledger import Ledger
 from hotpixd.store.spool import Spool
 from hotpixd.store.state import State, StateFull
@@ -477,20 +479,98 @@ def test_a_camera_takes_the_users_name_if_it_has_no_serial(camera, tmp_path):
         assert {identity["serial"] for identity in state.ledger.sensors().values()} == {"mine", "V0001"}
 
 
+def held_up(state: State, gate: threading.Event, *, counts_too: bool = False) -> None:
+    """Have generations written only when a gate opens; before, none but the counts are taken."""
+    write = state.checkpoint
+
+    def slow(sensor_id: str, number: int, header: Any, arrays: Any, taken: Any) -> Path:
+        early = () if counts_too else COUNTS
+        copies = {name: arrays[name].copy() for name in early}
+        for name in early:
+            taken(name)
+        assert gate.wait(30.0)
+        return write(sensor_id, number, header, arrays | copies, taken)
+
+    state.checkpoint = slow  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("counts_too", "folded"), [(False, 9), (True, 5)])
+def test_shots_come_in_and_are_folded_while_a_checkpoint_is_written(camera, tmp_path, counts_too, folded):
+    """Shots are acknowledged as ever, and folded as long as their sums may wait; the generation has none of them."""
+    gate, woken, outcomes = threading.Event(), threading.Event(), []
+    shots = find_shots([str(camera.folder)]).shots[:10]
+    with State(tmp_path / "state") as state, Monitor(state, checkpoint_every_shots=5, decoders=decoders()) as monitor:
+        held_up(state, gate, counts_too=counts_too)
+        for outcome in monitor.follow(shots, wake=woken.set):
+            if outcome is not None:
+                outcomes.append(outcome)
+                continue
+            # Nothing is to do: all that can be done is done.
+            if not gate.is_set() and len(outcomes) == folded and state.ledger.last_shot().seq == len(shots):
+                time.sleep(0.05)
+                gate.set()
+            woken.wait(0.01)
+            assert len(outcomes) <= folded or gate.is_set()
+        monitor.checkpoint()
+    assert gate.is_set()
+    assert fates(outcomes) == [(shot.path.name, "folded") for shot in shots]
+    feed(tmp_path / "all", *[shot.path for shot in shots])
+    assert told(tmp_path / "state") == told(tmp_path / "all")
+    feed(tmp_path / "five", *[shot.path for shot in shots[:5]])
+    (folder,) = (tmp_path / "state" / "sensors").iterdir()
+    (expected,) = newest(tmp_path / "five")
+    found = next(read_generation(path) for path in generations(folder) if path.name == expected.name)
+    expected = read_generation(expected)
+    assert found.header == expected.header
+    for name, array in expected.arrays.items():
+        np.testing.assert_array_equal(found.arrays[name], array)
+
+
+def test_a_state_is_not_closed_while_a_checkpoint_is_written(camera, tmp_path):
+    """Whoever has the state next must find nobody writing to it."""
+    gate = threading.Event()
+    with State(tmp_path / "state") as state:
+        with Monitor(state, decoders=decoders()) as monitor:
+            list(monitor.process(find_shots([str(camera.shots[0])]).shots))
+            held_up(state, gate)
+            monitor.begin_checkpoint()
+            threading.Timer(0.2, gate.set).start()
+        assert gate.is_set()
+    assert [path.name for path in newest(tmp_path / "state")[0].parent.iterdir()] == ["gen-00000001.hpx"]
+
+
+def test_a_checkpoint_that_fails_keeps_no_sensor_from_folding(interleaved, tmp_path):
+    """That of the first body fails, so that of the second is not begun; both go on."""
+    feed(tmp_path / "expected", *interleaved)
+    with State(tmp_path / "state") as state, Monitor(state, decoders=decoders()) as monitor:
+        list(monitor.process(find_shots([str(path) for path in interleaved[:4]]).shots))
+        write, state.checkpoint = state.checkpoint, _full  # type: ignore[method-assign]
+        monitor.begin_checkpoint()
+        with pytest.raises(StateFull):
+            monitor.checkpoint()
+        state.checkpoint = write
+        list(monitor.process(find_shots([str(path) for path in interleaved[4:]]).shots))
+        monitor.checkpoint()
+    assert told(tmp_path / "state") == told(tmp_path / "expected")
+
+
+def _full(*_: object) -> Path:
+    raise StateFull("No space left for a generation.")
+
+
 def test_a_checkpoint_on_a_full_disk_loses_none_of_a_commit(camera, tmp_path):
     """Rows acknowledged together go on after it, though the first of them was just concluded."""
     shots = find_shots([str(camera.folder)]).shots
     with State(tmp_path / "state") as state, Monitor(state, checkpoint_every_shots=2) as monitor:
-        checkpoint, failing = monitor.checkpoint, [True, True]
+        write, failing = state.checkpoint, [True, True]
 
-        def full():
-            last = state.ledger.last_shot()
-            if failing and last is not None and last.seq >= 8:
+        def full(sensor_id, number, header, *rest):
+            if failing and header["covers"] >= 6:
                 failing.pop()
                 raise StateFull("No space left for generation 3.")
-            return checkpoint()
+            return write(sensor_id, number, header, *rest)
 
-        monitor.checkpoint = full
+        state.checkpoint = full
         outcomes: list[Outcome] = []
         for _ in range(3):
             done = {outcome.path for outcome in outcomes}
@@ -499,7 +579,7 @@ def test_a_checkpoint_on_a_full_disk_loses_none_of_a_commit(camera, tmp_path):
             except StateFull:
                 # The caller cannot know what became of those it has no outcome for; it offers them again.
                 continue
-        checkpoint()
+        monitor.checkpoint()
         assert not failing
         assert monitor.in_flight == 0
         assert [row.verdict for row in state.ledger._shots("ORDER BY seq")] == ["folded"] * 12
@@ -580,15 +660,15 @@ def test_a_full_disk_during_the_replay_is_waited_out(camera, scanned, tmp_path, 
             pass
         state.ledger.commit()
     with State(root) as state, Monitor(state, checkpoint_every_shots=2) as monitor:
-        save, failures = archive.save, [1, 2]
+        write, failures = state.checkpoint, [1, 2]
 
-        def full(state, kept):
-            if kept.last_seq >= 2 * len(failures) and failures:
+        def full(sensor_id, number, header, *rest):
+            if header["covers"] >= 2 * len(failures) and failures:
                 failures.pop()
                 raise StateFull("No space left.")
-            return save(state, kept)
+            return write(sensor_id, number, header, *rest)
 
-        monkeypatch.setattr(archive, "save", full)
+        monkeypatch.setattr(state, "checkpoint", full)
         for _ in range(3):
             with contextlib.suppress(StateFull):
                 list(monitor.replay())

@@ -79,6 +79,7 @@ class Daemon:
     def checkpoint(self) -> None:
         """Write a generation and let go of the shots that the one before covers."""
         self.number += 1
+        self.state.ledger.commit()
         self.state.checkpoint("cam", self.number, {"covers": self.upto}, {"sums": self.sums})
         older = generations(self.state.sensor_folder("cam"))[1:2]
         self.state.settle_spool({"cam": verify(older[0])["covers"]} if older else {})

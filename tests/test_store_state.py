@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import hotpixd
@@ -167,17 +166,6 @@ def test_no_room_for_a_sensors_folder_is_a_full_disk(state: State, monkeypatch: 
         state.sensor_folder("cam")
     monkeypatch.setattr(Path, "mkdir", mkdir)
     assert state.sensor_folder("cam").is_dir()
-
-
-def test_a_checkpoint_commits_the_verdicts_first(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A generation never covers a shot whose verdict a kill could still take away."""
-    seq = folded(state, 1)
-    assert state.ledger._pending
-    state.checkpoint("cam", 1, {"covers": seq}, {"sums": np.ones(4, np.uint32)})
-    assert not state.ledger._pending
-    found, _ = newest(state.sensor_folder("cam"))
-    assert found is not None
-    assert found.header == {"covers": 1}
 
 
 def test_a_damaged_newer_generation_does_not_count_as_kept(state: State) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -139,18 +139,74 @@ def save(state: State, kept: Kept, *, ledger_first: bool = True) -> int:
     """
     if not kept.pending:
         return 0
-    header, arrays = kept.sensor.save()
-    kept.number += 1
-    full = {"sensor": header, "covers": kept.last_seq, "chain": kept.chain.hexdigest()}
-    if not ledger_first:
-        full["ahead_of_ledger"] = True
-    written = state.checkpoint(kept.id, kept.number, full, arrays, ledger_first=ledger_first)
-    # Not simply what was covered before: that file may have been damaged since, and was not counted then.
-    older = checkpoint.generations(written.parent)[1:2]
-    kept.covered_by_older = int(checkpoint.header_of(older[0])["covers"]) if older else None
-    kept.covers = kept.last_seq
-    kept.bytes_written = written.stat().st_size
+    saving = Saving(state, kept, ledger_first=ledger_first)
+    saving.write()
+    saving.conclude()
     return kept.bytes_written
+
+
+class Saving:
+    """A sensor's next generation on its way to the disk, as the sensor was when this was made.
+
+    Make and conclude it on the thread that folds; any thread may write it, and folding may go on meanwhile.
+
+    Parameters
+    ----------
+    kept : has frames that no generation has
+    ledger_first : see `State.checkpoint`
+    """
+
+    def __init__(self, state: State, kept: Kept, *, ledger_first: bool = True) -> None:
+        kept.number += 1
+        self.kept = kept
+        self._state = state
+        self._number = kept.number
+        self._covers = kept.last_seq
+        self._ahead_of_ledger = {} if ledger_first else {"ahead_of_ledger": True}
+        self._chain = kept.chain.hexdigest()
+        if ledger_first:
+            state.ledger.commit()
+        self._header, self._arrays = kept.sensor.lend()
+
+    def write(self, taken: Callable[[], object] = lambda: None) -> None:
+        """Write it; when this returns, it survives a power cut.
+
+        Parameters
+        ----------
+        taken : called when folding may change more of the sensor than before
+
+        Raises
+        ------
+        StateError, OSError
+            As `State.checkpoint`.
+        """
+        accumulator = self.kept.sensor.accumulator
+
+        def take_back(name: str) -> None:
+            accumulator.take_back(name)
+            taken()
+
+        header = {"sensor": self._header, "covers": self._covers, "chain": self._chain, **self._ahead_of_ledger}
+        try:
+            written = self._state.checkpoint(self.kept.id, self._number, header, self._arrays, take_back)
+        finally:
+            self.release()
+        # Not simply what was covered before: that file may have been damaged since, and was not counted then.
+        older = checkpoint.generations(written.parent)[1:2]
+        self._covered_by_older = int(checkpoint.header_of(older[0])["covers"]) if older else None
+        self._bytes_written = written.stat().st_size
+
+    def release(self) -> None:
+        """Let everything of the sensor change again. To be called if it is not written after all."""
+        for name in self._arrays:
+            self.kept.sensor.accumulator.take_back(name)
+        self._arrays = {}
+
+    def conclude(self) -> None:
+        """Note that it was written."""
+        self.kept.covers = self._covers
+        self.kept.covered_by_older = self._covered_by_older
+        self.kept.bytes_written = self._bytes_written
 
 
 def drop_unacknowledged(state: State) -> None:

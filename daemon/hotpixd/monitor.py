@@ -174,6 +174,21 @@ class _Ahead:
     look: Future[Look]
 
 
+@dataclass(frozen=True, slots=True)
+class _Saving:
+    """Generations that another thread writes."""
+
+    written: Future[None]
+    generations: list[archive.Saving]
+    began_at: float
+
+    shots: int
+    """In them, but in none before."""
+
+    nbytes: int
+    """Of these shots' files."""
+
+
 @dataclass(slots=True)
 class Reading:
     """A file that a source's thread is reading."""
@@ -238,6 +253,8 @@ class Monitor:
         self._folders = ThreadPoolExecutor(cores, "fold")
         self._looking = ThreadPoolExecutor(1, "look")
         self._next_look: _Ahead | None = None
+        self._saver = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: _Saving | None = None
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._covered_by_older: dict[str, int] = {}
         self._checkpointed_at = clock()
@@ -263,7 +280,8 @@ class Monitor:
             hasher.shutdown(wait=False, cancel_futures=True)
         if self._owns_decoders:
             self.decoders.close()
-        for pool in (self._decoding, self._looking, self._folders):
+        # The generation that is being written is waited for: nothing may write to a state that is closed.
+        for pool in (self._saver, self._decoding, self._looking, self._folders):
             pool.shutdown(cancel_futures=True)
         # Hundreds of MB, which whoever reads the state next needs for the same.
         self._kept.clear()
@@ -340,6 +358,8 @@ class Monitor:
         hashed: deque[tuple[FoundShot, Future[_Read]]] = deque()
         more = True
         while True:
+            if self._saving is not None and self._saving.written.done():
+                self._conclude_saving()
             yield from self._begun()
             # Who wakes limits what each source hands out; the files of one that hangs must not keep others out.
             while more and (wake is not None or len(hashed) < _HASH_AHEAD):
@@ -379,7 +399,8 @@ class Monitor:
     def _sum_up(self) -> None:
         """Do what folding has put off, now that there is time for it."""
         for kept in self._kept.values():
-            kept.sensor.accumulator.sum_up()
+            if kept.sensor.accumulator.may_sum_up:
+                kept.sensor.accumulator.sum_up()
 
     def _hash(self, shot: FoundShot, wake: Callable[[], None] | None) -> Future[_Read]:
         if shot.source not in self._hashers:
@@ -479,7 +500,7 @@ class Monitor:
 
     @property
     def checkpointed_at(self) -> float:
-        """When the last checkpoint was written, or this was made, by the clock."""
+        """When the last checkpoint was begun, or this was made, by the clock."""
         return self._checkpointed_at
 
     def sensor(self, id_: str) -> Kept:
@@ -496,12 +517,61 @@ class Monitor:
         -------
         Bytes written.
         """
+        before = self._conclude_saving()
+        began = self._clock()
         written = sum(self._save(kept) for kept in self._kept.values())
-        self._ledger.commit()
-        self._state.settle_spool(self._covered_by_older)
+        self._settle_spool()
         self._checkpointed_at = self._clock()
         self._since_checkpoint = self._bytes_since = 0
+        self._checkpointed(self._checkpointed_at - began, written)
+        return before + written
+
+    def begin_checkpoint(self) -> None:
+        """Have another thread write what `checkpoint` would, and go on folding meanwhile.
+
+        `follow` takes note of its end, and raises what went wrong. While one is on its way, this does nothing.
+        """
+        if self._saving is not None:
+            if not self._saving.written.done():
+                return
+            self._conclude_saving()
+        generations = [archive.Saving(self._state, kept) for kept in self._kept.values() if kept.pending]
+        self._checkpointed_at = self._clock()
+        wake = self._wake or (lambda: None)
+        written = self._saver.submit(_write, generations, wake)
+        written.add_done_callback(lambda _: wake())
+        self._saving = _Saving(written, generations, self._checkpointed_at, self._since_checkpoint, self._bytes_since)
+        self._since_checkpoint = self._bytes_since = 0
+
+    def _conclude_saving(self) -> int:
+        """Wait for the checkpoint that is on its way, if there is one; return its bytes."""
+        if self._saving is None:
+            return 0
+        saving, self._saving = self._saving, None
+        try:
+            saving.written.result()
+        except BaseException:
+            self._since_checkpoint += saving.shots
+            self._bytes_since += saving.nbytes
+            raise
+        for generation in saving.generations:
+            generation.conclude()
+            self._note_older(generation.kept)
+        self._settle_spool()
+        written = sum(generation.kept.bytes_written for generation in saving.generations)
+        self._checkpointed(self._clock() - saving.began_at, written)
         return written
+
+    def _checkpointed(self, seconds: float, written: int) -> None:
+        """Be told that a checkpoint was written, how long that took, and of how many bytes it is."""
+
+    def _settle_spool(self) -> None:
+        self._ledger.commit()
+        self._state.settle_spool(self._covered_by_older)
+
+    def _note_older(self, kept: Kept) -> None:
+        if kept.covered_by_older is not None:
+            self._covered_by_older[kept.id] = kept.covered_by_older
 
     def _received(self, together: list[tuple[FoundShot, Future[_Read]]]) -> Iterator[Outcome]:
         """Acknowledge shots: their bytes are in the spool and their rows on the disk when this yields them."""
@@ -570,8 +640,13 @@ class Monitor:
         self._early.clear()
 
     def _next_is_decoded(self) -> bool:
-        """Tell whether the next one to be folded is here; where nobody is woken, whether it will be."""
-        return bool(self._waiting) and (self._wake is None or self._waiting[0].frame.done())
+        """Tell whether the next one can be folded at once; where nobody is woken, whether it will be."""
+        if self._wake is None or not self._waiting:
+            return bool(self._waiting)
+        held_up = self._saving is not None and any(
+            g.kept.sensor.accumulator.must_wait for g in self._saving.generations
+        )
+        return self._waiting[0].frame.done() and not held_up
 
     def _decode_early(self, shot: FoundShot, key: str) -> None:
         """Start decoding while the shot is made durable; nobody sees the frame before that is done."""
@@ -645,7 +720,7 @@ class Monitor:
         # After the yield: what the caller writes down of this shot is then in the same commit.
         due = self._clock() - self._checkpointed_at > self.checkpoint_every_s
         if (due and self.is_worth_a_checkpoint) or self._since_checkpoint >= self.checkpoint_every_shots:
-            self.checkpoint()
+            self.begin_checkpoint()
 
     def _conclude(self, shot: Waiting) -> Outcome:
         """Fold a decoded shot and write down what that changed."""
@@ -801,22 +876,30 @@ class Monitor:
             )
             self.warnings.extend(kept.damage)
             self._kept[id_] = kept
-            if kept.covered_by_older is not None:
-                self._covered_by_older[id_] = kept.covered_by_older
+            self._note_older(kept)
         self._kept.move_to_end(id_)
         return kept
 
     def _make_room(self) -> None:
         """Save and forget the sensors used least recently, while they hold too much memory."""
         while self._kept and sum(k.sensor.accumulator.nbytes for k in self._kept.values()) > _RESIDENT_BYTES:
+            self._conclude_saving()
             self._save(next(iter(self._kept.values())))
             self._kept.popitem(last=False)
 
     def _save(self, kept: Kept) -> int:
         written = archive.save(self._state, kept)
-        if kept.covered_by_older is not None:
-            self._covered_by_older[kept.id] = kept.covered_by_older
+        self._note_older(kept)
         return written
+
+
+def _write(generations: list[archive.Saving], wake: Callable[[], None]) -> None:
+    try:
+        for generation in generations:
+            generation.write(wake)
+    finally:
+        for generation in generations:
+            generation.release()
 
 
 def _woken(wake: Callable[[], None], _: Future[Frame]) -> None:

@@ -376,7 +376,7 @@ class _Service:
             self._ledger.commit()
             self._recover(surely=False)
         if self._monitor.is_worth_a_checkpoint and quiet >= self._config.checkpoint.idle_s:
-            self._monitor.checkpoint()
+            self._monitor.begin_checkpoint()
         pause = _COMMIT_AFTER_S if self._ledger.waits else _TICK_S
         if self._listening.asked:
             pause = min(pause, max(self._answer_at - time.monotonic(), 0.0))
@@ -917,11 +917,11 @@ class _Watched(Monitor):
             return super()._is_folded(raw, key)
 
     def checkpoint(self) -> int:
-        started = time.monotonic()
         with self._service._patience("writing a checkpoint"):
-            written = super().checkpoint()
-        self._service._metrics.checkpoint(time.monotonic() - started, written)
-        return written
+            return super().checkpoint()
+
+    def _checkpointed(self, seconds: float, written: int) -> None:
+        self._service._metrics.checkpoint(seconds, written)
 
 
 def _ask_cameras(question: Question, tethers: list[CameraSource]) -> None:

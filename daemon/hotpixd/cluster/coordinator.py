@@ -699,8 +699,7 @@ class ClusterMonitor(Monitor):
 
     def _save(self, kept: Kept) -> int:
         written = archive.save(self._state, kept, ledger_first=not self._unacknowledged)
-        if kept.covered_by_older is not None:
-            self._covered_by_older[kept.id] = kept.covered_by_older
+        self._note_older(kept)
         failpoint("ahead_of_ledger")
         return written
 

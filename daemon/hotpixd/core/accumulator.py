@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from hotpixd.core.window import PHASE_COLS, PHASE_ROWS, WINDOW
 
 COUNTS = ("high", "low", "high_outstanding", "low_outstanding")
 """Names of the four event counts, in the order in which they are stored."""
+
+_SUMS = ("total", "squares")
 
 EachSlab = Callable[[Callable[[tuple[int, int]], Any], Sequence[tuple[int, int]]], Iterable[Any]]
 """A `map` over slabs of rows; a thread pool's uses several cores."""
@@ -118,6 +121,8 @@ class Accumulator:
         self._most_unsummed = min(max(held_bytes // (layout.size * self.dtype.itemsize), 1), _FRAMES_PER_PASS)
         self.counts = {name: zeros((rows, cols), np.uint8) for name in COUNTS}
         self._buffers = [self._buffers_for_events()]
+        self._lent: dict[str, threading.Event] = {}
+        """Set when what was lent under this name may change again."""
         self._each_slab = each_slab
         edges = np.linspace(0, rows, slabs + 1).astype(int)
         self._slabs = [(int(a), int(b)) for a, b in itertools.pairwise(edges) if b > a]
@@ -191,9 +196,10 @@ class Accumulator:
         Several go in one pass, as it takes longer to read and write the sums than to add to them. Until then what is
         asked of a few sites is answered with these frames looked at one by one.
         """
-        frames, self._unsummed = self._unsummed, []
-        if not frames:
+        if not self._unsummed:
             return
+        self._own(*_SUMS)
+        frames, self._unsummed = self._unsummed, []
         self._make_room_for_sums(self.frames)
         total, squares = self._total, self._squares
         # Only as many as there are are looked at.
@@ -231,6 +237,7 @@ class Accumulator:
             Flat indices of samples at a limit. One that two outstanding events brought near it is named at its
             next outstanding event.
         """
+        self._own(*COUNTS)
         self._make_room_for_counts(self.counted + 1)
         largest = int(np.iinfo(self.counts["high"].dtype).max)
         bounded = np.minimum(limits, largest).astype(np.int64)
@@ -273,6 +280,7 @@ class Accumulator:
         if other.layout != self.layout or other.dtype != self.dtype:
             raise ValueError("accumulators of different sensors cannot be merged")
         self.sum_up()
+        self._own(*_SUMS, *COUNTS)
         self._make_room_for_sums(self.frames + other.frames)
         self._make_room_for_counts(self.counted + other.counted)
         self._total += other.total
@@ -397,7 +405,42 @@ class Accumulator:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the state's arrays by name, not copied."""
-        return {"total": self.total, "squares": self.squares, **self.counts}
+        # Counts first: every frame needs them, and sums but every fourth.
+        return {**self.counts, "total": self.total, "squares": self.squares}
+
+    def lend(self) -> dict[str, NDArray[Any]]:
+        """Return `arrays` for another thread to read while folding goes on.
+
+        What would change one of them waits until that thread has called `take_back`.
+        """
+        arrays = self.arrays()
+        self._lent = {name: threading.Event() for name in arrays}
+        return arrays
+
+    def take_back(self, name: str) -> None:
+        """Let an array change again that was lent; from any thread."""
+        if name in self._lent:
+            self._lent[name].set()
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether another frame cannot be folded before arrays that are lent are taken back."""
+        full = len(self._unsummed) >= self._most_unsummed
+        return any(map(self._is_lent, (*COUNTS, *_SUMS) if full else COUNTS))
+
+    @property
+    def may_sum_up(self) -> bool:
+        """Whether `sum_up` need not wait."""
+        return not any(map(self._is_lent, _SUMS))
+
+    def _is_lent(self, name: str) -> bool:
+        return name in self._lent and not self._lent[name].is_set()
+
+    def _own(self, *names: str) -> None:
+        """Wait until these arrays may change."""
+        for name in names:
+            if name in self._lent:
+                self._lent[name].wait()
 
     def restore(self, arrays: Mapping[str, NDArray[Any]], frames: int, counted: int) -> None:
         """Take over arrays that `arrays` once returned.
@@ -407,7 +450,7 @@ class Accumulator:
         ValueError
             If one is missing or has another shape.
         """
-        for name in ("total", "squares", *COUNTS):
+        for name in (*_SUMS, *COUNTS):
             if name not in arrays or arrays[name].shape != self.layout.shape:
                 raise ValueError(f"saved array {name!r} is missing or not of shape {self.layout.shape}")
         self._unsummed = []

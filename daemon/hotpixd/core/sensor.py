@@ -691,22 +691,30 @@ class Sensor:
         return self.accumulator.digest(keys)
 
     def save(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """Return the state as a header of plain values and arrays by name, not copied."""
-        header = {
+        """Return the state as a header of plain values and arrays by name; those of the accumulator not copied."""
+        return self._header(), {**self.accumulator.arrays(), **self._small_arrays()}
+
+    def lend(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """Return what `save` does, for another thread: see `Accumulator.lend`."""
+        return self._header(), {**self.accumulator.lend(), **self._small_arrays()}
+
+    def _header(self) -> dict[str, Any]:
+        return {
             "frames": self.accumulator.frames,
             "counted": self.accumulator.counted,
             "found": self.found,
             **asdict(self._running),
         }
-        arrays = {
-            **self.accumulator.arrays(),
+
+    def _small_arrays(self) -> dict[str, NDArray[Any]]:
+        """Return all arrays but the accumulator's, copied."""
+        return {
             **self._tracks.arrays(),
             **self._gate.arrays(),
-            "noise_squares": self._noise_squares,
-            "null_extreme": self._rates.extreme,
-            "null_outstanding": self._rates.outstanding,
+            "noise_squares": np.array(self._noise_squares),
+            "null_extreme": np.array(self._rates.extreme),
+            "null_outstanding": np.array(self._rates.outstanding),
         }
-        return header, arrays
 
     def restore(self, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
         """Take over what `save` once returned."""

@@ -22,6 +22,7 @@ a Xeon VM, virtual disk).
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import stat
@@ -32,6 +33,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -97,16 +99,24 @@ class Generation:
     """Owned by the caller, writable."""
 
 
-def write_generation(folder: Path, number: int, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Path:
+def write_generation(
+    folder: Path,
+    number: int,
+    header: Mapping[str, Any],
+    arrays: Mapping[str, NDArray[Any]],
+    taken: Callable[[str], object] = lambda _: None,
+) -> Path:
     """Write generation `number` durably; when this returns, it survives a power cut.
 
-    The arrays must not change meanwhile. Extra memory is below 40 MB whatever their size. A
-    damaged generation of the same number is replaced.
+    Extra memory is below 40 MB whatever the arrays' size. A damaged generation of the same number is replaced.
 
     Parameters
     ----------
     arrays
-        C-contiguous, little-endian, of 1 to 8 bytes per element (bool, integers, floats).
+        C-contiguous, little-endian, of 1 to 8 bytes per element (bool, integers, floats). They must not change
+        until they are taken, one after the other.
+    taken
+        Called with the name of an array that may change again.
 
     Raises
     ------
@@ -140,10 +150,12 @@ def write_generation(folder: Path, number: int, header: Mapping[str, Any], array
                 put(_MAGIC + _HEADER_LENGTH.pack(len(text)) + text)
                 chunks = (chunk for array in arrays.values() for chunk in _chunks(array))
                 with closing(_in_order(_packed, chunks)) as packed:
-                    for payload, planes in packed:
-                        put(_CHUNK_HEAD.pack(len(payload), planes))
-                        put(payload)
-                        failpoint("amid_generation")
+                    for name, array in arrays.items():
+                        for payload, planes in islice(packed, _chunks_in(array.size, array.itemsize)):
+                            put(_CHUNK_HEAD.pack(len(payload), planes))
+                            put(payload)
+                            failpoint("amid_generation")
+                        taken(name)
                 write_all(fd, digest.digest())
             finally:
                 os.close(fd)
@@ -260,6 +272,10 @@ def prune(folder: Path, keep: int = 2) -> list[Path]:
 
 
 # --- chunks
+
+
+def _chunks_in(elements: int, itemsize: int) -> int:
+    return -(-elements * itemsize // _CHUNK_BYTES)
 
 
 def _chunks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
@@ -379,10 +395,7 @@ def _header(
         if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
             raise ValueError(f"{dtype!r} is no kind of number")
         described.append((str(name), np.dtype(dtype), tuple(int(n) for n in shape)))
-        elements = 1
-        for n in described[-1][2]:
-            elements *= n
-        chunks += -(-elements * described[-1][1].itemsize // _CHUNK_BYTES)
+        chunks += _chunks_in(math.prod(described[-1][2]), described[-1][1].itemsize)
     if chunks * _CHUNK_HEAD.size > end - file.tell():
         raise ValueError("its arrays are larger than the file")
     return int(content["number"]), dict(content["header"]), described

@@ -24,7 +24,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -206,19 +206,20 @@ class State:
         number: int,
         header: Mapping[str, Any],
         arrays: Mapping[str, NDArray[Any]],
-        *,
-        ledger_first: bool = True,
+        taken: Callable[[str], object] = lambda _: None,
     ) -> Path:
-        """Write a sensor's next generation and remove all but the two newest that are whole.
+        """Write a sensor's next generation and remove all but the two newest that are whole. From any thread.
 
-        The ledger is committed first: a generation must never cover a shot whose verdict could still be lost,
-        or a replay would fold that shot twice. Where no replay can have the shots, as they were never in the spool,
-        it is the other way round (`ledger_first` false): a generation of which the ledger knows nothing is not used.
+        Commit the ledger first: a generation must never cover a shot whose verdict could still be lost, or a replay
+        would fold that shot twice. Where no replay can have the shots, as they were never in the spool, it is the other
+        way round: a generation of which the ledger knows nothing is not used.
+
+        Parameters
+        ----------
+        arrays, taken : see `checkpoint.write_generation`
         """
         folder = self.sensor_folder(sensor_id)
-        if ledger_first:
-            self.ledger.commit()
-        written = checkpoint.write_generation(folder, number, header, arrays)
+        written = checkpoint.write_generation(folder, number, header, arrays, taken)
         # Newer ones were passed over when the sensor was loaded: they must not count as one of the two.
         for path in checkpoint.generations(folder):
             if path > written:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -45,6 +46,19 @@ def folded(frames: NDArray[Any], layout: SensorLayout, **how: Any) -> Accumulato
     return accumulator
 
 
+class Loan:
+    """What is lent, and is back when a test says so."""
+
+    def __init__(self) -> None:
+        self.back = {name: threading.Event() for name in (*COUNTS, "total", "squares")}
+
+    def is_out(self, name: str) -> bool:
+        return not self.back[name].is_set()
+
+    def wait(self, name: str) -> None:
+        assert self.back[name].wait(30.0)
+
+
 def assert_same(one: Accumulator, other: Accumulator) -> None:
     assert (one.frames, one.counted) == (other.frames, other.counted)
     for name, array in one.arrays().items():
@@ -58,7 +72,8 @@ def test_what_is_lent_stays_as_it_is(layout: SensorLayout, dtype: str, before: i
     frames = frames_of(layout, before + more, dtype)
     accumulator = folded(frames[:before], layout)
     expected = folded(frames[:before], layout).arrays()
-    lent = accumulator.lend()
+    loan = Loan()
+    lent = accumulator.lend(loan)
 
     def fold_the_rest() -> None:
         for frame in frames[before:]:
@@ -71,7 +86,7 @@ def test_what_is_lent_stays_as_it_is(layout: SensorLayout, dtype: str, before: i
     assert accumulator.frames == before + 1
     for name, array in lent.items():
         np.testing.assert_array_equal(array, expected[name])
-        accumulator.take_back(name)
+        loan.back[name].set()
         if name == COUNTS[-1]:
             while not accumulator.must_wait and not folding.done():
                 time.sleep(0.001)

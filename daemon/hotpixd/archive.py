@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -166,7 +167,16 @@ class Saving:
         self._chain = kept.chain.hexdigest()
         if ledger_first:
             state.ledger.commit()
-        self._header, self._arrays = kept.sensor.lend()
+        self._header, self._arrays = kept.sensor.lend(self)
+        self._taken = {name: threading.Event() for name in self._arrays}
+
+    def is_out(self, name: str) -> bool:
+        """Tell whether an array of the sensor is still to be written: see `accumulator.Loan`."""
+        return not self._taken[name].is_set()
+
+    def wait(self, name: str) -> None:
+        """Wait until it is."""
+        self._taken[name].wait()
 
     def write(self, taken: Callable[[], object] = lambda: None) -> None:
         """Write it; when this returns, it survives a power cut.
@@ -180,15 +190,14 @@ class Saving:
         StateError, OSError
             As `State.checkpoint`.
         """
-        accumulator = self.kept.sensor.accumulator
 
-        def take_back(name: str) -> None:
-            accumulator.take_back(name)
+        def take(name: str) -> None:
+            self._taken[name].set()
             taken()
 
         header = {"sensor": self._header, "covers": self._covers, "chain": self._chain, **self._ahead_of_ledger}
         try:
-            written = self._state.checkpoint(self.kept.id, self._number, header, self._arrays, take_back)
+            written = self._state.checkpoint(self.kept.id, self._number, header, self._arrays, take)
         finally:
             self.release()
         # Not simply what was covered before: that file may have been damaged since, and was not counted then.
@@ -198,8 +207,9 @@ class Saving:
 
     def release(self) -> None:
         """Let everything of the sensor change again. To be called if it is not written after all."""
-        for name in self._arrays:
-            self.kept.sensor.accumulator.take_back(name)
+        for event in self._taken.values():
+            event.set()
+        self.kept.sensor.accumulator.end_loan()
         self._arrays = {}
 
     def conclude(self) -> None:

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -80,6 +79,16 @@ def _width_for(limit: int, *widths: type[np.unsignedinteger[Any]]) -> np.dtype[A
     raise OverflowError(f"{limit} does not fit in {np.dtype(widths[-1])}")
 
 
+class Loan(Protocol):
+    """Knows which arrays another thread still reads, by their names."""
+
+    def is_out(self, name: str) -> bool:
+        """Tell whether this one must not change yet."""
+
+    def wait(self, name: str) -> None:
+        """Wait until it may."""
+
+
 class Accumulator:
     """Sums over every frame folded, counts over the frames counted as evidence.
 
@@ -121,8 +130,7 @@ class Accumulator:
         self._most_unsummed = min(max(held_bytes // (layout.size * self.dtype.itemsize), 1), _FRAMES_PER_PASS)
         self.counts = {name: zeros((rows, cols), np.uint8) for name in COUNTS}
         self._buffers = [self._buffers_for_events()]
-        self._lent: dict[str, threading.Event] = {}
-        """Set when what was lent under this name may change again."""
+        self._loan: Loan | None = None
         self._each_slab = each_slab
         edges = np.linspace(0, rows, slabs + 1).astype(int)
         self._slabs = [(int(a), int(b)) for a, b in itertools.pairwise(edges) if b > a]
@@ -408,39 +416,37 @@ class Accumulator:
         # Counts first: every frame needs them, and sums but every fourth.
         return {**self.counts, "total": self.total, "squares": self.squares}
 
-    def lend(self) -> dict[str, NDArray[Any]]:
-        """Return `arrays` for another thread to read while folding goes on.
-
-        What would change one of them waits until that thread has called `take_back`.
-        """
+    def lend(self, loan: Loan) -> dict[str, NDArray[Any]]:
+        """Return `arrays` for another thread to read while folding goes on: what would change one waits."""
         arrays = self.arrays()
-        self._lent = {name: threading.Event() for name in arrays}
+        self._loan = loan
         return arrays
 
-    def take_back(self, name: str) -> None:
-        """Let an array change again that was lent; from any thread."""
-        if name in self._lent:
-            self._lent[name].set()
+    def end_loan(self) -> None:
+        """Be told, by any thread, that all is back."""
+        self._loan = None
 
     @property
     def must_wait(self) -> bool:
-        """Whether another frame cannot be folded before arrays that are lent are taken back."""
+        """Whether another frame cannot be folded before arrays that are lent are back."""
         full = len(self._unsummed) >= self._most_unsummed
-        return any(map(self._is_lent, (*COUNTS, *_SUMS) if full else COUNTS))
+        return self._are_out((*COUNTS, *_SUMS) if full else COUNTS)
 
     @property
     def may_sum_up(self) -> bool:
         """Whether `sum_up` need not wait."""
-        return not any(map(self._is_lent, _SUMS))
+        return not self._are_out(_SUMS)
 
-    def _is_lent(self, name: str) -> bool:
-        return name in self._lent and not self._lent[name].is_set()
+    def _are_out(self, names: Sequence[str]) -> bool:
+        loan = self._loan
+        return loan is not None and any(map(loan.is_out, names))
 
     def _own(self, *names: str) -> None:
         """Wait until these arrays may change."""
-        for name in names:
-            if name in self._lent:
-                self._lent[name].wait()
+        loan = self._loan
+        if loan is not None:
+            for name in names:
+                loan.wait(name)
 
     def restore(self, arrays: Mapping[str, NDArray[Any]], frames: int, counted: int) -> None:
         """Take over arrays that `arrays` once returned.

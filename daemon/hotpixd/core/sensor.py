@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hotpixd.core import defects, evidence
-from hotpixd.core.accumulator import HELD_BYTES, Accumulator, EachSlab, FrameEvents, Zeros
+from hotpixd.core.accumulator import HELD_BYTES, Accumulator, EachSlab, FrameEvents, Loan, Zeros
 from hotpixd.core.defects import Defect
 from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, SensorLayout, ShotInfo, ShotKind
 from hotpixd.core.tracks import OBSERVATION, RECENT, Kind, Status, Tracks, neighbours_of
@@ -694,9 +694,9 @@ class Sensor:
         """Return the state as a header of plain values and arrays by name; those of the accumulator not copied."""
         return self._header(), {**self.accumulator.arrays(), **self._small_arrays()}
 
-    def lend(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    def lend(self, loan: Loan) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """Return what `save` does, for another thread: see `Accumulator.lend`."""
-        return self._header(), {**self.accumulator.lend(), **self._small_arrays()}
+        return self._header(), {**self.accumulator.lend(loan), **self._small_arrays()}
 
     def _header(self) -> dict[str, Any]:
         return {

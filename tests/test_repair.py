@@ -338,6 +338,8 @@ def test_pictures_of_others_are_refused_and_the_rest_is_done(known: Path, camera
         assert picture["output"] is None
     assert told[-1]["refused"] is None
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["shot00.dng"]
+    assert run("repair", foreign, "-o", tmp_path / "none", "--state", known / "state").returncode == 1
+    assert not (tmp_path / "none").exists()
 
 
 def test_nothing_is_overwritten(known: Path, tmp_path: Path):

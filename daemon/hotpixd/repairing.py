@@ -83,8 +83,6 @@ def run_repair(
     if not sensors:
         console.print("hotpixd: no sensor is known yet; scan its pictures first")
         return 2
-    if folder is not None and not dry_run:
-        folder.mkdir(parents=True, exist_ok=True)
     done = []
     try:
         with closing(Decoders(1)) as decoders, progress("picture", len(pictures)) as advance:
@@ -171,6 +169,7 @@ class _Repairer:
         self, output: Path, data: bytes, original: os.stat_result, frame: Frame, plan: Plan, *, is_jpeg: bool
     ) -> None:
         """Write a picture, check what can be read from it, and give it its name: all of it is there, or nothing."""
+        output.parent.mkdir(parents=True, exist_ok=True)
         try:
             with written_beside(output, data, replace=self._force, mode=0o644) as part:
                 if plan.sites.size:

@@ -201,7 +201,7 @@ def backup_command(file: Path, state: Path) -> list[str]:
 
 
 def test_a_damaged_newest_generation_is_not_what_is_backed_up(camera, scanned, tmp_path):
-    """The one before it is, with the shots that it does not cover."""
+    """The one before it is, with the shots that it does not cover; and that is said."""
     state = tmp_path / "state"
     feed(state, *camera.shots[:6])
     feed(state, *camera.shots[6:])
@@ -210,7 +210,11 @@ def test_a_damaged_newest_generation_is_not_what_is_backed_up(camera, scanned, t
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
-    with tarfile.open(made(state, tmp_path / "b")) as tar:
+    done = run("backup", tmp_path / "b", "--state", state)
+    assert done.returncode == 3
+    assert f"{newest} is damaged" in done.stderr
+    assert "It is not in the backup." in done.stderr
+    with tarfile.open(tmp_path / "b") as tar:
         names = tar.getnames()
     assert [name for name in names if name.endswith(".hpx")] == [f"sensors/{sensor.name}/gen-00000001.hpx"]
     assert sum(name.startswith("spool/") for name in names) == 6

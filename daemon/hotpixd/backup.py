@@ -115,7 +115,7 @@ class Backups:
         self._making = _Tar(taken, live=self._live)
         self._number += 1
         self._asked_at = self._clock()
-        return {"backup": self._number, "size": self._making.size}
+        return {"backup": self._number, "size": self._making.size, "lacking": self._making.lacking}
 
     def part(self, number: int, offset: int) -> dict[str, Any]:
         """Return a part of the file, from an offset on."""
@@ -190,7 +190,7 @@ class _Tar:
     def __init__(self, taken: Path, *, live: bool) -> None:
         self._taken = taken
         try:
-            names = _members_of(taken)
+            names, self.lacking = _members_of(taken)
             described = [(name, *_digest(taken / name)) for name in names]
             manifest = {
                 "hotpixd backup": FORMAT,
@@ -246,13 +246,15 @@ class _Tar:
             self.size += length
 
 
-def _members_of(taken: Path) -> list[str]:
-    """Return what of a snapshot is needed: opened as the state that it is, it tells."""
+def _members_of(taken: Path) -> tuple[list[str], list[str]]:
+    """Return what of a snapshot is needed, and what cannot be used: opened as the state that it is, it tells."""
+    lacking = []
     with State(taken, create=False) as state:
         names = []
         covers = {}
         for id_ in state.ledger.sensors():
             standing = archive.look(state, id_, 1)
+            lacking += [sentence.replace(str(taken), str(taken.parent)) for _, sentence in standing.unusable]
             names += [str(path.relative_to(taken)) for path in standing.usable]
             covers[id_] = standing.reach
         for row in state.ledger.rows_to_replay(covers):
@@ -266,10 +268,17 @@ def _members_of(taken: Path) -> list[str]:
             names.append(str(path.relative_to(taken)))
     if (taken / "series.json").exists():
         names.append("series.json")
-    return ["ledger.sqlite", *names]
+    return ["ledger.sqlite", *names], lacking
 
 
-def save(ask: Ask, file: Path, *, force: bool, advance: Callable[[int, int], None] = lambda _done, _of: None) -> int:
+def save(
+    ask: Ask,
+    file: Path,
+    *,
+    force: bool,
+    advance: Callable[[int, int], None] = lambda _done, _of: None,
+    tell: Callable[[str], object] = lambda _: None,
+) -> int:
     """Make a backup by asking for its parts, and write it to a file, durably; return its bytes.
 
     Parameters
@@ -277,6 +286,7 @@ def save(ask: Ask, file: Path, *, force: bool, advance: Callable[[int, int], Non
     ask : where
     force : whether a file of that name is replaced
     advance : told how many bytes of how many are there
+    tell : told in a sentence what of the state is damaged, and so not in it
     """
     _refuse_existing(file, force)
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
@@ -308,6 +318,8 @@ def save(ask: Ask, file: Path, *, force: bool, advance: Callable[[int, int], Non
     finally:
         with suppress(Exception):  # it ends by itself, too
             ask("backup-end")
+    for sentence in begun.get("lacking", ()):
+        tell(f"{sentence} It is not in the backup.")
     return size
 
 

@@ -31,8 +31,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import environment
-from hotpixd import __version__, feed
-from hotpixd.feed import FeedClient, FeedError, FeedServer, Question, default_socket, find_sockets
+from hotpixd import __version__, feed, feed_server
+from hotpixd.feed import FeedClient, FeedError, default_socket, find_sockets
+from hotpixd.feed_server import FeedServer, Question
 
 BIG = "x" * 100_000
 """More than the kernel buffers of a socket hold after a few."""
@@ -219,7 +220,7 @@ def test_changes_after_a_quiet_time_go_out_at_once(
     server: FeedServer, connect: Callable[[], Raw], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They do not wait for the next of regular ticks, which are drawn out here so that a busy machine is none."""
-    monkeypatch.setattr(feed, "_CHANGES_PER_S", 0.1)
+    monkeypatch.setattr(feed_server, "_CHANGES_PER_S", 0.1)
     raw = connect()
     raw.send({"ask": "watch"})
     raw.read()
@@ -602,7 +603,7 @@ def test_who_says_nothing_is_dropped_and_who_did_is_not(folder: Path) -> None:
 
 def test_answers_that_nobody_takes_do_not_pile_up(server: FeedServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever has most of them waiting is dropped; others are answered."""
-    monkeypatch.setattr(feed, "_MOST_REPLY_BYTES", 40_000_000)
+    monkeypatch.setattr(feed_server, "_MOST_REPLY_BYTES", 40_000_000)
     answer = {"a": "x" * 5_000_000}
     with ExitStack() as stack, answering(server, lambda question: question.answer(answer)):
         greedy = [stack.enter_context(closing(Raw(server.path))) for _ in range(8)]
@@ -895,7 +896,7 @@ def killable(path: Path) -> Iterator[subprocess.Popen[bytes]]:
     code = f"""if True:
         import time
         from pathlib import Path
-        from hotpixd.feed import FeedServer
+        from hotpixd.feed_server import FeedServer
         server = FeedServer(Path({str(path)!r}), {{}}, lambda: None)
         server.start()
         server.publish({{"a": 1}})

@@ -19,7 +19,8 @@ import pytest
 import hotpixd
 from hotpixd.store.checkpoint import generations, newest
 from hotpixd.store.ledger import Received
-from hotpixd.store.state import State, StateError, StateFull, StateLocked, StateMissing, default_state_dir
+from hotpixd.store.lock import answering, default_state_dir
+from hotpixd.store.state import State, StateError, StateFull, StateLocked, StateMissing
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(hotpixd.__file__).parents[1])}
 
@@ -217,14 +218,17 @@ def test_orphans_of_an_earlier_process_go_and_those_of_this_one_stay(tmp_path: P
 
 def test_the_lock_tells_where_its_holder_answers(tmp_path: Path) -> None:
     """For readers who find the state locked; nothing until it is announced, whatever the command line says."""
+    assert answering(tmp_path / "state") is None
     with State(tmp_path / "state") as state:
         with pytest.raises(StateLocked) as locked:
             State(tmp_path / "state")
-        assert locked.value.feed is None
+        assert locked.value.feed is answering(tmp_path / "state") is None
         state.announce(tmp_path / "feed of\u20ac.sock")
         with pytest.raises(StateLocked, match=f"process {os.getpid()} ") as locked:
             State(tmp_path / "state")
-        assert locked.value.feed == tmp_path / "feed of\u20ac.sock"
+        assert locked.value.feed == answering(tmp_path / "state") == tmp_path / "feed of\u20ac.sock"
+    # Its name is still in the lock, and nobody has that.
+    assert answering(tmp_path / "state") is None
     with State(tmp_path / "state"), pytest.raises(StateLocked) as locked:
         State(tmp_path / "state")
     assert locked.value.feed is None

@@ -582,7 +582,7 @@ def backup(
 
     file = file.expanduser().absolute()
     with _asking(state, own) as ask:
-        size = save(ask, file, force=force)
+        size = save(ask, file, force=force, tell=_amiss.append)
     print(f"{file} holds {size / 1e6:.1f} MB; every digest in it was checked.")
 
 
@@ -837,14 +837,14 @@ def demo(
 
 @contextlib.contextmanager
 def _opened(state: Path | None, *, create: bool = True) -> Iterator[State]:
-    from hotpixd.store.state import State, default_state_dir
+    from hotpixd.store.state import State
 
-    with State(state or default_state_dir(), create=create) as opened:
+    with State(_state_dir(state), create=create) as opened:
         yield opened
 
 
 def _state_dir(state: Path | None) -> Path:
-    from hotpixd.store.state import default_state_dir
+    from hotpixd.store.lock import default_state_dir
 
     return state or default_state_dir()
 
@@ -867,7 +867,6 @@ def _asked(state: Path | None, question: str, **arguments: Any) -> dict[str, Any
 
 
 def _own_answers(opened: State) -> _Ask:
-    # Not before it is needed: a daemon's answer is shown without.
     from hotpixd.views import answers
 
     return lambda question, **arguments: answers.answer(opened, question, arguments)
@@ -882,27 +881,27 @@ def _known_sensor(answer: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def _asking(state: Path | None, own: Callable[[State], _Ask]) -> Iterator[_Ask]:
     """Yield what answers questions: `own` makes it of the state, or else the daemon does that has it open."""
-    from hotpixd.store.state import State, StateDamaged, StateError, StateLocked
+    from hotpixd.store import lock
 
-    try:
-        opened = State(_state_dir(state), create=False)
-    except StateLocked as locked:
-        if locked.feed is None:
+    socket = lock.answering(_state_dir(state))
+    if socket is None:
+        # Not before it is needed: a daemon's answer is shown without.
+        from hotpixd.store.state import State, StateDamaged, StateError
+
+        try:
+            opened = State(_state_dir(state), create=False)
+        except StateDamaged:
             raise
-        socket = locked.feed
-    except StateDamaged:
-        raise
-    except StateError:
-        # Another user's: a service may have it open and answer those it lets in.
-        found = _others_socket(state)
-        if found is None:
-            raise
-        socket = found
-    else:
-        with opened:
-            yield own(opened)
-            _amiss.extend(opened.unusable.values())
-        return
+        except StateError as error:
+            # Another user's: a service may have it open and answer those it lets in.
+            socket = (error.feed if isinstance(error, lock.StateLocked) else None) or _others_socket(state)
+            if socket is None:
+                raise
+        else:
+            with opened:
+                yield own(opened)
+                _amiss.extend(opened.unusable.values())
+            return
     from hotpixd.feed import FeedClient
 
     with contextlib.closing(FeedClient(socket)) as client:
@@ -918,17 +917,9 @@ def _socket(state: Path | None) -> Path:
 
 def _daemon_of(state: Path | None) -> Path | None:
     """Return where the daemon of a state listens, or the only daemon if no state is named; None if there is none."""
-    from hotpixd.store.state import State, StateError, StateLocked
+    from hotpixd.store import lock
 
-    try:
-        with State(_state_dir(state), create=False):
-            pass
-    except StateLocked as locked:
-        if locked.feed is not None:
-            return locked.feed
-    except StateError:
-        pass
-    return _others_socket(state)
+    return lock.answering(_state_dir(state)) or _others_socket(state)
 
 
 def _others_socket(state: Path | None) -> Path | None:

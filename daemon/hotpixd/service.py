@@ -35,7 +35,8 @@ from hotpixd.config import Config, ConfigError, needs_restart
 from hotpixd.core.sensor import warm_up
 from hotpixd.declaring import QUESTIONS as DECLARING_QUESTIONS
 from hotpixd.declaring import Declaring
-from hotpixd.feed import FeedServer, Question, default_socket
+from hotpixd.feed import default_socket
+from hotpixd.feed_server import FeedServer, Question
 from hotpixd.intake.camera import CameraError, CameraSettings, CameraSource
 from hotpixd.intake.darks import DarkSeries, SeriesOrder, left_open
 from hotpixd.intake.decode import keep_large_buffers
@@ -47,7 +48,8 @@ from hotpixd.metrics import Metrics
 from hotpixd.monitor import Fate, Monitor, Outcome
 from hotpixd.store.durable import FULL
 from hotpixd.store.ledger import Ledger
-from hotpixd.store.state import State, StateError, StateFull, default_state_dir
+from hotpixd.store.lock import default_state_dir
+from hotpixd.store.state import State, StateError, StateFull
 from hotpixd.systemd import Notifier
 from hotpixd.views import answers
 from hotpixd.views.history import identity_words

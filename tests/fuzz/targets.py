@@ -26,9 +26,10 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from hotpixd import feed
+from hotpixd import feed_server
 from hotpixd.config import Config, ConfigError, load, warnings
-from hotpixd.feed import FeedClient, FeedError, FeedServer
+from hotpixd.feed import FeedClient, FeedError
+from hotpixd.feed_server import FeedServer
 from hotpixd.intake import metadata
 from hotpixd.intake.darks import Journal, SeriesOrder, left_open
 from hotpixd.intake.decode import DecodeError, decode
@@ -137,7 +138,7 @@ class _Server:
     def __init__(self) -> None:
         self.path = _FOLDER / "feed"
         self.complaints = _Complaints()
-        logging.getLogger(feed.__name__).addHandler(self.complaints)
+        logging.getLogger(feed_server.__name__).addHandler(self.complaints)
         self.server = FeedServer(self.path, {}, self._answer)
         self.server.publish({"a": 1, "b": [1.5, "text"]})
         self.server.start()

@@ -16,13 +16,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import re
-import shlex
 import shutil
-import sys
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -33,7 +29,7 @@ from typing import Any, Self
 
 from numpy.typing import NDArray
 
-from hotpixd.store import checkpoint
+from hotpixd.store import checkpoint, lock
 from hotpixd.store.declared import DeclaredLists
 from hotpixd.store.durable import (
     StateDamaged,
@@ -46,37 +42,16 @@ from hotpixd.store.durable import (
     set_aside,
 )
 from hotpixd.store.ledger import Ledger
+from hotpixd.store.lock import StateLocked
 from hotpixd.store.spool import Spool
 
-__all__ = ["State", "StateDamaged", "StateError", "StateFull", "StateLocked", "StateMissing", "default_state_dir"]
-
-_LEFT_WITHIN_S = 5.0
-"""What a killed process has left behind lets go of the lock."""
+__all__ = ["State", "StateDamaged", "StateError", "StateFull", "StateLocked", "StateMissing"]
 
 _SENSOR_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
 
 
-class StateLocked(StateError):  # noqa: N818 - a condition, not a fault
-    """Another process has the state open."""
-
-    def __init__(self, message: str, feed: Path | None = None) -> None:
-        super().__init__(message)
-        self.feed = feed
-        """Socket at which that process answers questions. None if it does not."""
-
-
 class StateMissing(StateError):  # noqa: N818 - a condition, not a fault
     """There is no state yet."""
-
-
-def default_state_dir() -> Path:
-    """Return the first of $STATE_DIRECTORY (set by systemd), else the user's directory for state."""
-    given = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
-    if given:
-        return Path(given)
-    import platformdirs
-
-    return Path(platformdirs.user_state_dir("hotpixd"))
 
 
 class State:
@@ -115,7 +90,7 @@ class State:
                 if not (self.root / "ledger.sqlite").exists():
                     make_parents(self.root)
                 make_folder(self.root)
-                self._lock = os.open(os.devnull, os.O_RDONLY) if locked else _locked(self.root / "lock")
+                self._lock = os.open(os.devnull, os.O_RDONLY) if locked else lock.take(self.root / "lock")
                 try:
                     make_folder(self.root / "sensors")
                     make_folder(self.root / "incoming")
@@ -135,7 +110,7 @@ class State:
                     self.forgotten = max(self._mark.read(self.ledger.tag) - self.ledger.last_seq, 0)
                     """Shots that were acknowledged, and that the ledger does not know any more."""
                 except BaseException:
-                    _unlock(self._lock)
+                    lock.release(self._lock)
                     raise
         except (FileExistsError, NotADirectoryError) as error:
             raise StateError(f"The state {self.root} is not a directory: {error}.") from error
@@ -163,12 +138,12 @@ class State:
             self.ledger.close()
         finally:
             self._mark.close()
-            _unlock(self._lock)
+            lock.release(self._lock)
             self._lock = -1
 
     def announce(self, feed: Path) -> None:
         """Write into the lock at which socket this process answers questions of those who find the state locked."""
-        _write_lock(self._lock, feed)
+        lock.announce(self._lock, feed)
 
     def sensor_folder(self, sensor_id: str) -> Path:
         """Return the folder of a sensor's generations; it is made if missing.
@@ -305,11 +280,11 @@ def held(root: Path) -> Iterator[bool]:
     if not root.exists():
         yield False
         return
-    lock = _locked(root / "lock")
+    fd = lock.take(root / "lock")
     try:
         yield True
     finally:
-        _unlock(lock)
+        lock.release(fd)
 
 
 def swap_in(made: Path, root: Path) -> Path | None:
@@ -377,56 +352,3 @@ def _look_for_ledger(root: Path) -> Path | None:
     if gone is not None:
         raise StateDamaged(f"The ledger {ledger} {gone}, but {left} is there.")
     return left
-
-
-def _locked(path: Path) -> int:
-    """Take the lock and write into it who we are; return its descriptor."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    until = time.monotonic() + _LEFT_WITHIN_S
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder, feed = _read_lock(fd)
-            if _is_gone(holder) and time.monotonic() < until:
-                # It was killed while it started a process, which has the lock until it runs its own program.
-                time.sleep(0.05)
-                continue
-            os.close(fd)
-            raise StateLocked(f"The state {path.parent} is in use by {holder}.", feed) from None
-        _write_lock(fd, None)
-        return fd
-
-
-def _unlock(fd: int) -> None:
-    """Give the lock back. Closing it would not do: a process that is just being started has it, too, until it runs."""
-    fcntl.flock(fd, fcntl.LOCK_UN)
-    os.close(fd)
-
-
-def _is_gone(holder: str) -> bool:
-    """Tell whether the process that wrote its name into the lock has ended."""
-    named = re.match(r"process (\d+) ", holder)
-    if named is None:
-        return False
-    try:
-        os.kill(int(named[1]), 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, OverflowError):
-        return False
-    return False
-
-
-def _write_lock(fd: int, feed: Path | None) -> None:
-    me = f"process {os.getpid()} ({shlex.join(sys.argv)})".replace("\n", " ")
-    text = os.fsencode(f"{me}\n" if feed is None else f"{me}\nfeed {feed}\n")
-    with suppress(OSError):  # a full disk: the lock holds without a name in it
-        os.pwrite(fd, text, 0)
-        os.ftruncate(fd, len(text))
-
-
-def _read_lock(fd: int) -> tuple[str, Path | None]:
-    first, _, second = os.fsdecode(os.pread(fd, 65536, 0)).partition("\n")
-    holder = first.encode("utf-8", "replace").decode().strip() or "another process"
-    return holder, Path(second.strip().removeprefix("feed ")) if second.startswith("feed ") else None

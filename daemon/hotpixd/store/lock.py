@@ -1,0 +1,116 @@
+"""Where a state is, and who has it open: known without loading what reads one, which takes longer than to ask."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shlex
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from hotpixd.store.durable import StateError
+
+_LEFT_WITHIN_S = 5.0
+"""What a killed process has left behind lets go of the lock."""
+
+
+class StateLocked(StateError):  # noqa: N818 - a condition, not a fault
+    """Another process has the state open."""
+
+    def __init__(self, message: str, feed: Path | None = None) -> None:
+        super().__init__(message)
+        self.feed = feed
+        """Socket at which that process answers questions. None if it does not."""
+
+
+def default_state_dir() -> Path:
+    """Return the first of $STATE_DIRECTORY (set by systemd), else the user's directory for state."""
+    given = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+    if given:
+        return Path(given)
+    import platformdirs
+
+    return Path(platformdirs.user_state_dir("hotpixd"))
+
+
+def take(path: Path) -> int:
+    """Take a lock and write into it who we are; return its descriptor.
+
+    Raises
+    ------
+    StateLocked
+        If another process has it.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    until = time.monotonic() + _LEFT_WITHIN_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            process, feed = _read(fd)
+            if _is_gone(process) and time.monotonic() < until:
+                # It was killed while it started a process, which has the lock until it runs its own program.
+                time.sleep(0.05)
+                continue
+            os.close(fd)
+            raise StateLocked(f"The state {path.parent} is in use by {process}.", feed) from None
+        announce(fd, None)
+        return fd
+
+
+def release(fd: int) -> None:
+    """Give the lock back. Closing it would not do: a process that is just being started has it, too, until it runs."""
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
+def answering(root: Path) -> Path | None:
+    """Return at which socket the process that has a state open answers questions; None if there is none."""
+    try:
+        fd = os.open(root / "lock", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        _, feed = _read(fd)
+        if feed is not None:
+            # Not tried without need: for this moment nobody else gets it.
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return feed
+    except OSError:
+        return None
+    finally:
+        release(fd)
+    return None
+
+
+def _is_gone(process: str) -> bool:
+    """Tell whether the process that wrote its name into the lock has ended."""
+    named = re.match(r"process (\d+) ", process)
+    if named is None:
+        return False
+    try:
+        os.kill(int(named[1]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
+
+
+def announce(fd: int, feed: Path | None) -> None:
+    """Write into a lock that is held by whom, and at which socket that process answers questions, if it does."""
+    me = f"process {os.getpid()} ({shlex.join(sys.argv)})".replace("\n", " ")
+    text = os.fsencode(f"{me}\n" if feed is None else f"{me}\nfeed {feed}\n")
+    with suppress(OSError):  # a full disk: the lock holds without a name in it
+        os.pwrite(fd, text, 0)
+        os.ftruncate(fd, len(text))
+
+
+def _read(fd: int) -> tuple[str, Path | None]:
+    first, _, second = os.fsdecode(os.pread(fd, 65536, 0)).partition("\n")
+    process = first.encode("utf-8", "replace").decode().strip() or "another process"
+    return process, Path(second.strip().removeprefix("feed ")) if second.startswith("feed ") else None

@@ -18,7 +18,7 @@ from PIL import Image
 
 from hotpixd.core.frame import SampleKind, ShotKind
 from hotpixd.intake import decode as decode_module
-from hotpixd.intake.decode import DecodeError, decode, keep_large_buffers
+from hotpixd.intake.decode import DecodeError, decode, decode_file, keep_large_buffers
 from pictures import RGGB, XTRANS, colour, exif, jpeg, mosaic, write_dng
 
 fits = pytest.importorskip("astropy.io.fits")
@@ -557,6 +557,56 @@ def test_a_compressed_fits_image_is_found_behind_an_empty_header(tmp_path):
     units = fits.HDUList([fits.PrimaryHDU(), fits.CompImageHDU(mosaic())])
     units.writeto(tmp_path / "shot.fz")
     assert np.array_equal(decode(tmp_path / "shot.fz").samples, mosaic()[::-1])
+
+
+def _pictures(folder: Path) -> dict[str, Path]:
+    """Write one picture of every kind whose samples take their own way into memory."""
+    grey, rgb = mosaic(48, 64), colour(48, 64)
+    written = {
+        "JPEG": put(folder / "a.jpg", jpeg(rgb)),
+        "grey JPEG": put(folder / "b.jpg", jpeg(rgb[:, :, 0])),
+        "PNG": put(folder / "c.png", png(rgb)),
+        "DNG": folder / "d.dng",
+        "DNG with margins": folder / "e.dng",
+        "FITS": write_fits(folder / "f.fits", grey),
+        "FITS, top down": write_fits(folder / "g.fits", grey, ROWORDER="TOP-DOWN"),
+        "FITS cube": write_fits(folder / "h.fits", np.moveaxis(rgb, -1, 0)),
+    }
+    write_dng(written["DNG"], grey)
+    write_dng(written["DNG with margins"], mosaic(60, 80), active_area=(2, 4, 58, 76))
+    for name, samples, options in (
+        ("TIFF", grey, {}),
+        ("TIFF, big-endian", grey, {"byteorder": ">"}),
+        ("TIFF in strips", grey, {"rowsperstrip": 7}),
+        ("TIFF, deflated", grey, {"compression": "deflate"}),
+        ("TIFF, predicted", grey, {"compression": "deflate", "predictor": True}),
+        ("BigTIFF", grey, {"bigtiff": True}),
+        ("colour TIFF", rgb, {"photometric": "rgb"}),
+        ("planar TIFF", np.moveaxis(rgb, -1, 0).copy(), {"photometric": "rgb", "planarconfig": "separate"}),
+    ):
+        written[name] = folder / f"{name}.tif"
+        tifffile.imwrite(written[name], samples, **options)
+    return written
+
+
+def test_samples_are_put_where_they_are_wanted_and_nowhere_else(tmp_path):
+    """Once, whatever the format: a decoder's process is given memory one time."""
+    for name, path in _pictures(tmp_path).items():
+        given = []
+
+        def place(shape, dtype, given=given):
+            given.append(np.full(shape, 7, dtype))
+            return given[-1]
+
+        with path.open("rb", buffering=0) as file:
+            frame = decode_file(file, None, place)
+        (memory,) = given
+        assert np.shares_memory(frame.samples, memory), name
+        assert frame.samples.flags.c_contiguous, name
+        assert frame.samples.size == memory.size, name
+        there = decode(path)
+        assert frame.sensor == there.sensor, name
+        np.testing.assert_array_equal(frame.samples, there.samples, name)
 
 
 def test_fits_without_astropy_names_what_to_install(tmp_path, monkeypatch):

@@ -113,6 +113,27 @@ class DecodeError(Exception):
     """A picture cannot be used. The message is a sentence for its photographer, without the file's name."""
 
 
+class _Memory:
+    """Where the samples of one picture are wanted, or end up."""
+
+    def __init__(self, place: Place | None) -> None:
+        self._place = place
+        self._given: NDArray[Any] | None = None
+
+    def give(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Return memory for samples; those who ask for it cannot return any others."""
+        self._given = (self._place or np.empty)(shape, dtype)
+        return self._given
+
+    def with_samples(self, samples: Samples) -> Samples:
+        """Return the same samples, C-contiguous and where they are wanted."""
+        if self._given is not None or (self._place is None and samples.flags.c_contiguous):
+            return samples
+        wanted = self.give(samples.shape, samples.dtype)
+        wanted[...] = samples
+        return wanted
+
+
 @dataclass(frozen=True, slots=True)
 class _Picture:
     """What a format's reader found."""
@@ -139,7 +160,7 @@ def decode(path: Path, kind: ShotKind | None = None) -> Frame:
         return decode_file(file, kind)
 
 
-def decode_file(file: BinaryIO, kind: ShotKind | None = None, place: Place = np.empty) -> Frame:
+def decode_file(file: BinaryIO, kind: ShotKind | None = None, place: Place | None = None) -> Frame:
     """Read one shot.
 
     Parameters
@@ -149,7 +170,7 @@ def decode_file(file: BinaryIO, kind: ShotKind | None = None, place: Place = np.
     kind
         Light or dark, if the caller knows. Else the header says, or the samples do.
     place
-        Gives the memory for samples of a shape and type where these need not be copied there.
+        Gives the memory in which the samples are wanted, once. Without, they are where their reader has put them.
 
     Raises
     ------
@@ -160,8 +181,9 @@ def decode_file(file: BinaryIO, kind: ShotKind | None = None, place: Place = np.
     OSError
         If the disk cannot be read.
     """
-    picture = _read(file, place)
-    samples = _checked(picture)
+    memory = _Memory(place)
+    picture = _read(file, memory.give)
+    samples = memory.with_samples(_checked(picture))
     height, width = samples.shape[0], samples.shape[1] // picture.channels
     layout = SensorLayout(width, height, picture.colours, picture.channels)
     require_sides(layout)
@@ -282,7 +304,7 @@ def _read_tiff_or_raw(file: BinaryIO, place: Place) -> _Picture:
     first = metadata.first_directory(read)
     if first is None:
         if b"+" in read(0, 4):  # BigTIFF
-            return _read_tiff(file)
+            return _read_tiff(file, place)
         raise DecodeError(_broken("TIFF or raw"))
     directories = [first, *first.children(0x014A)]
     photometrics = {directory.number(0x0106) for directory in directories}
@@ -295,7 +317,7 @@ def _read_tiff_or_raw(file: BinaryIO, place: Place) -> _Picture:
         or first.number(0x00FE) == 1  # a thumbnail first, as raw files have it
     )
     if not camera_raw:
-        return _read_tiff(file)
+        return _read_tiff(file, place)
     try:
         return _read_dng(file, place)
     except DecodeError:
@@ -304,11 +326,11 @@ def _read_tiff_or_raw(file: BinaryIO, place: Place) -> _Picture:
         if first.number(0x0106) != _CFA or first.number(0x00FE) or dng:
             raise
         with contextlib.suppress(DecodeError):
-            return _read_tiff(file)
+            return _read_tiff(file, None)
         raise
 
 
-def _read_tiff(file: BinaryIO) -> _Picture:
+def _read_tiff(file: BinaryIO, place: Place | None) -> _Picture:
     import tifffile
 
     tifffile.logger().setLevel(logging.CRITICAL)  # what matters becomes a DecodeError
@@ -325,8 +347,12 @@ def _read_tiff(file: BinaryIO) -> _Picture:
             _refuse_if(extent.page_fault(page, file))
             photometric = int(page.photometric)
             colours = _tiff_pattern(page) if photometric == _CFA else ""
+            # Read straight to where they are wanted, if nothing has to be made of them.
+            out = None
+            if place is not None and page.dtype is not None and _is_plain(page):
+                out = place(page.shape, page.dtype)
             try:
-                samples = page.asarray()
+                samples = page.asarray(out=out)
             except ValueError as error:
                 if "imagecodecs" not in str(error):
                     raise
@@ -342,6 +368,12 @@ def _read_tiff(file: BinaryIO) -> _Picture:
             " save it in grey or RGB"
         )
     return _from_pixels(samples, about, colours)
+
+
+def _is_plain(page: Any) -> bool:
+    """Whether the samples of a TIFF of the right depth are all there is in it, in their order."""
+    one_by_one = page.samplesperpixel == 1 or (page.samplesperpixel == 3 and int(page.planarconfig) == 1)
+    return bool(one_by_one and page.is_contiguous and page.predictor == 1 and page.fillorder == 1)
 
 
 def _require_tiff_size(page: Any) -> None:
@@ -472,8 +504,8 @@ def _unpacked(file: BinaryIO, about: Metadata) -> tuple[NDArray[Any], Metadata, 
         colours = _raw_colours(raw)
         _refuse_if(extent.raw_fault(file, sizes.raw_width, sizes.raw_height, colours))
         _refuse_if(extent.filter_fault(colours))
-        # The array keeps `raw` alive, which must not be closed then. Only margins make a copy necessary.
-        samples = np.ascontiguousarray(raw.raw_image_visible)
+        # The array keeps `raw` alive, which must not be closed then.
+        samples = raw.raw_image_visible
         black = [float(level) for level in raw.black_level_per_channel]
         white = float(raw.white_level)
         about = about.filled_from(_other(raw))
@@ -635,12 +667,12 @@ def _guarded(format_name: str, load: Callable[[], _Loaded]) -> _Loaded:
 
 
 def _checked(picture: _Picture) -> Samples:
-    """Return the samples as uint8 or uint16, C-contiguous, native byte order."""
+    """Return the samples as uint8 or uint16 in native byte order."""
     samples = picture.samples
     if samples.dtype.kind == "u" and samples.dtype.itemsize == 1:
-        return np.ascontiguousarray(samples, dtype=np.uint8)
+        return samples.astype(np.uint8, copy=False)
     if samples.dtype.kind == "u" and samples.dtype.itemsize == 2:
-        return np.ascontiguousarray(samples, dtype=np.uint16)
+        return samples.astype(np.uint16, copy=False)
     raise DecodeError(f"the samples are {samples.dtype.name}; hotpixd reads whole numbers of 8 or 16 bit")
 
 

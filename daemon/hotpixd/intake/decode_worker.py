@@ -60,8 +60,6 @@ class _Worker:
     def _done(self, file: Any, kind: ShotKind | None) -> dict[str, Any]:
         try:
             frame = decode_file(file, kind, self._place)
-            if not any(np.may_share_memory(frame.samples, self._array(slot)) for slot in self._memory):
-                self._place(frame.samples.shape, frame.samples.dtype)[...] = frame.samples
             return {"frame": _described(frame)}
         except DecodeError as error:
             return {"refused": str(error)}

@@ -90,6 +90,16 @@ def test_a_cluster_tells_what_one_machine_tells(client, shoebox, here, tmp_path,
         assert expected == here[name], name
 
 
+def test_the_luma_of_jpegs_is_what_one_machine_makes_of_it(client, shoebox, tmp_path):
+    """Though the same workers have just had the same files for a scan of all colours."""
+    folder = shoebox / "e moving"
+    cluster_feed(client, tmp_path / "colours", folder, chunk_shots=2)
+    cluster_feed(client, tmp_path / "luma", folder, chunk_shots=2, luma=True)
+    assert run("scan", "--luma", "--state", tmp_path / "here", folder).returncode == 0
+    assert whole(tmp_path / "luma") == whole(tmp_path / "here")
+    assert whole(tmp_path / "luma")["digests"] != whole(tmp_path / "colours")["digests"]
+
+
 def test_the_shoebox_holds_what_it_should(here):
     """The control: each kind of shot is there, or the equality above says little."""
     kinds = {fate for _, fate, _ in here["fates"]}

@@ -395,6 +395,9 @@ class Config(_Section):
     statistic: Literal["memory", "disk"] = "memory"
     """Where sums and counts are while it runs."""
 
+    jpeg: Literal["rgb", "luma"] = "rgb"
+    """What of JPEGs is folded."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """What is logged: this and worse."""
 
@@ -498,7 +501,7 @@ def warnings(config: Config, path: Path | None) -> list[str]:
 
 def needs_restart(old: Config, new: Config) -> tuple[str, ...]:
     """Return the dotted keys that differ and take effect at the next start only."""
-    at_start = ("state", "cores", "statistic", "detection", "feed", "metrics")
+    at_start = ("state", "cores", "statistic", "jpeg", "detection", "feed", "metrics")
     changed = (key for key in _keys() if key[0] in at_start and reduce(getattr, key, old) != reduce(getattr, key, new))
     return tuple(map(".".join, changed))
 

@@ -213,6 +213,7 @@ class Monitor:
     checkpoint_every_s : folding time that a crash may cost to repeat
     checkpoint_every_shots : shots after which the spool is cleared, however fast they came
     on_disk : keep sums and counts in files of the state directory, mapped into memory, for what memory does not hold
+    luma : fold of JPEGs their luma alone
     clock : monotonic, s
     """
 
@@ -226,6 +227,7 @@ class Monitor:
         checkpoint_every_s: float = 60.0,
         checkpoint_every_shots: int = 1024,
         on_disk: bool = False,
+        luma: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._state = state
@@ -242,7 +244,7 @@ class Monitor:
         self._early: dict[str, Future[Frame]] = {}
         keep_large_buffers()
         self._hashers: dict[str, ThreadPoolExecutor] = {}
-        self.decoders = decoders or Decoders(cores)
+        self.decoders = decoders or Decoders(cores, luma=luma)
         self._owns_decoders = decoders is None
         self._decoding = ThreadPoolExecutor(cores, "decode")
         self._reading: dict[str, Reading] = {}

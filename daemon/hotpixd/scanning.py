@@ -34,25 +34,30 @@ def find(wanted: list[str], kind: str | None) -> Listing | int:
     return _some_of(find_shots(wanted, None if kind is None else ShotKind(kind)), wanted)
 
 
-def run_scan(state: State, listing: Listing, stop: Callable[[], bool], *, on_disk: bool = False) -> int:
+def run_scan(
+    state: State, listing: Listing, stop: Callable[[], bool], *, on_disk: bool = False, luma: bool = False
+) -> int:
     """Fold shots and print what was found; return the exit code.
 
     Parameters
     ----------
     listing : of `find`
     stop : becomes true when the user wants to stop
-    on_disk : see `Monitor`
+    on_disk, luma : see `Monitor`
     """
-    return _scan(state, listing, lambda: Monitor(state, on_disk=on_disk), stop)
+    return _scan(state, listing, lambda: Monitor(state, on_disk=on_disk, luma=luma), stop)
 
 
-def run_cluster_scan(state: State, address: str, wanted: list[str], kind: str | None, stop: Callable[[], bool]) -> int:
+def run_cluster_scan(
+    state: State, address: str, wanted: list[str], kind: str | None, stop: Callable[[], bool], *, luma: bool = False
+) -> int:
     """Do as `find` and `run_scan` do, on a cluster.
 
     Parameters
     ----------
     address : see `cluster.connection.connected`
     wanted : URLs too
+    luma : see `Monitor`
     """
     from hotpixd.cluster.connection import ClusterError, connected
     from hotpixd.cluster.inputs import InputError, find_inputs
@@ -66,7 +71,7 @@ def run_cluster_scan(state: State, address: str, wanted: list[str], kind: str | 
             listing = _some_of(inputs.listing, wanted)
             if isinstance(listing, int):
                 return listing
-            return _scan(state, listing, lambda: ClusterMonitor(state, client, inputs.marks), stop)
+            return _scan(state, listing, lambda: ClusterMonitor(state, client, inputs.marks, luma=luma), stop)
     except (ClusterError, InputError) as error:
         _say(Console(stderr=True, highlight=False), str(error))
         return 2

@@ -698,6 +698,7 @@ class _Service:
             config.detection.settings(),
             cores=config.cores or min(os.cpu_count() or 1, 4),
             on_disk=config.statistic == "disk",
+            luma=config.jpeg == "luma",
             checkpoint_every_s=config.checkpoint.every_s,
             checkpoint_every_shots=config.checkpoint.every_shots,
         )

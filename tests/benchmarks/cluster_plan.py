@@ -130,10 +130,10 @@ def measured(folder: Path, frames: int, size: tuple[int, int]) -> Costs:
 
     files = pictures(folder, frames, size)
     wanted = tuple(Wanted(str(path), path.stat().st_size) for path in files)
-    worker.measure(Chunk(0, wanted[:1], None))
+    worker.measure(Chunk(0, wanted[:1], None, luma=False))
     worker.forget()
     started = time.perf_counter()
-    result = worker.measure(Chunk(1, wanted, None))
+    result = worker.measure(Chunk(1, wanted, None, luma=False))
     measure_s = (time.perf_counter() - started) / frames
     (sums,) = result.sums.values()
     seen = [found.seen for found in result.found]

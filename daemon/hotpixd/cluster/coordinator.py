@@ -149,6 +149,7 @@ class ClusterMonitor(Monitor):
         client: Any,
         marks: Mapping[str, Mark],
         *,
+        luma: bool = False,
         chunk_shots: int | None = None,
         checkpoint_every_s: float = 120.0,
         checkpoint_every_shots: int = 1024,
@@ -156,7 +157,7 @@ class ClusterMonitor(Monitor):
     ) -> None:
         archive.drop_unacknowledged(state)
         # Started when they are needed: only a replay decodes here.
-        self._own_decoders = Decoders(0)
+        self._own_decoders = Decoders(0, luma=luma)
         super().__init__(
             state,
             decoders=self._own_decoders,
@@ -165,6 +166,7 @@ class ClusterMonitor(Monitor):
         )
         self._client = client
         self._marks = marks
+        self._luma = luma
         self._chunk_shots = chunk_shots
         self._straggles_after_s = straggles_after_s
         self._run = secrets.token_hex(4)
@@ -284,7 +286,8 @@ class ClusterMonitor(Monitor):
                 wanted.append(Wanted(url, mark.size, None if raw is None else raw.place, folded))
             places[shot.path] = items[-1]
         kind = shots[0].kind
-        return _Chunk(items, Chunk(next(self._numbers), tuple(wanted), None if kind is None else str(kind)))
+        order = Chunk(next(self._numbers), tuple(wanted), None if kind is None else str(kind), self._luma)
+        return _Chunk(items, order)
 
     def _send(self, chunk: _Chunk, *, but: list[str] | None = None) -> None:
         """Have a chunk measured; a second time by another worker than those that had it, if there is one."""
@@ -578,15 +581,15 @@ class ClusterMonitor(Monitor):
         self, id_: str, shots: tuple[tuple[Wanted, str], ...], kind: str | None, dtype: str, arrived: _Arrived
     ) -> Callable[[NDArray[np.int64]], Glimpse]:
         near = arrived.about.get("worker")
-        keys = [key for _, key in shots]
+        frames = [worker.name_of(key, luma=self._luma) for _, key in shots]
 
         def look(sites: NDArray[np.int64]) -> Glimpse:
             if not sites.size:
                 none = np.zeros(0, np.uint64)
                 return Glimpse(np.empty((len(shots), 0), dtype), none, none)
-            values = self._there(near, worker.glimpse_there, keys, sites, dtype)
+            values = self._there(near, worker.glimpse_there, frames, sites, dtype)
             if values is None:
-                values = self._gathered(self._submit(worker.glimpse, shots, kind, sites, dtype))
+                values = self._gathered(self._submit(worker.glimpse, shots, kind, sites, dtype, luma=self._luma))
             total, squares = np.zeros(len(sites), np.uint64), np.zeros(len(sites), np.uint64)
             for place, group, pieces in self._pieces_of(id_):
                 pieces.take()
@@ -613,10 +616,14 @@ class ClusterMonitor(Monitor):
             if pieces.merging is None and len(pieces.there) > 1:
                 pieces.merging = self._submit(worker.merge, group, *pieces.there)
                 pieces.merged = len(pieces.there)
-        keys = tuple(one.key for one in arrived.found if one.seen is not None and one.key is not None)
+        names = tuple(
+            worker.name_of(one.key, luma=self._luma)
+            for one in arrived.found
+            if one.seen is not None and one.key is not None
+        )
         near = arrived.about.get("worker")
-        if keys:
-            self._there(near, worker.forget, keys)
+        if names:
+            self._there(near, worker.forget, names)
 
     def _pieces_of(self, id_: str) -> list[tuple[str | None, Group, _Pieces]]:
         return [

@@ -75,6 +75,9 @@ class Chunk:
     kind: str | None
     """Light or dark, if the user says so."""
 
+    luma: bool
+    """What of JPEGs is folded: see `Monitor`."""
+
     only: frozenset[int] | None = None
     """Places of those to be folded, where that is known better elsewhere."""
 
@@ -162,7 +165,7 @@ def measure(chunk: Chunk) -> Measured:
                 found.append(copy.found)
                 continue
             try:
-                frame = _decoders().decode(copy.path, None if chunk.kind is None else ShotKind(chunk.kind))
+                frame = _decoders(chunk.luma).decode(copy.path, None if chunk.kind is None else ShotKind(chunk.kind))
                 changed = copy.changed()
                 if changed is not None:
                     found.append(Found(failure=changed))
@@ -176,7 +179,7 @@ def measure(chunk: Chunk) -> Measured:
         sums, keys = adding[group]
         keys.append(copy.found.key)
         found.append(replace(copy.found, seen=_seen(frame, sums)))
-        _kept().keep(copy.found.key, frame.samples)
+        _kept().keep(name_of(copy.found.key, luma=chunk.luma), frame.samples)
     return Measured(
         tuple(found),
         {
@@ -232,19 +235,24 @@ def at_sites_there(group: Group, sites: NDArray[np.int64], keys: list[str], dask
     return None if any(piece is None for piece in pieces) else at_sites(group, sites, *pieces)
 
 
-def glimpse_there(keys: list[str], sites: NDArray[np.int64], dtype: str) -> NDArray[Any] | None:
-    """Return what `glimpse` returns, of frames that are kept here; None if one is not."""
-    values = np.empty((len(keys), len(sites)), dtype)
-    for i, key in enumerate(keys):
-        samples = _kept().find(key)
+def glimpse_there(names: list[str], sites: NDArray[np.int64], dtype: str) -> NDArray[Any] | None:
+    """Return what `glimpse` returns, of frames that are kept here under these names; None if one is not."""
+    values = np.empty((len(names), len(sites)), dtype)
+    for i, name in enumerate(names):
+        samples = _kept().find(name)
         if samples is None:
             return None
         values[i] = samples.ravel()[sites]
     return values
 
 
+def name_of(key: str, *, luma: bool) -> str:
+    """Return under which name the frame of a shot is kept: two scans may want of one file what differs."""
+    return f"{key} luma" if luma else key
+
+
 def glimpse(
-    shots: tuple[tuple[Wanted, str], ...], kind: str | None, sites: NDArray[np.int64], dtype: str
+    shots: tuple[tuple[Wanted, str], ...], kind: str | None, sites: NDArray[np.int64], dtype: str, *, luma: bool
 ) -> NDArray[Any]:
     """Return the samples of frames at flat indices: (frames, K).
 
@@ -259,9 +267,9 @@ def glimpse(
     """
     values = np.empty((len(shots), len(sites)), dtype)
     for i, (wanted, key) in enumerate(shots):
-        samples = _kept().find(key)
+        samples = _kept().find(name_of(key, luma=luma))
         if samples is None:
-            samples = _decoded_again(wanted, key, kind)
+            samples = _decoded_again(wanted, key, kind, luma=luma)
         values[i] = samples.ravel()[sites]
     return values
 
@@ -277,9 +285,9 @@ def put_together(found: tuple[Found, ...], groups: list[Group], sums: list[Sums]
     return Measured(found, dict(zip(groups, sums, strict=True)), about)
 
 
-def forget(keys: tuple[str, ...] | None = None) -> None:
+def forget(names: tuple[str, ...] | None = None) -> None:
     """Keep these frames, or any, no longer."""
-    _kept().drop(keys)
+    _kept().drop(names)
 
 
 def leave_terminal(_: Any) -> None:
@@ -315,19 +323,19 @@ def _seen(frame: Frame, sums: Accumulator) -> Seen:
     )
 
 
-def _decoded_again(wanted: Wanted, key: str, kind: str | None) -> Samples:
+def _decoded_again(wanted: Wanted, key: str, kind: str | None, *, luma: bool) -> Samples:
     with _copy(wanted) as copy:
         if copy.found.key == key:
-            frame = _decoders().decode(copy.path, None if kind is None else ShotKind(kind))
+            frame = _decoders(luma).decode(copy.path, None if kind is None else ShotKind(kind))
             if copy.changed() is None:
-                _kept().keep(key, frame.samples)
+                _kept().keep(name_of(key, luma=luma), frame.samples)
                 return frame.samples
     raise InputChangedError(f"{wanted.url} is no longer what it was a moment ago; scan it again when it is complete")
 
 
 @cache
-def _decoders() -> Decoders:
-    return Decoders()
+def _decoders(luma: bool) -> Decoders:
+    return Decoders(luma=luma)
 
 
 def _address() -> str | None:

@@ -150,17 +150,19 @@ class _Picture:
     white_level_adu: float | None = None
 
 
-def decode(path: Path, kind: ShotKind | None = None) -> Frame:
+def decode(path: Path, kind: ShotKind | None = None, *, luma: bool = False) -> Frame:
     """Read one shot in this process: for files of our own making. `decoders` does it for others'.
 
     Raises and returns what `decode_file` does; the file's name does not matter.
     """
     # Unbuffered: a buffer would copy the whole content once more, 6 ms for a 6 MB JPEG.
     with path.open("rb", buffering=0) as file:
-        return decode_file(file, kind)
+        return decode_file(file, kind, luma=luma)
 
 
-def decode_file(file: BinaryIO, kind: ShotKind | None = None, place: Place | None = None) -> Frame:
+def decode_file(
+    file: BinaryIO, kind: ShotKind | None = None, place: Place | None = None, *, luma: bool = False
+) -> Frame:
     """Read one shot.
 
     Parameters
@@ -171,6 +173,8 @@ def decode_file(file: BinaryIO, kind: ShotKind | None = None, place: Place | Non
         Light or dark, if the caller knows. Else the header says, or the samples do.
     place
         Gives the memory in which the samples are wanted, once. Without, they are where their reader has put them.
+    luma
+        Read of a colour JPEG its luma alone, as of a grey one.
 
     Raises
     ------
@@ -182,7 +186,7 @@ def decode_file(file: BinaryIO, kind: ShotKind | None = None, place: Place | Non
         If the disk cannot be read.
     """
     memory = _Memory(place)
-    picture = _read(file, memory.give)
+    picture = _read(file, memory.give, luma=luma)
     samples = memory.with_samples(_checked(picture))
     height, width = samples.shape[0], samples.shape[1] // picture.channels
     layout = SensorLayout(width, height, picture.colours, picture.channels)
@@ -214,13 +218,13 @@ def decode_file(file: BinaryIO, kind: ShotKind | None = None, place: Place | Non
     )
 
 
-def _read(file: BinaryIO, place: Place) -> _Picture:
+def _read(file: BinaryIO, place: Place, *, luma: bool) -> _Picture:
     head = file.read(64)
     file.seek(0)
     if not head:
         raise DecodeError("the file is empty; copy it from the camera again")
     if head[:3] == b"\xff\xd8\xff":
-        return _read_jpeg(file.read(), place)
+        return _read_jpeg(file.read(), place, luma=luma)
     if head[:8] == b"\x89PNG\r\n\x1a\n":
         return _read_png(file.read())
     if head[:9] == b"SIMPLE  =":
@@ -240,7 +244,7 @@ def _read(file: BinaryIO, place: Place) -> _Picture:
 # JPEG
 
 
-def _read_jpeg(data: bytes, place: Place) -> _Picture:
+def _read_jpeg(data: bytes, place: Place, *, luma: bool) -> _Picture:
     import simplejpeg
 
     try:
@@ -250,7 +254,7 @@ def _read_jpeg(data: bytes, place: Place) -> _Picture:
     _require_size(width, height)
     if colourspace in ("CMYK", "YCCK"):
         raise DecodeError("this JPEG is in CMYK colours, which no camera writes; use the original from the camera")
-    grey = colourspace == "Gray"
+    grey = luma or colourspace == "Gray"
     about = metadata.from_bytes(data)
     _refuse_edited(about, width, height)  # before the expensive part
     channels = 1 if grey else 3

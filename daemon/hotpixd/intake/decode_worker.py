@@ -54,12 +54,12 @@ class _Worker:
                 self._memory.pop(slot, None)
             jail.allow_cpu(_CPU_S)
             with os.fdopen(files[0], "rb", buffering=0) as file:
-                answer = self._done(file, None if job["kind"] is None else ShotKind(job["kind"]))
+                answer = self._done(file, None if job["kind"] is None else ShotKind(job["kind"]), luma=job["luma"])
             self._talk.send(json.dumps(answer).encode())
 
-    def _done(self, file: Any, kind: ShotKind | None) -> dict[str, Any]:
+    def _done(self, file: Any, kind: ShotKind | None, *, luma: bool) -> dict[str, Any]:
         try:
-            frame = decode_file(file, kind, self._place)
+            frame = decode_file(file, kind, self._place, luma=luma)
             return {"frame": _described(frame)}
         except DecodeError as error:
             return {"refused": str(error)}

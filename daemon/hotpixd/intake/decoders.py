@@ -78,6 +78,7 @@ class Decoders:
     count : workers to start at once; more are started when they are needed
     patience_s, patience_s_per_mb : time that a file may take, and how much more for each MB of it
     memory : bytes that a worker may take for a file
+    luma : see `decode.decode_file`
     """
 
     def __init__(
@@ -87,7 +88,9 @@ class Decoders:
         patience_s: float = _PATIENCE_S,
         patience_s_per_mb: float = _PATIENCE_S_PER_MB,
         memory: int | None = None,
+        luma: bool = False,
     ) -> None:
+        self._luma = luma
         self._patience = patience_s, patience_s_per_mb
         self._memory = memory or _memory_for_one()
         self._slots = _Slots()
@@ -142,7 +145,7 @@ class Decoders:
             # The last one may have ended anywhere in it.
             os.lseek(file, 0, os.SEEK_SET)
             try:
-                frame = worker.decode(file, kind, time.monotonic() + patience_s)
+                frame = worker.decode(file, kind, time.monotonic() + patience_s, luma=self._luma)
             except _Died as death:
                 self._discard(worker)
                 deaths.append(str(death))
@@ -358,7 +361,7 @@ class _Worker:
         """Whether it has not ended yet."""
         return self._process.poll() is None
 
-    def decode(self, file: int, kind: ShotKind | None, until: float) -> Frame:
+    def decode(self, file: int, kind: ShotKind | None, until: float, *, luma: bool) -> Frame:
         """Have it decode an open file.
 
         Raises
@@ -371,7 +374,7 @@ class _Worker:
         forget = sorted(self.known & self.slots.gone)
         self.known -= self.slots.gone
         self.amid_a_job = True
-        self._say({"kind": None if kind is None else str(kind), "forget": forget}, file)
+        self._say({"kind": None if kind is None else str(kind), "luma": luma, "forget": forget}, file)
         slot: _Slot | None = None
         try:
             while True:

@@ -130,7 +130,7 @@ def sensor_of(sensors: Sequence[Sensor], frame: Frame, wish: Wish) -> Sensor:
         return sensor
     own = [sensor for sensor in sensors if _is_same(sensor, picture)]
     if own:
-        return _of_depth(own, frame)
+        return _of_depth([sensor for sensor in own if _form(sensor) == _form_of(picture)] or own, frame)
     raise PictureRefusedError(f"it is of {_named(picture)}, of which there is no map{_hint(sensors, picture)}")
 
 
@@ -153,7 +153,14 @@ def named(sensors: Sequence[Sensor], name: str) -> Sensor:
 
 
 def _is_same(sensor: Sensor, picture: SensorIdentity) -> bool:
-    return _body(sensor) == (picture.make, picture.model, picture.serial) and _form(sensor) == _form_of(picture)
+    return _body(sensor) == (picture.make, picture.model, picture.serial) and _fits(sensor, picture)
+
+
+def _fits(sensor: Sensor, picture: SensorIdentity) -> bool:
+    """Whether the places of a sensor's map are those of a picture: the luma of JPEGs knows them, though no colours."""
+    *form, colours = _form(sensor)
+    *its_form, its_colours = _form_of(picture)
+    return form == its_form and (colours == its_colours or (sensor["samples"] == "rendered" and colours == "L"))
 
 
 def _body(sensor: Sensor) -> tuple[str | None, str | None, str | None]:
@@ -188,7 +195,7 @@ def _contradiction(sensor: Sensor, picture: SensorIdentity, *, form: bool = True
     ):
         if own is not None and its is not None and own != its:
             return f"its {word} is {its}, not {own}"
-    if form and _form(sensor) != _form_of(picture):
+    if form and not _fits(sensor, picture):
         samples, width, height, _ = _form(sensor)
         if (samples, width, height) == _form_of(picture)[:3]:
             return f"its colours are {picture.layout.colours}, not {sensor['colours']}"
@@ -228,9 +235,9 @@ def _hint(sensors: Iterable[Sensor], picture: SensorIdentity) -> str:
             if (sensor["width"], sensor["height"]) == (picture.layout.width, picture.layout.height):
                 return f"; that of its raw frames is used if you say --map-of {sensor['id']}"
             return f"; that of its raw frames is for {sensor['width']}x{sensor['height']} pixels"
-        if _form(sensor) == _form_of(picture) and picture.serial is None:
+        if _fits(sensor, picture) and picture.serial is None:
             return f"; if it is of the body {serial}, say --sensor {sensor['id']}"
-        if _form(sensor) == _form_of(picture):
+        if _fits(sensor, picture):
             return f"; the one of that model is of another body, {serial or 'which has no serial number'}"
     return "; scan pictures of it first"
 

@@ -1,0 +1,125 @@
+"""The luma of JPEGs instead of their red, green and blue: a third of the samples, and the same defects."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import run, told
+from daemons import Daemon
+from hotpixd.intake.decode import decode
+from hotpixd.intake.decoders import Decoders
+from hotpixd.simulate import VirtualSensor, write_series
+
+SENSOR = VirtualSensor(320, 240, hot=12, stuck=3, dead=3, seed=11, hot_range_adu_per_s=(3000.0, 12_000.0))
+FRAMES = 30
+
+
+@pytest.fixture(scope="module")
+def jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of JPEGs of a moving scene."""
+    folder = tmp_path_factory.mktemp("jpegs")
+    for _ in write_series(folder, SENSOR, FRAMES, "moving", "jpg"):
+        pass
+    (folder / "truth.json").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scanned_luma(jpegs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state that `scan --luma` has made of them."""
+    root = tmp_path_factory.mktemp("luma") / "state"
+    assert run("scan", "--luma", "--state", root, jpegs).returncode == 0
+    return root
+
+
+def sensors(root: Path) -> list[dict[str, Any]]:
+    return list(json.loads(run("defects", "--json", "--state", root).stdout)["sensors"])
+
+
+def places(sensor: dict[str, Any]) -> set[tuple[int, int]]:
+    return {(d["x"], d["y"]) for d in sensor["defects"]}
+
+
+def test_the_luma_is_what_pillow_reads(jpegs: Path):
+    """The file's own Y, not made of its red, green and blue; decoded here and in a jail."""
+    path = sorted(jpegs.iterdir())[0]
+    with Image.open(path) as picture:
+        assert picture.mode == "RGB"
+        picture.draft("L", None)
+        expected = np.asarray(picture)
+    decoders = Decoders(luma=True)
+    try:
+        for frame in (decode(path, luma=True), decoders.decode(path)):
+            np.testing.assert_array_equal(frame.samples, expected)
+            assert (frame.sensor.layout.colours, frame.sensor.layout.channels) == ("L", 1)
+            assert frame.sensor.samples == "rendered"
+    finally:
+        decoders.close()
+    assert decode(path).sensor.layout.channels == 3
+
+
+def test_it_finds_the_defects_that_red_green_and_blue_show(jpegs: Path, scanned_luma: Path, tmp_path: Path):
+    """And nothing else; in one state they are two statistics."""
+    (luma,) = sensors(scanned_luma)
+    assert (luma["samples"], luma["frames"], {d["colour"] for d in luma["defects"]}) == ("rendered", FRAMES, {"L"})
+    planted = {(d.x, d.y) for d in SENSOR.defects}
+    assert places(luma) <= planted
+    both = tmp_path / "state"
+    assert run("scan", "--state", both, *sorted(jpegs.iterdir())[: FRAMES - 1]).returncode == 0
+    assert len(places(luma)) >= len(places(sensors(both)[0])) >= 10
+    assert run("scan", "--luma", "--state", both, jpegs).returncode == 0
+    assert sorted(sensor["frames"] for sensor in sensors(both)) == [1, FRAMES - 1]
+    assert run("verify", "--state", both).returncode == 0
+
+
+def test_a_healthy_sensor_has_no_defects_in_its_luma(tmp_path: Path):
+    """The control."""
+    healthy = VirtualSensor(320, 240, hot=0, stuck=0, dead=0, seed=12)
+    for _ in write_series(tmp_path / "jpegs", healthy, FRAMES, "moving", "jpg"):
+        pass
+    assert run("scan", "--luma", "--state", tmp_path / "state", tmp_path / "jpegs").returncode == 0
+    (luma,) = sensors(tmp_path / "state")
+    assert luma["frames_counted"] > FRAMES // 2
+    assert luma["defects"] == []
+
+
+def test_raw_frames_are_what_they_always_are(camera, scanned, tmp_path: Path):
+    """It is about JPEGs alone."""
+    assert run("scan", "--luma", "--state", tmp_path / "state", camera.folder).returncode == 0
+    assert told(tmp_path / "state") == told(scanned)
+
+
+def test_the_daemon_folds_it_if_its_configuration_says_so(jpegs: Path, scanned_luma: Path, tmp_path: Path):
+    """With the same result; a reload tells that the key takes effect at the next start."""
+    config = tmp_path / "config.yaml"
+    settings = {"jpeg": "luma", "sources": [{"directory": str(jpegs)}]}
+    config.write_text(json.dumps(settings))
+    daemon = Daemon(tmp_path / "state", tmp_path, "run", "--config", config)
+    try:
+        daemon.wait_ready().wait_folded(FRAMES)
+        assert daemon.stop() == 0
+    finally:
+        daemon.close()
+    assert told(tmp_path / "state")["digests"] == told(scanned_luma)["digests"]
+
+
+def test_a_colour_jpeg_is_repaired_with_the_map_of_its_luma(scanned_luma: Path, tmp_path: Path):
+    """Wherever the map has a defect that shows, in all colours; nothing elsewhere."""
+    index = FRAMES + 5
+    SENSOR.write_jpeg(tmp_path / "a.jpg", SENSOR.shot(index, "moving"))
+    done = run("repair", tmp_path / "a.jpg", "-o", tmp_path / "out", "--state", scanned_luma, "--json")
+    assert done.returncode == 0, done.stderr
+    (picture,) = json.loads(done.stdout)["pictures"]
+    assert picture["corrected"] >= 5
+    before, after = (decode(path).samples.reshape(240, 320, 3) for path in (tmp_path / "a.jpg", tmp_path / "out/a.jpg"))
+    changed = np.argwhere((before != after).any(axis=2))
+    known = np.array([(d["y"], d["x"]) for d in picture["defects"]])
+    assert len(changed)
+    distances = np.abs(changed[:, np.newaxis, :] - known).max(axis=2).min(axis=1)
+    assert distances.max() < 32

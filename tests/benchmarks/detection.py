@@ -34,10 +34,11 @@ from hotpixd.simulate import FileFormat, PlantedDefect, Scene, VirtualSensor
 JPEG_TOLERANCE = 2
 """Pixels by which an entry may miss its defect after demosaicing."""
 
-SERIES = ("raw", "jpeg", "clean", "tripod", "tracked", "dithered", "dark")
-"""What `--only` can name. The first two are the moving scenes, the last four are shot in raw and as JPEG."""
+SERIES = ("raw", "jpeg", "luma", "clean", "tripod", "tracked", "dithered", "dark")
+"""What `--only` can name. The first three are the moving scenes, the last four are shot in raw and as JPEG."""
 
-FORMATS: dict[str, FileFormat] = {"raw": "dng", "jpeg": "jpg"}
+FORMATS: dict[str, FileFormat] = {"raw": "dng", "jpeg": "jpg", "luma": "jpg"}
+"""Of files, by what is folded of them: `luma` is that of JPEGs alone."""
 
 KINDS = ("hot", "stuck", "dead")
 
@@ -49,7 +50,7 @@ class Job:
     series: str
     scene: Scene
     samples: str
-    """"raw" or "jpeg"."""
+    """One of `FORMATS`."""
 
     seed: int
     steps: tuple[int, ...]
@@ -142,9 +143,10 @@ def run(job: Job) -> Result:
             write = camera.write_dng if job.samples == "raw" else camera.write_jpeg
             write(path, shot)
             paths.append(path)
-            frame = decode(path, ShotKind.DARK if job.scene == "dark" else None)
+            kind = ShotKind.DARK if job.scene == "dark" else None
+            frame = decode(path, kind, luma=job.samples == "luma")
             sensor = sensor or Sensor(frame.sensor)
-            if job.samples == "jpeg":
+            if job.samples != "raw":
                 path.unlink()  # only rawpy wants the files again
             result.counted += sensor.fold(frame, index).counted
             if index + 1 not in job.steps:
@@ -171,7 +173,7 @@ def _pixels(sensor: Sensor, sites: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def _moving_tables(results: Sequence[Result], steps: Sequence[int]) -> Iterator[str]:
-    for samples in ("raw", "jpeg"):
+    for samples in FORMATS:
         chosen = sorted((r for r in results if r.job.series == samples), key=lambda r: r.job.seed)
         if not chosen:
             continue
@@ -214,9 +216,9 @@ def _scene_table(results: Sequence[Result]) -> Iterator[str]:
     yield ""
     yield "| scene | samples | frames | seed | counted | hotpixd (stable) | its false ones | rawpy.enhance |"
     yield "| --- " * 8 + "|"
-    for result in sorted(chosen, key=lambda r: (SERIES.index(r.job.series), r.job.samples != "raw", r.job.seed)):
+    for result in sorted(chosen, key=lambda r: (SERIES.index(r.job.series), SERIES.index(r.job.samples), r.job.seed)):
         job, frames = result.job, max(result.job.steps)
-        other = result.scores.get(("rawpy", frames), "-" if job.samples == "jpeg" else "not run")
+        other = result.scores.get(("rawpy", frames), "not run" if job.samples == "raw" else "-")
         yield (
             f"| {job.series} | {job.samples} | {frames} | {job.seed} | {result.counted} "
             f"| {result.scores['hotpixd', frames]} | {_listed_kinds(result.false_kinds)} | {other} |"
@@ -232,7 +234,7 @@ def _clean_table(results: Sequence[Result]) -> Iterator[str]:
     yield ""
     yield "| samples | sensors | frames each | hotpixd: false | by kind | sensors with any | rawpy: false each (most) |"
     yield "| --- " * 7 + "|"
-    for samples in ("raw", "jpeg"):
+    for samples in FORMATS:
         same = [r for r in chosen if r.job.samples == samples]
         if not same:
             continue

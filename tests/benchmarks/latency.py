@@ -22,7 +22,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from throughput import USUAL, _picture, make_pictures
+from throughput import _picture, make_pictures
+
+FORMATS = ("JPEG", "JPEG, luma", "DNG")
 
 RUN = [sys.executable, "-c", "from hotpixd.cli import main; main()"]
 
@@ -56,13 +58,13 @@ class Feed:
             return self.seen_at[frames]
 
 
-def latencies(pictures: list[Path], work: Path, pause_s: float) -> list[float]:
+def latencies(pictures: list[Path], work: Path, pause_s: float, *, luma: bool) -> list[float]:
     """Return the time from close to feed of each picture, s."""
     from hotpixd.feed import FeedClient, FeedError, find_sockets
 
     inbox, state = work / "inbox", work / "state"
     inbox.mkdir()
-    env = os.environ | {"XDG_RUNTIME_DIR": str(work)}
+    env = os.environ | {"XDG_RUNTIME_DIR": str(work), "HOTPIXD_JPEG": "luma" if luma else "rgb"}
     daemon = subprocess.Popen([*RUN, "watch", str(inbox), "--state", str(state), "--plain"], env=env, stderr=-3)
     try:
         client = None
@@ -86,7 +88,7 @@ def latencies(pictures: list[Path], work: Path, pause_s: float) -> list[float]:
         daemon.wait()
 
 
-def decode_alone(pictures: list[Path]) -> list[float]:
+def decode_alone(pictures: list[Path], *, luma: bool) -> list[float]:
     """Return the time to decode each picture, s, after the first."""
     from hotpixd.intake.decode import decode, keep_large_buffers
 
@@ -94,7 +96,7 @@ def decode_alone(pictures: list[Path]) -> list[float]:
     took = []
     for picture in pictures:
         start = time.perf_counter()
-        decode(picture)
+        decode(picture, luma=luma)
         took.append(time.perf_counter() - start)
     return took[1:]
 
@@ -110,14 +112,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="hpx") as temporary:
         pictures = given.work or Path(temporary) / "pictures"
         make_pictures(pictures, given.shots, tuple(given.size), 92, os.cpu_count() or 1)
-        print("| | " + " | ".join(USUAL) + " |\n|---|" + "---|" * len(USUAL))
+        print("| | " + " | ".join(FORMATS) + " |\n|---|" + "---|" * len(FORMATS))
         columns = []
-        for name in USUAL:
+        for name in FORMATS:
+            luma = name == "JPEG, luma"
             files = [_picture(pictures, name, i) for i in range(given.shots)]
             work = Path(temporary) / name
             work.mkdir()
-            alone = median(decode_alone(files))
-            took = latencies(files, work, given.pause)[1:]
+            alone = median(decode_alone(files, luma=luma))
+            took = latencies(files, work, given.pause, luma=luma)[1:]
             columns.append((alone, median(took), sorted(took)[int(len(took) * 0.9)]))
         for k, title in enumerate(("decode alone, median", "close to feed, median", "close to feed, 90 %")):
             print(f"| {title} | " + " | ".join(f"{1000 * column[k]:.0f} ms" for column in columns) + " |")

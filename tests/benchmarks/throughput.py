@@ -42,8 +42,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-FORMATS = {"JPEG": ".jpg", "DNG": ".dng", "DNG, lossless JPEG": "_lossless.dng", "TIFF": ".tif", "FITS": ".fits"}
-"""Ends of names by format. TIFF and FITS are mosaics of 16 bit; nothing but the JPEGs is lossy."""
+FORMATS = {
+    "JPEG": ".jpg",
+    "JPEG, luma": ".jpg",
+    "DNG": ".dng",
+    "DNG, lossless JPEG": "_lossless.dng",
+    "TIFF": ".tif",
+    "FITS": ".fits",
+}
+"""Ends of names by format. TIFF and FITS are mosaics of 16 bit; nothing but the JPEGs is lossy, and of them the luma
+alone may be folded."""
 
 USUAL = ("JPEG", "DNG")
 
@@ -75,7 +83,7 @@ def _make(indices: Sequence[int], work: Path, size: tuple[int, int], quality: in
         shot = camera.shot(index, "moving")
         for file_format in formats:
             path = _picture(work, file_format, index)
-            if file_format == "JPEG":
+            if path.suffix == ".jpg":
                 camera.write_jpeg(path, shot, quality)
             elif file_format == "DNG":
                 camera.write_dng(path, shot)
@@ -136,12 +144,12 @@ def _picture(work: Path, file_format: str, index: int) -> Path:
 # --- what runs in processes of its own, each printing one JSON object as its last line
 
 
-def alone(files: Sequence[Path], _: Path) -> dict[str, float]:
+def alone(files: Sequence[Path], _: Path, *, luma: bool) -> dict[str, float]:
     """Decode, and run the kernels, in one thread; s per shot."""
     from hotpixd.intake.decode import decode, keep_large_buffers
 
     keep_large_buffers()
-    frame = decode(files[0])
+    frame = decode(files[0], luma=luma)
     accumulator, fold = _folder(frame, 1, map)
     decoding, passes = [], []
     frames = []
@@ -151,7 +159,7 @@ def alone(files: Sequence[Path], _: Path) -> dict[str, float]:
         frames.clear()
         for path in files[start : start + 4]:
             began = time.perf_counter()
-            frames.append(decode(path))
+            frames.append(decode(path, luma=luma))
             decoding.append(time.perf_counter() - began)
         began = time.perf_counter()
         for frame in frames:
@@ -182,20 +190,20 @@ def _copying(arrays: Sequence[Any]) -> float:
     return min(took)
 
 
-def bare(files: Sequence[Path], _: Path) -> dict[str, float]:
+def bare(files: Sequence[Path], _: Path, *, luma: bool) -> dict[str, float]:
     """Decode and fold on all cores, and nothing else."""
     from hotpixd.intake.decode import decode, keep_large_buffers
 
     keep_large_buffers()
     cores = _cores()
     with ThreadPoolExecutor(cores) as decoders, ThreadPoolExecutor(cores) as folders:
-        _, fold = _folder(decode(files[0]), cores, folders.map)
+        _, fold = _folder(decode(files[0], luma=luma), cores, folders.map)
         start = time.perf_counter()
-        ahead = [decoders.submit(decode, path) for path in files[:cores]]
+        ahead = [decoders.submit(decode, path, luma=luma) for path in files[:cores]]
         for k in range(len(files)):
             frame = ahead.pop(0).result()
             if k + cores < len(files):
-                ahead.append(decoders.submit(decode, files[k + cores]))
+                ahead.append(decoders.submit(decode, files[k + cores], luma=luma))
             fold(frame)
             del frame
         return {"bare_per_s": len(files) / (time.perf_counter() - start)}
@@ -218,7 +226,7 @@ def _folder(frame: Any, slabs: int, each_slab: Any) -> tuple[Any, Callable[[Any]
     return accumulator, fold
 
 
-def scan(files: Sequence[Path], work: Path) -> dict[str, float]:
+def scan(files: Sequence[Path], work: Path, *, luma: bool) -> dict[str, float]:
     """Run the command line's scan, and note when what was done."""
     started = float(os.environ["HOTPIXD_BENCHMARK_START"])
     from hotpixd import cli, monitor
@@ -240,7 +248,7 @@ def scan(files: Sequence[Path], work: Path) -> dict[str, float]:
             checkpointed_at.append(time.time())
 
     monitor.Monitor = Timed  # type: ignore[misc]
-    sys.argv = ["hotpixd", "scan", "--state", str(work / "state"), *map(str, files)]
+    sys.argv = ["hotpixd", "scan", *(["--luma"] if luma else []), "--state", str(work / "state"), *map(str, files)]
     code: object = 0
     try:
         cli.main()
@@ -256,11 +264,12 @@ def scan(files: Sequence[Path], work: Path) -> dict[str, float]:
     }
 
 
-def textbook(files: Sequence[Path], _: Path) -> dict[str, float]:
+def textbook(files: Sequence[Path], _: Path, *, luma: bool) -> dict[str, float]:
     """Mean and variance of all samples as the textbook has it."""
     import numpy as np
 
-    load = {".dng": _load_raw, ".jpg": _load_picture, ".tif": _load_tiff, ".fits": _load_fits}[files[0].suffix]
+    picture = _load_luma if luma else _load_picture
+    load = {".dng": _load_raw, ".jpg": picture, ".tif": _load_tiff, ".fits": _load_fits}[files[0].suffix]
     n, mean, m2 = 0, np.zeros(load(files[0]).shape), np.zeros(load(files[0]).shape)
     start = time.perf_counter()
     for path in files:
@@ -277,6 +286,15 @@ def _load_picture(path: Path) -> Any:
     from PIL import Image
 
     return np.asarray(Image.open(path))
+
+
+def _load_luma(path: Path) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    picture = Image.open(path)
+    picture.draft("L", None)
+    return np.asarray(picture)
 
 
 def _load_raw(path: Path) -> Any:
@@ -298,7 +316,7 @@ def _load_fits(path: Path) -> Any:
     return fits.getdata(path)
 
 
-def enhance(files: Sequence[Path], _: Path) -> dict[str, float]:
+def enhance(files: Sequence[Path], _: Path, **__: bool) -> dict[str, float]:
     """Find bad pixels as rawpy does, if it can."""
     import rawpy.enhance
 
@@ -309,12 +327,10 @@ def enhance(files: Sequence[Path], _: Path) -> dict[str, float]:
     return {"enhance_per_s": len(files) / (time.perf_counter() - start)}
 
 
-CHILDREN: dict[str, Callable[[Sequence[Path], Path], dict[str, float]]] = {
-    f.__name__: f for f in (alone, bare, scan, textbook, enhance)
-}
+CHILDREN: dict[str, Callable[..., dict[str, float]]] = {f.__name__: f for f in (alone, bare, scan, textbook, enhance)}
 
 
-def measure(name: str, files: Sequence[Path], work: Path) -> dict[str, float]:
+def measure(name: str, files: Sequence[Path], work: Path, *, luma: bool = False) -> dict[str, float]:
     """Run one of `CHILDREN` in a process of its own; add its wall time (s) and its peak memory (MB)."""
     shutil.rmtree(work / "state", ignore_errors=True)
     started = time.time()
@@ -322,7 +338,8 @@ def measure(name: str, files: Sequence[Path], work: Path) -> dict[str, float]:
     # As for a user, modules are compiled once.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     environment["PYTHONPYCACHEPREFIX"] = str(work / "bytecode")
-    command = [sys.executable, __file__, "--child", name, "--work", str(work), *map(str, files)]
+    how = ["--luma"] if luma else []
+    command = [sys.executable, __file__, "--child", name, "--work", str(work), *how, *map(str, files)]
     done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, text=True, check=True)
     ended = time.time()
     shutil.rmtree(work / "state", ignore_errors=True)
@@ -330,8 +347,8 @@ def measure(name: str, files: Sequence[Path], work: Path) -> dict[str, float]:
     return {**numbers, "wall_s": ended - started, "end_s": ended - numbers.get("checkpointed_at", started)}
 
 
-def _as_child(name: str, files: Sequence[Path], work: Path) -> None:
-    numbers = CHILDREN[name](files, work)
+def _as_child(name: str, files: Sequence[Path], work: Path, *, luma: bool) -> None:
+    numbers = CHILDREN[name](files, work, luma=luma)
     numbers["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     with contextlib.suppress(OSError):
         said = Path("/proc/self/io").read_text().split()
@@ -348,16 +365,18 @@ def rows_of(file_format: str, given: argparse.Namespace) -> dict[str, str]:
     width, height = given.size
     raw = file_format.startswith("DNG")
     samples = width * height * (3 if file_format == "JPEG" else 1)
-    frame_mb = samples * (1 if file_format == "JPEG" else 2) / 1e6
-    budget_mb = samples * (18 if file_format == "JPEG" else 20) / 1e6 + 4 * frame_mb + 250
-    measure("scan", files[:2], given.work)  # compiles the kernels if they never were
+    jpeg, luma = file_format.startswith("JPEG"), file_format == "JPEG, luma"
+    frame_mb = samples * (1 if jpeg else 2) / 1e6
+    budget_mb = samples * (18 if jpeg else 20) / 1e6 + 4 * frame_mb + 250
+    measure_it = partial(measure, work=given.work, luma=luma)
+    measure_it("scan", files[:2])  # compiles the kernels if they never were
     rounds = [
         {
-            **measure("alone", files[:12], given.work),
-            **measure("bare", files, given.work),
-            **measure("textbook", files[: given.textbook], given.work),
-            **(measure("enhance", files[: given.textbook], given.work) if raw and given.enhance else {}),
-            **measure("scan", files, given.work),
+            **measure_it("alone", files[:12]),
+            **measure_it("bare", files),
+            **measure_it("textbook", files[: given.textbook]),
+            **(measure_it("enhance", files[: given.textbook]) if raw and given.enhance else {}),
+            **measure_it("scan", files),
         }
         for _ in range(given.repeats)
     ]
@@ -368,7 +387,7 @@ def rows_of(file_format: str, given: argparse.Namespace) -> dict[str, str]:
     bare_per_s, steady, by_the_book = (max(r[key] for r in rounds) for key in speeds)
     best = min(rounds, key=lambda r: r["wall_s"])
     whole = len(files) / best["wall_s"]
-    longer = {n: measure("scan", _first(given, file_format, n), given.work) for n in given.memory}
+    longer = {n: measure_it("scan", _first(given, file_format, n)) for n in given.memory}
     return {
         "size of a file": f"{sum(path.stat().st_size for path in files) / len(files) / 1e6:.1f} MB",
         "decode alone": f"{1000 * decode_s:.1f} ms",
@@ -420,11 +439,12 @@ def main(arguments: Sequence[str] | None = None, out: Callable[[str], object] = 
     parser.add_argument("--textbook", type=int, default=8, help="shots for the textbook, which is slow")
     parser.add_argument("--no-enhance", dest="enhance", action="store_false", help="without rawpy.enhance")
     parser.add_argument("--memory", type=int, nargs="*", default=[20, 40, 80], help="shots of scans to compare")
+    parser.add_argument("--luma", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
     parser.add_argument("files", nargs="*", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.child:
-        _as_child(given.child, given.files, given.work)
+        _as_child(given.child, given.files, given.work, luma=given.luma)
         return
     with tempfile.TemporaryDirectory(prefix="hotpixd-throughput-") as folder:
         given.work = given.work or Path(folder)

@@ -204,7 +204,9 @@ class _Demo:
             taken = series["taken"]
             if taken > shown:
                 shown, until = taken, time.monotonic() + _COME_WITHIN_S
-                self._card.put(self._frames + taken, "dark")
+                if taken < count:
+                    # One more would be fetched as a shot of its own when the card is listed again.
+                    self._card.put(self._frames + taken, "dark")
                 self._tell(client)
             if series["stage"] == "done":
                 break

@@ -15,10 +15,12 @@ def in_place() -> None:
 
     written_aside = checkpoint.write_generation
 
-    def write_generation(folder: Path, number: int, header: Mapping[str, Any], arrays: Mapping[str, Any]) -> Path:
+    def write_generation(
+        folder: Path, number: int, header: Mapping[str, Any], arrays: Mapping[str, Any], *taken: Any
+    ) -> Path:
         aside = folder.parent.parent / "aside"
         aside.mkdir(exist_ok=True)
-        content = written_aside(aside, 1, header, arrays).read_bytes()
+        content = written_aside(aside, 1, header, arrays, *taken).read_bytes()
         path = folder / "gen-00000001.hpx"
         # Piece by piece, as it would be compressed.
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -181,6 +181,6 @@ def _generations_in_place() -> None:
 _OTHERS: dict[str, Callable[[], None]] = {
     "synchronous=FULL (NORMAL instead)": _synchronous("NORMAL"),
     "synchronous=FULL (OFF instead)": _synchronous("OFF"),
-    "the commit before a generation": _commit_only("State.checkpoint"),
+    "the commit before a generation": _commit_only("Saving.__init__"),
     "new files for generations (in place instead)": _generations_in_place,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,14 @@ def test_raw_frames_are_what_they_always_are(camera, scanned, tmp_path: Path):
     """It is about JPEGs alone."""
     assert run("scan", "--luma", "--state", tmp_path / "state", camera.folder).returncode == 0
     assert told(tmp_path / "state") == told(scanned)
+
+
+def test_a_state_of_luma_can_be_made_anew(jpegs: Path, scanned_luma: Path, tmp_path: Path):
+    """As what it was."""
+    shutil.copytree(scanned_luma, tmp_path / "state")
+    (tmp_path / "state" / "ledger.sqlite").unlink()
+    assert run("rebuild", "--luma", jpegs, "--state", tmp_path / "state").returncode == 0
+    assert told(tmp_path / "state") == told(scanned_luma)
 
 
 def test_the_daemon_folds_it_if_its_configuration_says_so(jpegs: Path, scanned_luma: Path, tmp_path: Path):

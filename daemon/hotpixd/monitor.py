@@ -252,6 +252,8 @@ class Monitor:
         self._unsettled: set[Future[_Read]] = set()
         """Reads whose shots are neither kept nor let go of."""
         self._to_replay: deque[ShotRow] | None = None
+        self._identities: dict[str, SensorIdentity] = {}
+        """Of the sensors that were known before the replay."""
         self._folders = ThreadPoolExecutor(cores, "fold")
         self._looking = ThreadPoolExecutor(1, "look")
         self._next_look: _Ahead | None = None
@@ -303,6 +305,7 @@ class Monitor:
             for id_ in {row.sensor_id for row in rows if row.sensor_id in covers}:
                 if id_ is not None:
                     self._ledger.delete_derived_after(id_, covers[id_])
+            self._identities = {id_: archive.identity_from(about) for id_, about in self._ledger.sensors().items()}
             self._to_replay = deque(rows)
         while self._to_replay and not stop():
             while len(self._waiting) > self._ahead:
@@ -701,19 +704,27 @@ class Monitor:
             )
         spool = self._state.spool
         kept, original = spool.path(row.key), Path(row.path)
+        luma = self._was_luma(row)
         if spool.verify(row.key):
-            return self.decoders.decode(kept, kind)
+            return self.decoders.decode(kept, kind, luma=luma)
         with contextlib.suppress(StateFull, FileNotFoundError):
             self._state.set_aside(kept)
         try:
             if Spool.hash_file(original) != row.key:
                 raise DecodeError(LOST)
-            return self.decoders.decode(spool.take(original, row.key), kind)
+            return self.decoders.decode(spool.take(original, row.key), kind, luma=luma)
         except SpoolError:
             raise DecodeError(LOST) from None
         except StateFull:
             # No room for another copy; the next replay may not find it any more.
-            return self.decoders.decode(original, kind)
+            return self.decoders.decode(original, kind, luma=luma)
+
+    def _was_luma(self, row: ShotRow) -> bool | None:
+        """Whether a JPEG was folded as luma, whatever the user wants by now; None for others, or if it never was."""
+        identity = None if row.sensor_id is None else self._identities.get(row.sensor_id)
+        if identity is None or identity.samples is SampleKind.RAW:
+            return None
+        return identity.layout.channels == 1
 
     def _next_concluded(self) -> Iterator[Outcome]:
         outcome = self._conclude(self._waiting[0])

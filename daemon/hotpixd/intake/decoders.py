@@ -104,8 +104,12 @@ class Decoders:
         for _ in range(count):
             self._starter.submit(self._start_early)
 
-    def decode(self, path: Path, kind: ShotKind | None = None) -> Frame:
+    def decode(self, path: Path, kind: ShotKind | None = None, *, luma: bool | None = None) -> Frame:
         """Decode a file. Its samples are writable, and nobody changes them.
+
+        Parameters
+        ----------
+        luma : if it is to be other than that of all files
 
         Raises
         ------
@@ -123,7 +127,8 @@ class Decoders:
             if not stat.S_ISREG(about.st_mode):
                 raise DecodeError("this is not a regular file")
             base, per_mb = self._patience
-            return self._decoded(file, path.name, kind, base + per_mb * about.st_size / 1e6)
+            wanted = self._luma if luma is None else luma
+            return self._decoded(file, path.name, kind, base + per_mb * about.st_size / 1e6, luma=wanted)
         finally:
             os.close(file)
 
@@ -138,14 +143,14 @@ class Decoders:
             self._discard(worker)
         self._slots.close()
 
-    def _decoded(self, file: int, name: str, kind: ShotKind | None, patience_s: float) -> Frame:
+    def _decoded(self, file: int, name: str, kind: ShotKind | None, patience_s: float, *, luma: bool) -> Frame:
         deaths = []
         for _ in range(_TRIES):
             worker = self._take()
             # The last one may have ended anywhere in it.
             os.lseek(file, 0, os.SEEK_SET)
             try:
-                frame = worker.decode(file, kind, time.monotonic() + patience_s, luma=self._luma)
+                frame = worker.decode(file, kind, time.monotonic() + patience_s, luma=luma)
             except _Died as death:
                 self._discard(worker)
                 deaths.append(str(death))

@@ -139,6 +139,8 @@ class _Repairer:
             return Repaired(path, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
 
     def _repaired(self, path: Path) -> Repaired:
+        if path.is_dir():
+            raise PictureRefusedError("it is a folder; name the pictures in it")
         output = None if self._folder is None else self._folder / path.name
         if output is not None:
             self._require_free(output)

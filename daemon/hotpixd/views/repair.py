@@ -130,7 +130,10 @@ def sensor_of(sensors: Sequence[Sensor], frame: Frame, wish: Wish) -> Sensor:
         return sensor
     own = [sensor for sensor in sensors if _is_same(sensor, picture)]
     if own:
-        return _of_depth([sensor for sensor in own if _form(sensor) == _form_of(picture)] or own, frame)
+        # Of the colours of JPEGs and their luma, the one that is known better.
+        best = _of_depth(sorted(own, key=lambda sensor: -sensor["frames_counted"]), frame)
+        declared = {(pixel["x"], pixel["y"]): pixel for sensor in own for pixel in sensor.get("declared", [])}
+        return {**best, "declared": list(declared.values())}
     raise PictureRefusedError(f"it is of {_named(picture)}, of which there is no map{_hint(sensors, picture)}")
 
 

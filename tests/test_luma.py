@@ -15,7 +15,10 @@ from conftest import run, told
 from daemons import Daemon
 from hotpixd.intake.decode import decode
 from hotpixd.intake.decoders import Decoders
+from hotpixd.intake.files import find_shots
+from hotpixd.monitor import Fate, Monitor
 from hotpixd.simulate import VirtualSensor, write_series
+from hotpixd.store.state import State
 
 SENSOR = VirtualSensor(320, 240, hot=12, stuck=3, dead=3, seed=11, hot_range_adu_per_s=(3000.0, 12_000.0))
 FRAMES = 30
@@ -74,9 +77,13 @@ def test_it_finds_the_defects_that_red_green_and_blue_show(jpegs: Path, scanned_
     both = tmp_path / "state"
     assert run("scan", "--state", both, *sorted(jpegs.iterdir())[: FRAMES - 1]).returncode == 0
     assert len(places(luma)) >= len(places(sensors(both)[0])) >= 10
-    assert run("scan", "--luma", "--state", both, jpegs).returncode == 0
+    done = run("scan", "--luma", "--state", both, jpegs)
+    assert done.returncode == 0
+    assert f"{FRAMES - 1} of those known were folded as red, green and blue, and stay so." in done.stdout
     assert sorted(sensor["frames"] for sensor in sensors(both)) == [1, FRAMES - 1]
-    assert run("verify", "--state", both).returncode == 0
+    checked = run("verify", "--state", both)
+    assert checked.returncode == 0
+    assert checked.stdout.count("320x240 rendered, luma") == 1
 
 
 def test_a_healthy_sensor_has_no_defects_in_its_luma(tmp_path: Path):
@@ -102,6 +109,38 @@ def test_a_state_of_luma_can_be_made_anew(jpegs: Path, scanned_luma: Path, tmp_p
     (tmp_path / "state" / "ledger.sqlite").unlink()
     assert run("rebuild", "--luma", jpegs, "--state", tmp_path / "state").returncode == 0
     assert told(tmp_path / "state") == told(scanned_luma)
+
+
+def test_an_interruption_does_not_turn_luma_into_colours(jpegs: Path, tmp_path: Path):
+    """Whoever takes it up, shots stay in the statistic that they were folded into."""
+    shots = find_shots([str(path) for path in sorted(jpegs.iterdir())[:8]]).shots
+    decoders = Decoders(luma=True)
+    try:
+        with State(tmp_path / "state") as state, Monitor(state, decoders=decoders) as monitor:
+            assert [outcome.fate for outcome in monitor.process(shots)] == [Fate.FOLDED] * 8
+        with State(tmp_path / "whole") as state, Monitor(state, decoders=decoders) as monitor:
+            list(monitor.process(shots))
+            monitor.checkpoint()
+    finally:
+        decoders.close()
+    with State(tmp_path / "state") as state, Monitor(state) as monitor:
+        assert len(list(monitor.replay())) == 8
+        assert monitor.warnings == []
+        monitor.checkpoint()
+    assert told(tmp_path / "state") == told(tmp_path / "whole")
+
+
+def test_a_damaged_statistic_of_luma_is_cured_by_any_scan(jpegs: Path, scanned_luma: Path, tmp_path: Path):
+    """As `verify` promises, which does not know of what kind the next scan is."""
+    root = tmp_path / "state"
+    shutil.copytree(scanned_luma, root)
+    (generation,) = root.glob("sensors/*/gen-*.hpx")
+    content = bytearray(generation.read_bytes())
+    content[len(content) // 2] ^= 1
+    generation.write_bytes(content)
+    assert run("verify", "--state", root).returncode == 3
+    assert run("scan", "--state", root, jpegs).returncode == 0
+    assert told(root) == told(scanned_luma)
 
 
 def test_the_daemon_folds_it_if_its_configuration_says_so(jpegs: Path, scanned_luma: Path, tmp_path: Path):
@@ -132,3 +171,21 @@ def test_a_colour_jpeg_is_repaired_with_the_map_of_its_luma(scanned_luma: Path, 
     assert len(changed)
     distances = np.abs(changed[:, np.newaxis, :] - known).max(axis=2).min(axis=1)
     assert distances.max() < 32
+
+
+def test_of_two_maps_that_of_more_frames_is_taken_with_all_that_is_declared(jpegs: Path, tmp_path: Path):
+    """Both are of one body, and of one grid of pixels."""
+    root, files = tmp_path / "state", sorted(jpegs.iterdir())
+    assert run("scan", "--state", root, *files[:3]).returncode == 0
+    (colours,) = sensors(root)
+    assert run("mark", 3, 5, "--state", root).returncode == 0
+    assert run("scan", "--luma", "--state", root, jpegs).returncode == 0
+    done = run("repair", files[5], "-o", tmp_path / "out", "--state", root, "--json")
+    assert done.returncode == 0, done.stderr
+    (picture,) = json.loads(done.stdout)["pictures"]
+    assert picture["sensor"] != colours["id"]
+    assert picture["corrected"] >= 5
+    assert [d["why"] for d in picture["defects"] if (d["x"], d["y"]) == (3, 5)] == ["declared"]
+    refused = run("repair", jpegs, "-o", tmp_path / "none", "--state", root)
+    assert refused.returncode == 1
+    assert "it is a folder; name the pictures in it" in refused.stderr

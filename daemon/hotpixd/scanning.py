@@ -45,7 +45,7 @@ def run_scan(
     stop : becomes true when the user wants to stop
     on_disk, luma : see `Monitor`
     """
-    return _scan(state, listing, lambda: Monitor(state, on_disk=on_disk, luma=luma), stop)
+    return _scan(state, listing, lambda: Monitor(state, on_disk=on_disk, luma=luma), stop, luma=luma)
 
 
 def run_cluster_scan(
@@ -71,7 +71,9 @@ def run_cluster_scan(
             listing = _some_of(inputs.listing, wanted)
             if isinstance(listing, int):
                 return listing
-            return _scan(state, listing, lambda: ClusterMonitor(state, client, inputs.marks, luma=luma), stop)
+            return _scan(
+                state, listing, lambda: ClusterMonitor(state, client, inputs.marks, luma=luma), stop, luma=luma
+            )
     except (ClusterError, InputError) as error:
         _say(Console(stderr=True, highlight=False), str(error))
         return 2
@@ -91,7 +93,7 @@ def _some_of(listing: Listing, wanted: list[str]) -> Listing | int:
     return listing
 
 
-def _scan(state: State, listing: Listing, start: Callable[[], Monitor], stop: Callable[[], bool]) -> int:
+def _scan(state: State, listing: Listing, start: Callable[[], Monitor], stop: Callable[[], bool], *, luma: bool) -> int:
     console = Console(stderr=True, highlight=False)
     outcomes: list[Outcome] = []
     changes: Counter[str] = Counter()
@@ -119,6 +121,8 @@ def _scan(state: State, listing: Listing, start: Callable[[], Monitor], stop: Ca
                 f"  {others} of those known were folded as {'dark' if given is ShotKind.LIGHT else 'light'} frames, and"
                 " stay so. To change that: hotpixd rebuild FOLDER --kind ..."
             )
+        if luma:
+            _print_folded_in_colours(state, outcomes)
         _print_found(monitor, state, outcomes)
     if left:
         print(f"Interrupted: {left} shots are left. Run the same command again to go on where it stopped.")
@@ -171,6 +175,18 @@ def _print_found(monitor: Monitor, state: State, outcomes: list[Outcome]) -> Non
     if met:
         found = answers.defects(state, sensors=monitor.sensors(met))
         tables.print_defects(found, most=_DEFECTS_SHOWN, not_counted=answers.reasons_not_counted(state))
+
+
+def _print_folded_in_colours(state: State, outcomes: list[Outcome]) -> None:
+    """Say how many shots are known by their colours, where luma was asked for."""
+    known = Counter(o.sensor_id for o in outcomes if o.fate is Fate.KNOWN and o.sensor_id is not None)
+    coloured = [id_ for id_, about in state.ledger.sensors().items() if about["layout"]["channels"] > 1]
+    others = sum(known[id_] for id_ in coloured)
+    if others:
+        print(
+            f"  {others} of those known were folded as red, green and blue, and stay so. To change that:"
+            " hotpixd rebuild --luma FOLDER"
+        )
 
 
 def _print_fates(outcomes: list[Outcome], left: int) -> None:

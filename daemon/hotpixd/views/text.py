@@ -45,7 +45,8 @@ def sensor_name(sensor: Mapping[str, Any]) -> str:
     named = " ".join(word.strip() for word in words if word and word.strip()) or "Unknown camera"
     serial = f"serial {sensor['serial']}" if sensor["serial"] else "no serial number"
     depth = f", {sensor['bits']} bit" if sensor.get("bits") else ""
-    return printable(f"{named}, {serial}, {sensor['width']}x{sensor['height']} {sensor['samples']}{depth}")
+    luma = ", luma" if (sensor["samples"], sensor.get("colours")) == ("rendered", "L") else ""
+    return printable(f"{named}, {serial}, {sensor['width']}x{sensor['height']} {sensor['samples']}{luma}{depth}")
 
 
 def called(sensors: Sequence[_Sensor], wanted: str) -> list[_Sensor]:

@@ -125,6 +125,31 @@ def test_a_place_that_cannot_be_written_is_an_error_in_a_sentence(tmp_path: Path
         State(tmp_path / "state")
 
 
+def test_a_state_that_one_may_not_even_look_into_is_an_error_in_a_sentence(tmp_path: Path, monkeypatch) -> None:
+    """Whoever reads it is told whose it is, as whoever writes."""
+    State(tmp_path / "state").close()
+    look = os.stat
+
+    def closed(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if os.fspath(path).endswith("ledger.sqlite"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return look(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", closed)
+    for create in (True, False):
+        with pytest.raises(StateError, match=r"you have no right to write .*ledger\.sqlite.* Use it as the user"):
+            State(tmp_path / "state", create=create)
+
+
+def test_what_a_killed_backup_left_is_no_trace_of_shots(tmp_path: Path) -> None:
+    """In a state in which there never was any."""
+    State(tmp_path / "state").close()
+    (tmp_path / "state" / "ledger.sqlite").write_bytes(b"")
+    (tmp_path / "state" / "backup-0011.tmp").mkdir()
+    State(tmp_path / "state").close()
+    assert not (tmp_path / "state" / "backup-0011.tmp").exists()
+
+
 def test_a_damaged_ledger_does_not_keep_the_lock(tmp_path: Path) -> None:
     """After the error another try gets the same error, not StateLocked."""
     (tmp_path / "ledger.sqlite").write_bytes(b"x" * 5000)

@@ -82,10 +82,10 @@ class State:
         self.unusable: dict[Path, str] = {}
         """Generations that could not be used since this is open, though newer than what was used; why, and what is done
         about it."""
-        left = _look_for_ledger(self.root)
-        if not create and not (self.root / "ledger.sqlite").exists():
-            raise StateMissing(f"There is no state in {self.root} yet: no shot was ever watched or scanned.")
         try:
+            left = _look_for_ledger(self.root)
+            if not create and not (self.root / "ledger.sqlite").exists():
+                raise StateMissing(f"There is no state in {self.root} yet: no shot was ever watched or scanned.")
             with full_disk_as_state_full(f"for the state in {self.root}"):
                 if not (self.root / "ledger.sqlite").exists():
                     make_parents(self.root)
@@ -98,8 +98,8 @@ class State:
                         with suppress(IsADirectoryError):
                             unfinished.unlink()
                     self.declared = DeclaredLists(self.root / "declared")
-                    for left in self.root.glob("backup-*.tmp"):
-                        shutil.rmtree(left, ignore_errors=True)
+                    for unfinished in self.root.glob("backup-*.tmp"):
+                        shutil.rmtree(unfinished, ignore_errors=True)
                     self.spool = Spool(self.root / "spool")
                     self._mark = _Mark(self.root / "acknowledged")
                     try:

@@ -29,16 +29,17 @@ def run(script: str, *arguments: str) -> list[list[str]]:
 def test_detection_prints_a_table_for_each_series():
     """A row per step and seed with four numbers per method, a mean per step, a row per scene and per clean sensor."""
     small = ["--size", "150", "100", "--planted", "4", "1", "1", "--processes", "1", "--seeds", "3"]
-    rows = run("detection.py", *small, "--frames", "2", "3", "--only", "raw,jpeg,clean,dark", "--dark-frames", "2",
+    rows = run("detection.py", *small, "--frames", "2", "3", "--only", "raw,jpeg,luma,clean,dark", "--dark-frames", "2",
                "--clean-seeds", "1", "--clean-frames", "2")  # fmt: skip
     moving = [row for row in rows if row[0].strip("*") in ("2", "3")]
-    assert [row[1].strip("*") for row in moving] == ["3", "mean"] * 4
+    assert [row[1].strip("*") for row in moving] == ["3", "mean"] * 6
     assert all(len(cell.strip("*").split(" (")[0].split(" / ")) == 4 for row in moving for cell in row[2:4])
     assert [row[:5] for row in rows if row[0] == "dark"] == [
         ["dark", "raw", "2", "3", "2"],
         ["dark", "jpeg", "2", "3", "2"],
+        ["dark", "luma", "2", "3", "2"],
     ]
-    assert [row[:4] for row in rows[-2:]] == [["raw", "1", "2", "0"], ["jpeg", "1", "2", "0"]]
+    assert [row[:4] for row in rows[-3:]] == [[samples, "1", "2", "0"] for samples in ("raw", "jpeg", "luma")]
 
 
 def test_detection_counts_found_false_and_duplicates(monkeypatch: pytest.MonkeyPatch):

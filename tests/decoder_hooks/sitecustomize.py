@@ -96,12 +96,12 @@ def _install() -> None:
 
     real = decode._read
 
-    def read(file, place):
+    def read(file, place, **how):
         start = file.read(4096)
         file.seek(0)
         if start.startswith(b"HOSTILE "):
             _misbehave(start.partition(b"\n")[0].decode()[8:], decode)
-        return real(file, place)
+        return real(file, place, **how)
 
     decode._read = read
 

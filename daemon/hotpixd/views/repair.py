@@ -131,9 +131,9 @@ def sensor_of(sensors: Sequence[Sensor], frame: Frame, wish: Wish) -> Sensor:
     own = [sensor for sensor in sensors if _is_same(sensor, picture)]
     if own:
         # Of the colours of JPEGs and their luma, the one that is known better.
-        best = _of_depth(sorted(own, key=lambda sensor: -sensor["frames_counted"]), frame)
-        declared = {(pixel["x"], pixel["y"]): pixel for sensor in own for pixel in sensor.get("declared", [])}
-        return {**best, "declared": list(declared.values())}
+        best = _of_depth(sorted(own, key=lambda sensor: -sensor.get("frames_counted", 0)), frame)
+        others = [pixel for sensor in own if sensor is not best for pixel in sensor.get("declared", [])]
+        return {**best, "declared": [*best.get("declared", []), *others]} if others else best
     raise PictureRefusedError(f"it is of {_named(picture)}, of which there is no map{_hint(sensors, picture)}")
 
 

@@ -27,9 +27,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import HOTPIXD, Camera, environment, feed, run, told
+from daemons import Daemon
 from hotpixd import __version__
 from hotpixd.cli import app
 from hotpixd.store.checkpoint import generations
+from hotpixd.store.state import State
 
 HEAVY = {"numpy", "numba", "rawpy", "PIL", "astropy", "tifffile", "exifread"}
 
@@ -536,6 +538,22 @@ def test_3_when_the_state_cannot_be_written(scanned, tmp_path, camera, like_ever
     finally:
         tmp_path.chmod(0o700)
         root.chmod(0o700)
+
+
+def test_3_when_a_state_is_in_use_though_the_daemon_of_another_one_would_answer(tmp_path):
+    """An answer about another state is none."""
+    (tmp_path / "inbox").mkdir()
+    other = Daemon(tmp_path / "other", tmp_path, "watch", tmp_path / "inbox", "--plain")
+    try:
+        other.wait_ready()
+        mine = {**other.env, "STATE_DIRECTORY": str(tmp_path / "mine")}
+        with State(tmp_path / "mine"):
+            done = run("status", env=mine)
+        assert done.returncode == 3
+        assert f"{tmp_path / 'mine'} is in use by process {os.getpid()}" in done.stderr
+        assert run("status", "--state", tmp_path / "other", env=mine).returncode == 0
+    finally:
+        other.close()
 
 
 def test_3_when_the_home_cannot_be_written(camera, tmp_path):

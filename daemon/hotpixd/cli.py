@@ -894,15 +894,20 @@ def _asking(state: Path | None, own: Callable[[State], _Ask]) -> Iterator[_Ask]:
     socket = lock.answering(_state_dir(state))
     if socket is None:
         # Not before it is needed: a daemon's answer is shown without.
-        from hotpixd.store.state import State, StateDamaged, StateError
+        from hotpixd.store.state import State, StateDamaged, StateError, StateLocked
 
         try:
             opened = State(_state_dir(state), create=False)
         except StateDamaged:
             raise
-        except StateError as error:
+        except StateLocked as locked:
+            if locked.feed is None:
+                raise
+            # It has just begun to answer.
+            socket = locked.feed
+        except StateError:
             # Another user's: a service may have it open and answer those it lets in.
-            socket = (error.feed if isinstance(error, lock.StateLocked) else None) or _others_socket(state)
+            socket = _others_socket(state)
             if socket is None:
                 raise
         else:

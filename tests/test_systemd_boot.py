@@ -241,7 +241,8 @@ def test_how_it_hung_is_in_the_journal(service: Service):
     service.machine.run("kill", "-ABRT", service.pid())
     eventually(lambda: service.show("NRestarts") == "1" and service.show("ActiveState") == "active", "a restart")
     assert "Fatal Python error: Aborted" in service.said()
-    assert "Current thread" in service.said()
+    # Line by line, and not before what systemd has to say.
+    eventually(lambda: "Current thread" in service.said(), "its threads are told")
 
 
 def test_killed_it_comes_back_and_nothing_is_doubled(service: Service, camera: Camera):

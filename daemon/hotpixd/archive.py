@@ -167,7 +167,7 @@ class Saving:
         self._chain = kept.chain.hexdigest()
         if ledger_first:
             state.ledger.commit()
-        self._header, self._arrays = kept.sensor.lend(self)
+        self._header, self._arrays = kept.sensor.save(self)
         self._taken = {name: threading.Event() for name in self._arrays}
 
     def is_out(self, name: str) -> bool:

@@ -690,31 +690,28 @@ class Sensor:
         """Return the accumulator's digest over the frames named by `keys`."""
         return self.accumulator.digest(keys)
 
-    def save(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """Return the state as a header of plain values and arrays by name; those of the accumulator not copied."""
-        return self._header(), {**self.accumulator.arrays(), **self._small_arrays()}
+    def save(self, loan: Loan | None = None) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """Return the state as a header of plain values and arrays by name; those of the accumulator not copied.
 
-    def lend(self, loan: Loan) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """Return what `save` does, for another thread: see `Accumulator.lend`."""
-        return self._header(), {**self.accumulator.lend(loan), **self._small_arrays()}
-
-    def _header(self) -> dict[str, Any]:
-        return {
+        Parameters
+        ----------
+        loan : if another thread is to read these while folding goes on: see `Accumulator.lend`
+        """
+        header = {
             "frames": self.accumulator.frames,
             "counted": self.accumulator.counted,
             "found": self.found,
             **asdict(self._running),
         }
-
-    def _small_arrays(self) -> dict[str, NDArray[Any]]:
-        """Return all arrays but the accumulator's, copied."""
-        return {
+        arrays = {
+            **(self.accumulator.arrays() if loan is None else self.accumulator.lend(loan)),
             **self._tracks.arrays(),
             **self._gate.arrays(),
             "noise_squares": np.array(self._noise_squares),
             "null_extreme": np.array(self._rates.extreme),
             "null_outstanding": np.array(self._rates.outstanding),
         }
+        return header, arrays
 
     def restore(self, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
         """Take over what `save` once returned."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hotpixd.core.frame import Frame, SampleKind, SensorIdentity
 from hotpixd.core.inpaint import inpaint, local_noise
-from hotpixd.views.text import called, sensor_name
+from hotpixd.views.text import called, is_luma, sensor_name
 
 Sensor = Mapping[str, Any]
 """A sensor of the answer to `defects`."""
@@ -163,7 +163,7 @@ def _fits(sensor: Sensor, picture: SensorIdentity) -> bool:
     """Whether the places of a sensor's map are those of a picture: the luma of JPEGs knows them, though no colours."""
     *form, colours = _form(sensor)
     *its_form, its_colours = _form_of(picture)
-    return form == its_form and (colours == its_colours or (sensor["samples"] == "rendered" and colours == "L"))
+    return form == its_form and (colours == its_colours or is_luma(sensor))
 
 
 def _body(sensor: Sensor) -> tuple[str | None, str | None, str | None]:

@@ -45,8 +45,13 @@ def sensor_name(sensor: Mapping[str, Any]) -> str:
     named = " ".join(word.strip() for word in words if word and word.strip()) or "Unknown camera"
     serial = f"serial {sensor['serial']}" if sensor["serial"] else "no serial number"
     depth = f", {sensor['bits']} bit" if sensor.get("bits") else ""
-    luma = ", luma" if (sensor["samples"], sensor.get("colours")) == ("rendered", "L") else ""
+    luma = ", luma" if is_luma(sensor) else ""
     return printable(f"{named}, {serial}, {sensor['width']}x{sensor['height']} {sensor['samples']}{luma}{depth}")
+
+
+def is_luma(sensor: Mapping[str, Any]) -> bool:
+    """Tell whether a sensor's statistic is of the luma of its JPEGs, or of grey ones."""
+    return (sensor["samples"], sensor.get("colours")) == ("rendered", "L")
 
 
 def called(sensors: Sequence[_Sensor], wanted: str) -> list[_Sensor]:

@@ -175,7 +175,7 @@ class _Ahead:
 
 
 @dataclass(frozen=True, slots=True)
-class _Saving:
+class _Checkpoint:
     """Generations that another thread writes."""
 
     written: Future[None]
@@ -258,7 +258,7 @@ class Monitor:
         self._looking = ThreadPoolExecutor(1, "look")
         self._next_look: _Ahead | None = None
         self._saver = ThreadPoolExecutor(1, "checkpoint")
-        self._saving: _Saving | None = None
+        self._saving: _Checkpoint | None = None
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._covered_by_older: dict[str, int] = {}
         self._checkpointed_at = clock()
@@ -545,7 +545,9 @@ class Monitor:
         wake = self._wake or (lambda: None)
         written = self._saver.submit(_write, generations, wake)
         written.add_done_callback(lambda _: wake())
-        self._saving = _Saving(written, generations, self._checkpointed_at, self._since_checkpoint, self._bytes_since)
+        self._saving = _Checkpoint(
+            written, generations, self._checkpointed_at, self._since_checkpoint, self._bytes_since
+        )
         self._since_checkpoint = self._bytes_since = 0
 
     def _conclude_saving(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +117,60 @@ def tiff_ifd(entries: list[tuple[int, int, int, bytes]], start: int, order: str 
             field = value.ljust(4, b"\0")
         body += struct.pack(order + "HHI", tag, kind, count) + field
     return head + body + struct.pack(order + "I", following) + tail
+
+
+FLAT = (bytes((0, 0, 0, 14, 3, *[0] * 11)), bytes(range(17)))
+"""A Huffman table of short codes, 4 and 5 bits: (codes of each length, categories in the order of their codes)."""
+SKEWED = (bytes([1] * 16), bytes((7, 6, 8, 5, 9, 4, 10, 3, 11, 2, 12, 1, 13, 0, 14, 15)))
+"""One of codes of 1 to 16 bits."""
+
+
+def lossless_jpeg(
+    samples: np.ndarray,
+    components: int = 1,
+    predictor: int = 1,
+    bits: int = 14,
+    tables: Sequence[tuple[bytes, bytes]] = (FLAT,),
+) -> bytes:
+    """Encode (rows, width) samples as ITU-T T.81, Annex H, has it; component i has table i, or the last one."""
+    rows, width = samples.shape
+    numbers = [min(i, len(tables) - 1) for i in range(components)]
+    codes = []
+    for counts, categories in tables:
+        code, of = 0, {}
+        remaining = list(categories)
+        for length, count in enumerate(counts, 1):
+            for _ in range(count):
+                of[remaining.pop(0)] = format(code, f"0{length}b")
+                code += 1
+            code <<= 1
+        codes.append(of)
+    written = []
+    s = samples.astype(int)
+    for y in range(rows):
+        for x in range(width):
+            if x < components:
+                foretold = s[y - 1, x] if y else 1 << (bits - 1)
+            else:
+                a = s[y, x - components]
+                b, c = (s[y - 1, x], s[y - 1, x - components]) if y else (0, 0)
+                ways = (a, b, c, a + b - c, a + ((b - c) >> 1), b + ((a - c) >> 1), (a + b) >> 1)
+                foretold = ways[predictor - 1] if y else a
+            difference = int(s[y, x] - foretold)
+            category = abs(difference).bit_length()
+            written.append(codes[numbers[x % components]][category])
+            if category:
+                value = difference if difference > 0 else difference + (1 << category) - 1
+                written.append(format(value, f"0{category}b"))
+    stream = "".join(written)
+    stream += "1" * (-len(stream) % 8)
+    scan = int(stream, 2).to_bytes(len(stream) // 8, "big").replace(b"\xff", b"\xff\0")
+
+    def segment(marker: int, content: bytes) -> bytes:
+        return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+
+    frame = struct.pack(">BHHB", bits, rows, width // components, components)
+    frame += b"".join(bytes((i, 0x11, 0)) for i in range(components))
+    start = bytes((components, *(v for i in range(components) for v in (i, numbers[i] << 4)), predictor, 0, 0))
+    huffman = b"".join(segment(0xC4, bytes((i,)) + b"".join(table)) for i, table in enumerate(tables))
+    return b"\xff\xd8" + segment(0xC3, frame) + huffman + segment(0xDA, start) + scan + b"\xff\xd9"

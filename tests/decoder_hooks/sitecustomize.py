@@ -86,7 +86,7 @@ def _misbehave(order: str, decode) -> None:
             os._exit(3)
         raise decode.DecodeError("the second time it only refuses")
     elif name == "say":
-        with socket.socket(fileno=os.dup(int(sys.orig_argv[-3]))) as talk:
+        with socket.socket(fileno=os.dup(int(sys.orig_argv[-4]))) as talk:
             talk.send(rest.encode())
         time.sleep(3600)
 

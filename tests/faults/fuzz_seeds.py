@@ -147,10 +147,16 @@ def _real() -> list[Seed]:
     return [Seed(path.name, path.read_bytes()) for one in wanted for path in sorted(SHARED.glob(one))]
 
 
-def write_lossless_dng(path: Path, samples: np.ndarray, tile: tuple[int, int] | None = None) -> None:
+def write_lossless_dng(
+    path: Path,
+    samples: np.ndarray,
+    tile: tuple[int, int] | None = None,
+    encode: Callable[[np.ndarray], bytes] | None = None,
+) -> None:
     """Write a DNG compressed with lossless JPEG, as cameras and Adobe's converter do."""
     import imagecodecs
 
+    encode = encode or (lambda part: imagecodecs.ljpeg_encode(np.ascontiguousarray(part), bitspersample=14))
     height, width = samples.shape
     rows, cols = tile or (height, width)
     coded = []
@@ -158,7 +164,7 @@ def write_lossless_dng(path: Path, samples: np.ndarray, tile: tuple[int, int] | 
         for left in range(0, width, cols):
             part = samples[top : top + rows, left : left + cols]
             part = np.pad(part, ((0, rows - part.shape[0]), (0, cols - part.shape[1])), "edge")
-            coded.append(imagecodecs.ljpeg_encode(np.ascontiguousarray(part), bitspersample=14))
+            coded.append(encode(part))
     _write_raw_tiff(path, samples.shape, 16, 7, coded, tile)
 
 

@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 
 from hotpixd.core.darkness import looks_dark
 from hotpixd.core.frame import Frame, SampleKind, Samples, SensorIdentity, SensorLayout, ShotInfo, ShotKind
-from hotpixd.intake import extent, metadata, plain_dng
+from hotpixd.intake import dng, extent, metadata
+from hotpixd.intake.dng import Reading
 from hotpixd.intake.metadata import Metadata
-from hotpixd.intake.plain_dng import Reading
 
 MAX_PIXELS = 400_000_000
 """Twice the largest sensor on sale with pixel shift; more is a broken header or a decompression bomb."""
@@ -433,34 +433,37 @@ def _from_pixels(samples: NDArray[np.generic], about: Metadata, colours: str = "
 
 def _read_dng(file: BinaryIO, place: Place) -> _Picture:
     """Read a raw file that is a TIFF: without LibRaw where that would only copy."""
-    plain = plain_dng.find(file)
-    reading = None if plain is None else plain_dng.known(plain)
+    mosaic = dng.find(file)
+    reading = None if mosaic is None else dng.known(mosaic)
     file.seek(0)
     about = metadata.from_file(file)
     # What is missing LibRaw may know.
-    if plain is not None and reading is not None and None not in (about.exposure_s, about.iso, about.taken_at):
-        placed = _placed(file, place, plain, reading)
+    if mosaic is not None and reading is not None and None not in (about.exposure_s, about.iso, about.taken_at):
+        placed = _placed(file, place, mosaic, reading)
         if placed is not None:
             return _raw_picture(placed, about, reading)
     samples, about, reading = _by_libraw(file, about)
-    if plain is not None and plain_dng.is_new(plain):
-        plain_dng.learn(plain, reading, samples, file)
+    if mosaic is not None and dng.is_new(mosaic):
+        dng.learn(mosaic, reading, samples, file)
     return _raw_picture(samples, about, reading)
 
 
-def _placed(file: BinaryIO, place: Place, plain: plain_dng.Plain, reading: Reading) -> NDArray[np.uint16] | None:
+def _placed(file: BinaryIO, place: Place, mosaic: dng.Mosaic, reading: Reading) -> NDArray[np.uint16] | None:
     """Return the samples of a DNG; None if anything is wrong with it.
 
     What that is LibRaw has to say: the reason must not depend on which shots came before.
     """
-    if extent.raw_fault(file, plain.width, plain.height, reading.colours) is not None or _ends_empty(file):
+    if extent.raw_fault(file, mosaic.width, mosaic.height, reading.colours) is not None or _ends_empty(file):
         return None
-    if file.seek(0, io.SEEK_END) < plain.end:
+    if file.seek(0, io.SEEK_END) < mosaic.end:
         return None
-    # Memory is given once: there must be no way back from here.
+    # Memory is given once: what LibRaw makes of a file that is not whole has to go there, too.
     samples = place((reading.height, reading.width), np.dtype(np.uint16))
-    if not plain_dng.read_into(samples, plain, reading, file):
-        raise DecodeError(_broken("raw"))
+    if not dng.read_into(samples, mosaic, reading, file):
+        theirs, _, _ = _by_libraw(file, Metadata())
+        if theirs.shape != samples.shape:
+            raise DecodeError(_broken("raw"))
+        samples[...] = theirs
     return samples
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hotpixd.core.frame import Frame, ShotKind
-from hotpixd.intake import jail
+from hotpixd.intake import dng, jail
 from hotpixd.intake.decode import DecodeError, decode_file, keep_large_buffers
 
 MESSAGE_BYTES = 1 << 16
@@ -59,8 +59,9 @@ class _Worker:
 
     def _done(self, file: Any, kind: ShotKind | None, *, luma: bool) -> dict[str, Any]:
         try:
+            dng.loops.wanted = False
             frame = decode_file(file, kind, self._place, luma=luma)
-            return {"frame": _described(frame)}
+            return {"frame": _described(frame), "wants_loops": dng.loops.wanted}
         except DecodeError as error:
             return {"refused": str(error)}
         except MemoryError:
@@ -124,11 +125,17 @@ def _sendable(value: Any) -> Any:
 
 
 def main() -> None:
-    """Run as ``python -m hotpixd.intake.decode_worker SOCKET PARENT MEMORY``."""
-    number, parent, memory = map(int, sys.argv[1:4])
+    """Run as ``python -m hotpixd.intake.decode_worker SOCKET PARENT MEMORY LOOPS``.
+
+    LOOPS is 1 for a worker with the compiled loops: they cannot be loaded once it is in its jail.
+    """
+    number, parent, memory, with_loops = map(int, sys.argv[1:5])
     keep_large_buffers()
     for name in _NEEDED:
         importlib.import_module(name)
+    dng.loops.allowed = bool(with_loops)
+    if with_loops:
+        importlib.import_module("hotpixd.core.lossless").load()
     missing = jail.enter(memory, parent)
     with socket.socket(fileno=number) as talk:
         talk.send(json.dumps({"ready": missing}).encode())

@@ -4,6 +4,10 @@ A job hands an open file to a worker (see `decode_worker`) and gets a `Frame` wh
 share: nothing of them is copied between the processes. A worker that dies, or does not answer in time, is replaced,
 and the job is done once more by a new one; a file that ends two is refused, and the reason says how.
 
+Workers start without the compiled loops, which few cameras' files need and which take a second and some memory to
+load. When a file would have been read faster with them, workers that have them are started, and take over when they
+are ready.
+
 What a worker says is not trusted: a broken decoder may have been taken over by the file. It is only believed as far as
 it describes samples that are really there.
 """
@@ -19,6 +23,7 @@ import math
 import mmap
 import os
 import re
+import select
 import signal
 import socket
 import stat
@@ -98,6 +103,7 @@ class Decoders:
         self._all: set[_Worker] = set()
         self._lock = threading.Lock()
         self._closed = False
+        self._with_loops = False
         self._told: set[str] = set()
         # A worker ends with the thread that started it: with this one, and not with one of our callers.
         self._starter = ThreadPoolExecutor(1, "decoders")
@@ -162,6 +168,8 @@ class Decoders:
                 raise
             else:
                 self._give_back(worker)
+                if worker.wants_loops:
+                    self._replace_all()
                 return frame
         if self._closed:
             raise DecodersFailedError("The decoders were closed.")
@@ -192,14 +200,33 @@ class Decoders:
 
     def _idle_one(self) -> _Worker | None:
         with self._lock:
+            # Those that are still to load their loops come last, those that they replace go when they are ready.
+            self._idle.sort(key=lambda worker: (worker.is_ready(), worker.with_loops))
+            if self._idle and self._idle[-1].with_loops and self._idle[-1].is_ready():
+                for worker in [worker for worker in self._idle if not worker.with_loops]:
+                    self._idle.remove(worker)
+                    self._drop(worker)
             while self._idle:
                 worker = self._idle.pop()
                 if worker.alive:
                     return worker
                 # Not by a file: nobody is to blame.
-                self._all.discard(worker)
-                worker.close()
+                self._drop(worker)
         return None
+
+    def _drop(self, worker: _Worker) -> None:
+        self._all.discard(worker)
+        worker.close()
+
+    def _replace_all(self) -> None:
+        """Start as many workers with the compiled loops as there are without."""
+        with self._lock:
+            if self._with_loops or self._closed:
+                return
+            self._with_loops = True
+            for worker in self._all:
+                if not worker.with_loops:
+                    self._starter.submit(self._start_early)
 
     def _give_back(self, worker: _Worker) -> None:
         if worker.amid_a_job:
@@ -218,7 +245,7 @@ class Decoders:
         with self._lock:
             if self._closed:
                 raise DecodersFailedError("they were closed")
-            worker = _Worker(self._memory, self._slots)
+            worker = _Worker(self._memory, self._slots, self._with_loops)
             self._all.add(worker)
             return worker
 
@@ -321,6 +348,9 @@ class _Worker:
 
     memory: int
     slots: _Slots
+    with_loops: bool
+    wants_loops: bool = False
+    """Whether it would have been faster with the compiled loops."""
     missing: list[str] | None = None
     """Which walls its jail lacks, in words; None until it is ready."""
     known: set[int] = field(default_factory=set)
@@ -331,7 +361,7 @@ class _Worker:
         self._talk, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                orders = map(str, (theirs.fileno(), os.getpid(), self.memory))
+                orders = map(str, (theirs.fileno(), os.getpid(), self.memory, int(self.with_loops)))
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", "-m", "hotpixd.intake.decode_worker", *orders],
                     stdin=subprocess.DEVNULL,
@@ -360,6 +390,14 @@ class _Worker:
                 raise _Died("it did not start as it should")
             self.missing = [str(name) for name in missing]
         return self.missing
+
+    def is_ready(self) -> bool:
+        """Whether it takes jobs, as far as it has said."""
+        if self.missing is not None:
+            return True
+        said = select.poll()
+        said.register(self._talk, select.POLLIN)
+        return bool(said.poll(0))
 
     @property
     def alive(self) -> bool:
@@ -391,6 +429,7 @@ class _Worker:
                     self._say({"slot": slot.number}, None if slot.number in self.known else slot.file)
                     self.known.add(slot.number)
                 elif "frame" in answer and slot is not None:
+                    self.wants_loops = answer.get("wants_loops") is True
                     about = _frame(answer["frame"], shape, dtype)
                     samples, slot = self.slots.lease(slot, shape, dtype), None
                     return about(samples)
@@ -442,8 +481,9 @@ class _Worker:
 
 
 def _environment() -> dict[str, str]:
-    """Return what a worker gets to know: where modules are, and nothing that may be secret."""
-    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
+    """Return what a worker gets to know: where modules and compiled loops are, and nothing that may be secret."""
+    names = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "NUMBA_CACHE_DIR")
+    kept = {name: os.environ[name] for name in names if name in os.environ}
     # One thread per worker: there are as many workers as cores for them.
     return {**kept, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HOME": "/nonexistent"}
 

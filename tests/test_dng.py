@@ -11,7 +11,7 @@ import pytest
 import rawpy
 import tifffile
 
-from hotpixd.intake import plain_dng
+from hotpixd.intake import dng
 from hotpixd.intake.decode import DecodeError, decode
 
 RGGB, XTRANS = bytes((0, 1, 1, 2)), bytes("RGB".index(c) for c in "GGRGGBGGBGGRBRGRBGGGBGGRGGRGGBRBGBRG")
@@ -21,9 +21,9 @@ MATRIX = (*ONE, *ZERO, *ZERO, *ZERO, *ONE, *ZERO, *ZERO, *ZERO, *ONE)
 
 @pytest.fixture(autouse=True)
 def nothing_known() -> Iterator[None]:
-    plain_dng._known.clear()
+    dng._known.clear()
     yield
-    plain_dng._known.clear()
+    dng._known.clear()
 
 
 def write(path: Path, samples: np.ndarray, pattern: bytes = RGGB, *, byteorder: Any = "<", **more: Any) -> Path:
@@ -82,7 +82,7 @@ def test_another_header_is_compared_anew(tmp_path: Path):
     decode(write(tmp_path / "1.dng", shot(1)))
     other = write(tmp_path / "2.dng", shot(2), area=AREA)
     assert decode(other).samples.shape == (84, 120)
-    assert len(plain_dng._known) == 2
+    assert len(dng._known) == 2
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_what_takes_more_than_reading_is_left_to_libraw(tmp_path: Path, more: di
     for n in (1, 2):
         path = write(tmp_path / f"{n}.dng", shot(n), byteorder=order, **more)
         with path.open("rb", buffering=0) as file:
-            assert plain_dng.find(file) is None
+            assert dng.find(file) is None
         np.testing.assert_array_equal(decode(path).samples, by_libraw(path))
 
 
@@ -106,12 +106,12 @@ def test_a_header_of_which_libraw_makes_something_else_is_never_read_here(tmp_pa
     """The control: were its samples shifted by a row, the comparison must see it."""
     path = write(tmp_path / "1.dng", shot(1))
     with path.open("rb", buffering=0) as file:
-        plain = plain_dng.find(file)
+        plain = dng.find(file)
         assert plain is not None
         shifted = np.roll(by_libraw(path), 1, axis=0)
-        plain_dng.learn(plain, plain_dng.Reading(0, 0, 132, 96, "RGGB", 200.0, 60000.0), shifted, file)
-    assert not plain_dng.is_new(plain)
-    assert plain_dng.known(plain) is None
+        dng.learn(plain, dng.Reading(0, 0, 132, 96, "RGGB", 200.0, 60000.0), shifted, file)
+    assert not dng.is_new(plain)
+    assert dng.known(plain) is None
     np.testing.assert_array_equal(decode(path).samples, by_libraw(path))
 
 

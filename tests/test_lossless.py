@@ -1,0 +1,236 @@
+"""Lossless JPEGs: our loops make of them what the standard says and LibRaw does, or leave them to LibRaw."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rawpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.append(str(Path(__file__).parent / "faults"))
+
+from fuzz_seeds import write_lossless_dng
+
+from hotpixd.core.frame import Frame
+from hotpixd.intake import dng
+from hotpixd.intake.decode import DecodeError, decode
+from hotpixd.intake.decoders import Decoders
+from hotpixd.intake.lossless_jpeg import Reader
+from pictures import FLAT, SKEWED, lossless_jpeg, mosaic
+
+SHAPE = (96, 112)
+TILE = (48, 64)
+
+
+@pytest.fixture(autouse=True)
+def nothing_known() -> Iterator[None]:
+    dng._known.clear()
+    yield
+    dng._known.clear()
+
+
+def noise(seed: int, shape: tuple[int, int], bits: int) -> np.ndarray:
+    """Return samples of which some differ little from their neighbours, and some as much as there is."""
+    random = np.random.default_rng(seed)
+    smooth = np.clip((1 << (bits - 1)) + random.normal(0, 20, shape).cumsum(axis=1), 0, (1 << bits) - 1)
+    wild = random.integers(0, 1 << bits, shape)
+    return np.where(random.random(shape) < 0.1, wild, smooth).astype(np.uint16)
+
+
+def by_libraw(path: Path) -> np.ndarray:
+    with rawpy.imread(str(path)) as raw:
+        return raw.raw_image_visible.copy()
+
+
+# --- the loops
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 1 << 32),
+    rows=st.integers(1, 7),
+    groups=st.integers(1, 9),
+    components=st.sampled_from((1, 2, 4)),
+    predictor=st.integers(1, 7),
+    bits=st.integers(9, 16),
+    tables=st.sampled_from(((FLAT,), (SKEWED,), (FLAT, SKEWED))),
+)
+def test_what_was_encoded_comes_out(seed, rows, groups, components, predictor, bits, tables):
+    """All predictors, depths, components, short and long codes; or nothing, where a difference has 16 bits."""
+    samples = noise(seed, (rows, groups * components), bits)
+    try:
+        coded = lossless_jpeg(samples, components, predictor, bits, tables[: components if components < 4 else 1])
+    except KeyError:  # a difference of 17 bits, which only wraps around
+        return
+    found = Reader().read(coded, samples.shape)
+    if found is None:
+        # The only reason: a category of which decoders make different things.
+        assert bits == 16
+    else:
+        np.testing.assert_array_equal(found, samples)
+
+
+def test_memory_used_before_leaves_nothing_behind():
+    """A reader is used for all tiles of a picture, the last of which may be small."""
+    reader = Reader()
+    for shape in ((40, 64), (7, 20), (40, 64)):
+        samples = noise(shape[0], shape, 14)
+        found = reader.read(lossless_jpeg(samples, 2, 6), shape)
+        np.testing.assert_array_equal(found, samples)
+
+
+def test_rows_of_another_length_are_those_of_the_tile():
+    """Some writers store two rows of a tile as one."""
+    samples = noise(1, (8, 24), 14)
+    found = Reader().read(lossless_jpeg(samples.reshape(4, 48), 2), (8, 24))
+    np.testing.assert_array_equal(found, samples)
+
+
+def changed(coded: bytes, old: bytes, new: bytes) -> bytes:
+    assert coded.count(old) == 1
+    return coded.replace(old, new)
+
+
+WHOLE = lossless_jpeg(noise(3, (6, 8), 14), 2)
+SCAN_START = bytes((0xFF, 0xDA, 0, 10, 2, 0, 0, 1, 0))
+
+
+@pytest.mark.parametrize(
+    "coded",
+    [
+        b"",
+        WHOLE[:-2],
+        WHOLE[:-3] + WHOLE[-2:],
+        WHOLE[:-2] + b"\0\0" + WHOLE[-2:],
+        WHOLE[:-2] + b"\xff\xd0" + WHOLE[-2:],
+        changed(WHOLE, b"\xff\xc3", b"\xff\xc0"),
+        changed(WHOLE, b"\xff\xda", b"\xff\xdd\0\4\0\2\xff\xda"),
+        changed(WHOLE, SCAN_START + b"\1\0\0", SCAN_START + b"\1\0\1"),
+        changed(WHOLE, SCAN_START + b"\1\0\0", SCAN_START + b"\0\0\0"),
+        changed(WHOLE, SCAN_START, SCAN_START[:-1] + b"\x10"),
+        changed(WHOLE, b"\1\x11\0", b"\1\x22\0"),
+        changed(WHOLE, bytes((0, 14, 14, 0, 6)), bytes((0, 14, 14, 0, 7))),
+        changed(WHOLE, bytes((0, 14, 14, 0, 6)), bytes((0, 14, 12, 0, 6))),
+        changed(WHOLE, bytes((14, 3, 0)), bytes((14, 6, 0))),
+    ],
+    ids=[
+        *("empty", "no end", "a byte short", "a byte too long", "a marker within", "not lossless", "restarts"),
+        *("shifted", "no predictor", "a table that is not there", "subsampled", "a row too many", "fewer bits"),
+        "more codes than there can be",
+    ],
+)
+def test_what_is_out_of_the_ordinary_is_not_read(coded):
+    """The control of all these: the file from which they are made is."""
+    assert Reader().read(WHOLE, (6, 8)) is not None
+    assert Reader().read(coded, (6, 8)) is None
+
+
+def test_a_table_by_another_number_is_not_read():
+    """The standard takes the one that the scan names, LibRaw the one of the component's number."""
+    samples = noise(3, (6, 8), 14)
+    coded = lossless_jpeg(samples, 2, tables=(FLAT, SKEWED))
+    assert Reader().read(coded, (6, 8)) is not None
+    assert Reader().read(changed(coded, bytes((2, 0, 0, 1, 0x10)), bytes((2, 0, 0x10, 1, 0))), (6, 8)) is None
+
+
+# --- beside LibRaw
+
+
+@pytest.mark.parametrize("tile", [None, TILE, (32, SHAPE[1])], ids=["strip", "tiles", "tiles as wide as the picture"])
+@pytest.mark.parametrize("how", [(1, 6, 14, (FLAT,)), (2, 1, 14, (SKEWED,)), (2, 7, 16, (FLAT,)), (1, 4, 14, (FLAT,))])
+def test_later_shots_equal_libraws_without_it(tmp_path, tile, how, monkeypatch):
+    def shot(seed: int) -> Path:
+        path = tmp_path / f"{seed}.dng"
+        write_lossless_dng(path, mosaic(*SHAPE) + np.uint16(seed), tile, lambda part: lossless_jpeg(part, *how))
+        return path
+
+    first = decode(shot(1))
+    expected = by_libraw(shot(2))
+    monkeypatch.setattr("hotpixd.intake.decode._by_libraw", None)
+    frame = decode(tmp_path / "2.dng")
+    np.testing.assert_array_equal(frame.samples, expected)
+    np.testing.assert_array_equal(frame.samples, mosaic(*SHAPE) + 2)
+    assert (frame.sensor, frame.info, frame.kind) == (first.sensor, first.info, first.kind)
+
+
+def outcome(path: Path) -> Frame | str:
+    try:
+        return decode(path)
+    except DecodeError as error:
+        return str(error)
+
+
+def test_what_comes_of_a_damaged_file_does_not_depend_on_the_shots_before(tmp_path, monkeypatch):
+    """Of each of 400 some bytes are changed. Read as a first and as a later one, it is the same picture or refusal."""
+    whole = tmp_path / "whole.dng"
+    write_lossless_dng(whole, mosaic(*SHAPE), TILE, lambda part: lossless_jpeg(part, 2, 1, 14, (SKEWED,)))
+    content = whole.read_bytes()
+    start = content.index(b"\xff\xd8")
+    random = np.random.default_rng(1)
+    broken = tmp_path / "broken.dng"
+    read_here = []
+    read_into = dng.read_into
+    monkeypatch.setattr(dng, "read_into", lambda *args: read_here.append(read_into(*args)) or read_here[-1])
+    for _ in range(1000):
+        damaged = bytearray(content)
+        for at in random.integers(start, len(content), random.integers(1, 4)):
+            damaged[at] ^= 1 << random.integers(8)
+        broken.write_bytes(damaged)
+        dng._known.clear()
+        first = outcome(broken)
+        dng._known.clear()
+        decode(whole)
+        later = outcome(broken)
+        if isinstance(first, str):
+            assert later == first
+        else:
+            assert isinstance(later, Frame)
+            np.testing.assert_array_equal(later.samples, first.samples)
+    # Neither way is hardly ever taken.
+    assert sum(read_here) > 20
+    assert len(read_here) - sum(read_here) > 20
+
+
+# --- in the jail
+
+
+def test_workers_with_the_loops_take_over(tmp_path):
+    """The first shots are read by LibRaw; no shot waits for the loops, and none is read differently."""
+    paths = [tmp_path / f"{n}.dng" for n in range(3)]
+    for n, path in enumerate(paths):
+        write_lossless_dng(path, mosaic(*SHAPE) + np.uint16(n), TILE)
+    with closing(Decoders(2)) as decoders:
+        decoders.decode(paths[0])
+        before = len(decoders._all)
+        until = time.monotonic() + 120
+        while True:
+            for n, path in enumerate(paths):
+                np.testing.assert_array_equal(decoders.decode(path).samples, mosaic(*SHAPE) + n)
+            workers = list(decoders._all)
+            if all(worker.with_loops for worker in workers):
+                break
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        assert len(workers) <= max(before, 2)
+        # One that dies is replaced by its like.
+        for worker in workers:
+            worker.kill()
+        np.testing.assert_array_equal(decoders.decode(paths[0]).samples, mosaic(*SHAPE))
+        assert all(worker.with_loops for worker in decoders._all)
+
+
+def test_who_decodes_nothing_of_the_kind_loads_no_loops(tmp_path):
+    from pictures import write_dng
+
+    write_dng(tmp_path / "plain.dng", mosaic())
+    with closing(Decoders(2)) as decoders:
+        for _ in range(3):
+            decoders.decode(tmp_path / "plain.dng")
+        assert not any(worker.with_loops for worker in decoders._all)

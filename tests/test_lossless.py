@@ -198,6 +198,41 @@ def test_what_comes_of_a_damaged_file_does_not_depend_on_the_shots_before(tmp_pa
     assert len(read_here) - sum(read_here) > 20
 
 
+def in_the_last_tile(tmp_path: Path, change: Callable[[bytes], bytes]) -> Path:
+    """Write a DNG whose last tile is changed."""
+    path = tmp_path / "broken.dng"
+    write_lossless_dng(path, mosaic(*SHAPE), TILE, lambda part: lossless_jpeg(part, 2, 1, 14, (SKEWED,)))
+    content = path.read_bytes()
+    at = content.rindex(b"\xff\xd8")
+    path.write_bytes(content[:at] + change(content[at:]))
+    return path
+
+
+def test_samples_that_libraw_complains_of_are_refused(tmp_path):
+    """It prints a line and goes on, with samples that are beyond their depth or of another place."""
+    path = in_the_last_tile(tmp_path, lambda tile: tile[:-400] + bytes(200) + tile[-200:])
+    with pytest.raises(DecodeError, match="the raw file is damaged"):
+        decode(path)
+
+
+def test_a_tile_that_is_no_jpeg_is_refused(tmp_path):
+    """LibRaw leaves out what follows, without a word."""
+    with pytest.raises(DecodeError, match="the file is damaged"):
+        decode(in_the_last_tile(tmp_path, lambda tile: b"\0\0" + tile[2:]))
+
+
+def test_samples_that_libraw_does_not_decode_are_none_of_another_picture(tmp_path, monkeypatch):
+    """Without both checks: it leaves their memory as it was. What was there before must not be taken for samples."""
+    monkeypatch.setattr("hotpixd.intake.extent.raw_fault", lambda *_: None)
+    path = in_the_last_tile(tmp_path, lambda tile: b"\0\0" + tile[2:])
+    whole = tmp_path / "whole.dng"
+    write_lossless_dng(whole, mosaic(*SHAPE), TILE)
+    for _ in range(5):
+        dng._known.clear()
+        decode(whole)
+        assert not decode(path).samples[TILE[0] :, TILE[1] :].any()
+
+
 # --- in the jail
 
 

@@ -97,7 +97,7 @@ _RAW_STARTS = (
     (0, b"BOTC"),
 )  # fmt: skip
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_PERTURB, _M_ARENA_MAX = -1, -4, -6, -8  # malloc.h
 _CFA, _LINEAR_RAW = 32803, 34892
 _RAW_COMPRESSIONS = {262, 32767, 32769, 32770, 34713, 65000, 65535}
 
@@ -442,7 +442,7 @@ def _read_dng(file: BinaryIO, place: Place) -> _Picture:
         placed = _placed(file, place, mosaic, reading)
         if placed is not None:
             return _raw_picture(placed, about, reading)
-    samples, about, reading = _by_libraw(file, about)
+    samples, about, reading = _by_libraw(file, about, coded=mosaic is not None and mosaic.coded)
     if mosaic is not None and dng.is_new(mosaic):
         dng.learn(mosaic, reading, samples, file)
     return _raw_picture(samples, about, reading)
@@ -460,7 +460,7 @@ def _placed(file: BinaryIO, place: Place, mosaic: dng.Mosaic, reading: Reading) 
     # Memory is given once: what LibRaw makes of a file that is not whole has to go there, too.
     samples = place((reading.height, reading.width), np.dtype(np.uint16))
     if not dng.read_into(samples, mosaic, reading, file):
-        theirs, _, _ = _by_libraw(file, Metadata())
+        theirs, _, _ = _by_libraw(file, Metadata(), coded=mosaic.coded)
         if theirs.shape != samples.shape:
             raise DecodeError(_broken("raw"))
         samples[...] = theirs
@@ -484,11 +484,20 @@ def _raw_picture(samples: NDArray[Any], about: Metadata, reading: Reading) -> _P
     )
 
 
-def _by_libraw(file: BinaryIO, about: Metadata) -> tuple[NDArray[Any], Metadata, Reading]:
-    """Return the visible samples, `about` with what LibRaw knows besides, and what it has made of the file."""
+def _by_libraw(file: BinaryIO, about: Metadata, *, coded: bool = False) -> tuple[NDArray[Any], Metadata, Reading]:
+    """Return the visible samples, `about` with what LibRaw knows besides, and what it has made of the file.
+
+    Parameters
+    ----------
+    coded : whether the samples are lossless JPEGs, of which LibRaw complains only if they are damaged. Of other formats
+        it does so of whole files, too; whether a frame is good is not to be told by that.
+    """
     file.seek(0)
-    with _silent_stderr():
-        return _unpacked(file, about)
+    with _stderr.kept() as complaints:
+        unpacked = _unpacked(file, about)
+        if coded and complaints():
+            raise DecodeError(_broken("raw"))
+        return unpacked
 
 
 def _unpacked(file: BinaryIO, about: Metadata) -> tuple[NDArray[Any], Metadata, Reading]:
@@ -500,7 +509,8 @@ def _unpacked(file: BinaryIO, about: Metadata) -> tuple[NDArray[Any], Metadata, 
     try:
         # From memory: LibRaw takes names besides, but a decoder in its jail has none to give. Both take as long.
         raw.open_buffer(file)
-        raw.unpack()
+        with _blank_memory():
+            raw.unpack()
         if raw.raw_type is not rawpy.RawType.Flat:
             raise DecodeError(
                 "this raw file holds computed colours (linear DNG, sRAW or Foveon), not the sensor's samples;"
@@ -787,9 +797,10 @@ def keep_large_buffers() -> bool:
 
 
 class _Stderr:
-    """Turns the C library's stderr away while LibRaw runs, which prints its complaints there.
+    """Keeps what the C library writes to stderr while LibRaw runs, which complains there of damaged files.
 
-    Python writes to file descriptor 2 itself, so logs and tracebacks of other threads still arrive.
+    Python writes to file descriptor 2 itself, so logs and tracebacks of other threads still arrive. Of two threads that
+    decode, both get the complaints of either.
     """
 
     def __init__(self) -> None:
@@ -797,26 +808,28 @@ class _Stderr:
         self._users = 0
         self._variable: ctypes.c_void_p | None = None
         self._real: int | None = None
-        self._null: int | None = None
         # Elsewhere (musl) the variable is constant and writing it would crash.
         if platform.libc_ver()[0] == "glibc":
-            library = ctypes.CDLL(None)
-            library.fopen.restype = ctypes.c_void_p
-            self._variable = ctypes.c_void_p.in_dll(library, "stderr")
-            self._null = library.fopen(b"/dev/null", b"w")
+            self._library = ctypes.CDLL(None)
+            self._variable = ctypes.c_void_p.in_dll(self._library, "stderr")
+            self._text, self._length = ctypes.c_void_p(), ctypes.c_size_t()
+            self._library.open_memstream.restype = ctypes.c_void_p
+            self._kept = self._library.open_memstream(ctypes.byref(self._text), ctypes.byref(self._length))
 
     @contextlib.contextmanager
-    def silent(self) -> Iterator[None]:
-        if self._variable is None or self._null is None:
-            yield
+    def kept(self) -> Iterator[Callable[[], bool]]:
+        """Give what tells whether anything was written since."""
+        if self._variable is None or self._kept is None:
+            yield lambda: False
             return
         with self._lock:
             if self._users == 0:
+                self._library.rewind(ctypes.c_void_p(self._kept))
                 self._real = self._variable.value
-                self._variable.value = self._null
+                self._variable.value = self._kept
             self._users += 1
         try:
-            yield
+            yield lambda: self._library.ftell(ctypes.c_void_p(self._kept)) > 0
         finally:
             with self._lock:
                 self._users -= 1
@@ -825,4 +838,20 @@ class _Stderr:
 
 
 _stderr = _Stderr()
-_silent_stderr = _stderr.silent
+
+
+@contextlib.contextmanager
+def _blank_memory() -> Iterator[None]:
+    """Have the C allocator fill what it gives: LibRaw leaves samples that it cannot decode as they were before.
+
+    A damaged file would come out differently each time it is read (12 of 2,500 damaged DNGs did); a replay must not.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_M_PERTURB, 0xFF)  # memory is filled with the complement
+    try:
+        yield
+    finally:
+        mallopt(_M_PERTURB, 0)

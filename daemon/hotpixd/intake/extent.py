@@ -32,6 +32,10 @@ CFA, LINEAR_RAW = 32803, 34892
 
 _STORED, _LZW, _JPEG, _DEFLATE, _PACKBITS = 1, 5, 7, (8, 32946), 32773
 _PATTERN_SIDES, _PATTERN = 33421, 33422
+
+_JPEG_HEADER = 4096
+"""Bytes of a JPEG within which it says how large it is: tables may come first."""
+
 _XTRANS = "GBGGRGRGRBGBGBGGRGGRGGBGBGBRGRGRGGBG"
 
 
@@ -222,8 +226,10 @@ def _stored_fault(stored: _Stored, file: BinaryIO, taken: Sequence[tuple[int, in
     if stored.compression == _STORED:
         right = all(_is_filled_up(count, size) for count, size in zip(stored.counts, needed, strict=True))
     else:
-        # The first and the last tell any change of the sides: those between are as large as the first.
-        right = all(_holds(stored, file, index, sizes[index], needed[index]) for index in {0, len(sizes) - 1})
+        # The first and the last tell any change of the sides: those between are as large as the first. But at what does
+        # not begin as a JPEG LibRaw stops without a word.
+        looked_at = range(len(sizes)) if stored.compression == _JPEG else {0, len(sizes) - 1}
+        right = all(_holds(stored, file, index, sizes[index], needed[index]) for index in looked_at)
     return None if right else f"the header says {said} of {stored.bits} bit, and the file holds others"
 
 
@@ -236,7 +242,7 @@ def _is_filled_up(count: int, size: int) -> bool:
 def _holds(stored: _Stored, file: BinaryIO, index: int, size: tuple[int, int], needed: int) -> bool:
     """Tell whether a compressed part holds what is needed; True where that cannot be told."""
     file.seek(stored.offsets[index])
-    coded = file.read(stored.counts[index])
+    coded = file.read(min(stored.counts[index], _JPEG_HEADER) if stored.compression == _JPEG else stored.counts[index])
     if stored.compression in _DEFLATE:
         inflater = zlib.decompressobj()
         try:
@@ -259,7 +265,7 @@ def _holds(stored: _Stored, file: BinaryIO, index: int, size: tuple[int, int], n
 
 def _jpeg_sides(coded: bytes) -> tuple[int, int, int]:
     """Return width, height and components of a JPEG as its frame header says; zeros if it has none."""
-    at = 2
+    at = 2 if coded.startswith(b"\xff\xd8") else len(coded)
     while coded[at : at + 1] == b"\xff" and at + 10 <= len(coded):
         if 0xC0 <= coded[at + 1] <= 0xCF and coded[at + 1] not in (0xC4, 0xC8, 0xCC):
             height, width = int.from_bytes(coded[at + 5 : at + 7], "big"), int.from_bytes(coded[at + 7 : at + 9], "big")

@@ -1,6 +1,6 @@
 """The command line. Its names, JSON and exit codes are a contract; what it does is done elsewhere."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: Typer would compile the texts of all commands, twice, at every start.
 
 import contextlib
 import errno
@@ -190,7 +190,7 @@ class _Out(io.FileIO):
     answers = True
     """Whether what is printed is what the command is for."""
 
-    def write(self, data: ReadableBuffer, /) -> int:
+    def write(self, data: "ReadableBuffer", /) -> int:
         try:
             return super().write(data)
         except OSError as error:
@@ -418,7 +418,7 @@ def darks(
         "camera": None if is_port else camera,
     }
 
-    def own() -> OwnDaemon:
+    def own() -> "OwnDaemon":
         from hotpixd.attached import OwnDaemon
 
         where = ["--state", str(_state_dir(state).absolute())]
@@ -584,7 +584,7 @@ def backup(
     """Write all that was learnt into one file, while the daemon runs."""
     from hotpixd.backup import Backups, save
 
-    def own(opened: State) -> _Ask:
+    def own(opened: "State") -> _Ask:
         return Backups(opened, live=False).answer
 
     file = file.expanduser().absolute()
@@ -623,7 +623,7 @@ def rebuild(
     _Out.answers = False
     with _interruptible() as stop:
 
-        def fold(made: State) -> int | None:
+        def fold(made: "State") -> int | None:
             listing = find(folders, kind.given)
             code = listing if isinstance(listing, int) else run_scan(made, listing, stop, luma=luma)
             return None if stop.asked else code
@@ -844,7 +844,7 @@ def demo(
 
 
 @contextlib.contextmanager
-def _opened(state: Path | None, *, create: bool = True) -> Iterator[State]:
+def _opened(state: Path | None, *, create: bool = True) -> "Iterator[State]":
     from hotpixd.store.state import State
 
     with State(_state_dir(state), create=create) as opened:
@@ -874,7 +874,7 @@ def _asked(state: Path | None, question: str, **arguments: Any) -> dict[str, Any
         return ask(question, **arguments)
 
 
-def _own_answers(opened: State) -> _Ask:
+def _own_answers(opened: "State") -> _Ask:
     from hotpixd.views import answers
 
     return lambda question, **arguments: answers.answer(opened, question, arguments)
@@ -887,7 +887,7 @@ def _known_sensor(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _asking(state: Path | None, own: Callable[[State], _Ask]) -> Iterator[_Ask]:
+def _asking(state: Path | None, own: "Callable[[State], _Ask]") -> Iterator[_Ask]:
     """Yield what answers questions: `own` makes it of the state, or else the daemon does that has it open."""
     from hotpixd.store import lock
 
@@ -950,13 +950,13 @@ def _others_socket(state: Path | None) -> Path | None:
     return found[0][0] if found else None
 
 
-def _config_loader(config: Path | None, overrides: dict[str, Any]) -> Callable[[], Config]:
+def _config_loader(config: Path | None, overrides: dict[str, Any]) -> "Callable[[], Config]":
     """Return what reads the configuration, now and at every reload."""
     from hotpixd import config as configuration
 
     given = {key: value for key, value in overrides.items() if value is not None}
 
-    def load() -> Config:
+    def load() -> "Config":
         # What watch is told is all there is to watch; only run looks for a file by itself.
         path = config if "sources" in given else config or configuration.find_config(os.environ)
         return configuration.load(path, environ=os.environ, overrides=given)
@@ -964,7 +964,7 @@ def _config_loader(config: Path | None, overrides: dict[str, Any]) -> Callable[[
     return load
 
 
-def _loaded(load: Callable[[], Config]) -> Config:
+def _loaded(load: "Callable[[], Config]") -> "Config":
     from hotpixd.config import ConfigError
 
     try:
@@ -973,7 +973,7 @@ def _loaded(load: Callable[[], Config]) -> Config:
         _fail(str(error), WRONG_USE)
 
 
-def _shown(load: Callable[[], Config], state: Path | None, *, plain: bool) -> int:
+def _shown(load: "Callable[[], Config]", state: Path | None, *, plain: bool) -> int:
     """Be the daemon of this command: with its dashboard if there is a terminal for it, else printing lines."""
     if plain or not (sys.stdout.isatty() and sys.stdin.isatty()) or os.environ.get("TERM", "dumb") == "dumb":
         return _serve(load, reloadable=False)
@@ -983,7 +983,7 @@ def _shown(load: Callable[[], Config], state: Path | None, *, plain: bool) -> in
     return watch_with_dashboard(sys.argv[1:], _state_dir(state))
 
 
-def _serve(load: Callable[[], Config], *, reloadable: bool) -> int:
+def _serve(load: "Callable[[], Config]", *, reloadable: bool) -> int:
     config = _loaded(load)
     if not config.sources and not config.cameras:
         _fail(

@@ -27,20 +27,14 @@ import os
 import re
 import stat
 import struct
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
-import zstandard
 from blake3 import blake3
-from numpy.typing import NDArray
 
 from hotpixd.store.durable import (
     StateError,
@@ -51,8 +45,8 @@ from hotpixd.store.durable import (
     write_all,
 )
 
-_A = TypeVar("_A")
-_B = TypeVar("_B")
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _MAGIC = b"HPXGEN01"
 _DIGEST_BYTES = 32
@@ -62,19 +56,8 @@ _HEADER_LENGTH = struct.Struct("<I")
 _DTYPE = re.compile(r"\|[biu]1|<[iuf][248]")
 _NAME = re.compile(r"gen-(\d{8})\.hpx")
 
-# Compression takes most of the time; the main thread only writes and hashes.
-_THREADS = 2
-# Chunks on their way: each costs its planes and their compressed copy, 8 MB at most, so 32 MB in all.
-_IN_FLIGHT = 4
-
-# Level 3 takes twice as long for 3 % less, and level -1 15 % less time for 3 % more (arrays as above).
-_LEVEL = 1
-
 # Left free for the ledger, which must still commit when generations no longer fit.
 _RESERVE_BYTES = 8 << 20
-
-# A compressor each, as they may not be shared.
-_of_thread = threading.local()
 
 
 class GenerationError(StateError):
@@ -125,6 +108,8 @@ def write_generation(
     ValueError
         If an array is not of that form, or the number not of 1 to 99,999,999.
     """
+    from hotpixd.store import chunks
+
     if not 0 < number < 10**8:
         raise ValueError(f"generations are numbered from 1 to 99999999, got {number}")
     for name, array in arrays.items():
@@ -148,8 +133,8 @@ def write_generation(
                     write_all(fd, data)
 
                 put(_MAGIC + _HEADER_LENGTH.pack(len(text)) + text)
-                chunks = (chunk for array in arrays.values() for chunk in _chunks(array))
-                with closing(_in_order(_packed, chunks)) as packed:
+                pieces = (piece for array in arrays.values() for piece in chunks.split(array, _CHUNK_BYTES))
+                with closing(chunks.in_order(chunks.packed, pieces)) as packed:
                     for name, array in arrays.items():
                         for payload, planes in islice(packed, _chunks_in(array.size, array.itemsize)):
                             put(_CHUNK_HEAD.pack(len(payload), planes))
@@ -166,12 +151,12 @@ def write_generation(
     return final
 
 
-def read_generation(path: Path, zeros: Callable[[tuple[int, ...], Any], NDArray[Any]] = np.zeros) -> Generation:
+def read_generation(path: Path, zeros: Callable[[tuple[int, ...], Any], NDArray[Any]] | None = None) -> Generation:
     """Read a generation, after its digest has proved it whole.
 
     Parameters
     ----------
-    zeros : makes the arrays
+    zeros : makes the arrays. None: `numpy.zeros`
 
     Raises
     ------
@@ -180,15 +165,19 @@ def read_generation(path: Path, zeros: Callable[[tuple[int, ...], Any], NDArray[
     GenerationNewer
         If a newer hotpixd wrote it.
     """
+    import numpy as np
+
+    from hotpixd.store import chunks
+
     with _opened(path) as (file, end):
         number, header, described = _header(path, file, end)
         places = []
         arrays = {}
         for name, dtype, shape in described:
             # Chunks of nothing but zeros are never touched again, and so take no memory.
-            arrays[name] = zeros(shape, dtype)
-            places += list(_chunks(arrays[name]))
-        with closing(_in_order(_unpack, _stored_chunks(file, end, places))) as unpacked:
+            arrays[name] = (zeros or np.zeros)(shape, dtype)
+            places += list(chunks.split(arrays[name], _CHUNK_BYTES))
+        with closing(chunks.in_order(chunks.unpack, _stored_chunks(file, end, places))) as unpacked:
             for _ in unpacked:
                 pass
         return Generation(number, header, arrays)
@@ -271,73 +260,8 @@ def prune(folder: Path, keep: int = 2) -> list[Path]:
     return damaged
 
 
-# --- chunks
-
-
 def _chunks_in(elements: int, itemsize: int) -> int:
     return -(-elements * itemsize // _CHUNK_BYTES)
-
-
-def _chunks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Split an array into flat views of 4 MiB."""
-    flat = array.reshape(-1)
-    step = _CHUNK_BYTES // array.itemsize
-    for start in range(0, flat.size, step):
-        yield flat[start : start + step]
-
-
-def _bytes_of(chunk: NDArray[Any]) -> NDArray[np.uint8]:
-    """View a chunk as (elements, bytes per element)."""
-    return chunk.view(np.uint8).reshape(-1, chunk.itemsize)
-
-
-def _packed(chunk: NDArray[Any]) -> tuple[bytes, int]:
-    """Return a chunk's payload and the bits of the planes in it."""
-    # The bits set anywhere in the chunk, by one pass over it, say which planes are zero throughout.
-    set_bits = int(np.bitwise_or.reduce(chunk.view(f"<u{chunk.itemsize}")))
-    stored = [k for k in range(chunk.itemsize) if set_bits >> 8 * k & 0xFF]
-    if not stored:
-        return b"", 0
-    if not hasattr(_of_thread, "compressor"):
-        _of_thread.compressor = zstandard.ZstdCompressor(level=_LEVEL)
-    content = _bytes_of(chunk)
-    planes = np.empty((len(stored), chunk.size), np.uint8)
-    for row, k in enumerate(stored):
-        planes[row] = content[:, k]
-    return _of_thread.compressor.compress(planes), sum(1 << k for k in stored)
-
-
-def _unpack(job: tuple[NDArray[Any], bytes, int]) -> None:
-    """Write a stored chunk into its place, which is zero."""
-    place, payload, planes = job
-    stored = [k for k in range(place.itemsize) if planes >> k & 1]
-    if not stored:
-        return
-    size = len(stored) * place.size
-    if not hasattr(_of_thread, "decompressor"):
-        _of_thread.decompressor = zstandard.ZstdDecompressor()
-    if zstandard.frame_content_size(payload) != size:
-        raise ValueError("a chunk is not of the size of its array")
-    content = np.frombuffer(_of_thread.decompressor.decompress(payload, max_output_size=size), np.uint8)
-    target = _bytes_of(place)
-    for row, k in enumerate(stored):
-        target[:, k] = content[row * place.size : (row + 1) * place.size]
-
-
-def _in_order(work: Callable[[_A], _B], jobs: Iterator[_A]) -> Generator[_B, None, None]:
-    """Do the jobs on a few threads and give the results in order, never more than a few ahead."""
-    with ThreadPoolExecutor(_THREADS, "generation") as pool:
-        waiting: deque[Future[_B]] = deque()
-        try:
-            for job in jobs:
-                waiting.append(pool.submit(work, job))
-                if len(waiting) == _IN_FLIGHT:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 # --- reading what may be damaged
@@ -374,14 +298,12 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
             yield file, end
     except OSError as error:
         raise GenerationError(f"Generation {path} cannot be read: {error.strerror}.") from error
-    except (ValueError, TypeError, KeyError, struct.error, zstandard.ZstdError) as error:
+    except (ValueError, TypeError, KeyError, struct.error) as error:
         # The digest was right: written wrong, not damaged since.
         raise GenerationError(f"Generation {path} contradicts itself: {error}.") from error
 
 
-def _header(
-    path: Path, file: BinaryIO, end: int
-) -> tuple[int, dict[str, Any], list[tuple[str, np.dtype[Any], tuple[int, ...]]]]:
+def _header(path: Path, file: BinaryIO, end: int) -> tuple[int, dict[str, Any], list[tuple[str, str, tuple[int, ...]]]]:
     (length,) = _HEADER_LENGTH.unpack(file.read(_HEADER_LENGTH.size))
     if length > end - file.tell():
         raise ValueError("its header is longer than the file")
@@ -394,8 +316,9 @@ def _header(
         # numpy makes something of nearly any text.
         if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
             raise ValueError(f"{dtype!r} is no kind of number")
-        described.append((str(name), np.dtype(dtype), tuple(int(n) for n in shape)))
-        chunks += _chunks_in(math.prod(described[-1][2]), described[-1][1].itemsize)
+        described.append((str(name), dtype, tuple(int(n) for n in shape)))
+        # Its last digit says how many bytes a number has.
+        chunks += _chunks_in(math.prod(described[-1][2]), int(dtype[-1]))
     if chunks * _CHUNK_HEAD.size > end - file.tell():
         raise ValueError("its arrays are larger than the file")
     return int(content["number"]), dict(content["header"]), described

@@ -482,10 +482,13 @@ def check_config(
 @app.command()
 def status(state: StateOption = None, as_json: JsonOption = False) -> None:
     """Show sensors, frames, sources, what was refused, the last shot, alerts."""
+    answer = _asked(state, "status")
+    if as_json:
+        _print_json(answer)
+        return
     from hotpixd.views import tables
 
-    answer = _asked(state, "status")
-    _print_json(answer) if as_json else tables.print_status(answer)
+    tables.print_status(answer)
 
 
 @app.command()

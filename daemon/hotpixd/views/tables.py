@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from hotpixd.views.text import agreement, agreement_words, history_words, printable, sensor_name
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Answer = Mapping[str, Any]
 
@@ -53,9 +55,8 @@ def print_defects(
             label = defect["kind"] if defect["state"] == "stable" else f"{defect['state']}"
             kinds[label] = kinds.get(label, 0) + 1
         console.print("  " + ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items(), key=lambda k: -k[1])))
-        table = Table(box=None, pad_edge=False, padding=(0, 1))
-        for title in ("x", "y", "", "kind", "state", "certain", "excess", "sigma", "dark ADU/s", "frames"):
-            table.add_column(title, justify="left" if title in ("", "kind", "state") else "right", no_wrap=True)
+        titles = ("x", "y", "", "kind", "state", "certain", "excess", "sigma", "dark ADU/s", "frames")
+        table = _table(*titles, left=("", "kind", "state"))
         shown = sorted(found, key=lambda d: (-d["certainty"], -abs(d["excess_sigma"] or 0.0)))
         for defect in shown[:most]:
             table.add_row(
@@ -136,6 +137,8 @@ def print_history(answer: Answer, *, everything: bool = False) -> None:
 
 
 def _table(*titles: str, left: Sequence[str] = ()) -> Table:
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     for title in titles:
         table.add_column(title, justify="left" if title in left else "right", no_wrap=True)
@@ -194,6 +197,8 @@ def print_status(answer: Answer) -> None:
 
 def print_least_variance(answer: Answer) -> None:
     """Print the answer of `answers.least_variance`."""
+    from rich.table import Table
+
     console = _console()
     if not answer["sensors"]:
         console.print("No sensor is known yet.")

@@ -10,7 +10,7 @@ import pytest
 from conftest import decoders, feed
 from hotpixd import archive
 from hotpixd.core.frame import SampleKind, SensorIdentity, SensorLayout
-from hotpixd.core.sensor import DetectionSettings
+from hotpixd.core.sensor import Sensor
 from hotpixd.intake.files import find_shots
 from hotpixd.monitor import Monitor
 from hotpixd.store import checkpoint
@@ -58,7 +58,7 @@ def test_a_name_says_whose_sensor_it_is():
 def test_a_sensor_without_a_generation_starts_empty(tmp_path):
     """The first shot of a body makes its sensor."""
     with State(tmp_path / "state") as state:
-        kept = archive.load(state, archive.sensor_id(IDENTITY), IDENTITY, DetectionSettings())
+        kept = archive.load(state, archive.sensor_id(IDENTITY), Sensor(IDENTITY))
     assert (kept.sensor.frames, kept.number, kept.covers, kept.covered_by_older) == (0, 0, 0, None)
 
 
@@ -67,7 +67,7 @@ def test_a_sensor_without_new_frames_is_not_written(tmp_path, camera):
     feed(tmp_path / "state", *camera.shots[:2])
     with State(tmp_path / "state") as state:
         ((id_, description),) = state.ledger.sensors().items()
-        kept = archive.load(state, id_, archive.identity_from(description), DetectionSettings())
+        kept = archive.load(state, id_, Sensor(archive.identity_from(description)))
         archive.save(state, kept)
         assert len(checkpoint.generations(state.sensor_folder(id_))) == 1
 
@@ -92,14 +92,14 @@ def test_what_two_generations_cover_is_known_after_loading(tmp_path, camera):
     with State(root) as state:
         ((id_, description),) = state.ledger.sensors().items()
         identity = archive.identity_from(description)
-        kept = archive.load(state, id_, identity, DetectionSettings())
+        kept = archive.load(state, id_, Sensor(identity))
         assert (kept.number, kept.covers, kept.covered_by_older) == (2, 5, 2)
         assert archive.covers_of(state, id_) == 5
         newest, older = checkpoint.generations(state.sensor_folder(id_))
         older.write_bytes(older.read_bytes()[:-1])
-        assert archive.load(state, id_, identity, DetectionSettings()).covered_by_older is None
+        assert archive.load(state, id_, Sensor(identity)).covered_by_older is None
         newest.write_bytes(b"")
-        kept = archive.load(state, id_, identity, DetectionSettings())
+        kept = archive.load(state, id_, Sensor(identity))
         assert (kept.number, kept.covers, kept.sensor.frames) == (0, 0, 0)
         assert len(kept.damage) == 2
         assert archive.covers_of(state, id_) == 0
@@ -122,5 +122,5 @@ def test_a_generation_of_another_version_is_refused_in_a_sentence(tmp_path, scan
             header["sensor"] = {}
         checkpoint.write_generation(path.parent, 1, header, arrays)
         with pytest.raises(StateError, match="another version") as caught:
-            archive.load(state, id_, archive.identity_from(description), DetectionSettings())
+            archive.load(state, id_, Sensor(archive.identity_from(description)))
         assert str(path.parent) in str(caught.value)

@@ -12,11 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from hotpixd.core.accumulator import HELD_BYTES, EachSlab, Zeros
 from hotpixd.core.frame import SampleKind, SensorIdentity, SensorLayout
-from hotpixd.core.sensor import DetectionSettings, Overview, Sensor
+from hotpixd.core.sensor import Overview, Sensor
 from hotpixd.store import checkpoint
 from hotpixd.store.durable import StateDamaged, StateError
 from hotpixd.store.ledger import ShotRow, link_of_chain
@@ -92,23 +89,12 @@ def identity_from(description: Mapping[str, Any]) -> SensorIdentity:
     return SensorIdentity(**plain)
 
 
-def load(
-    state: State,
-    id_: str,
-    identity: SensorIdentity,
-    settings: DetectionSettings,
-    *,
-    each_slab: EachSlab = map,
-    slabs: int = 1,
-    held_bytes: int = HELD_BYTES,
-    zeros: Zeros = np.zeros,
-) -> Kept:
-    """Load a sensor from its newest generation that is whole; a new one if there is none."""
-    sensor = Sensor(identity, settings, each_slab=each_slab, slabs=slabs, held_bytes=held_bytes, zeros=zeros)
+def load(state: State, id_: str, sensor: Sensor) -> Kept:
+    """Load a new sensor from its newest generation that is whole; it stays new if there is none."""
     standing = look(state, id_)
     damage = tuple(sentence for _, sentence in standing.unusable)
     for path in standing.usable[:1]:
-        generation = checkpoint.read_generation(path, zeros)
+        generation = checkpoint.read_generation(path, sensor.accumulator.zeros)
         try:
             sensor.restore(generation.header["sensor"], generation.arrays)
         except (KeyError, TypeError, ValueError) as error:
@@ -128,7 +114,7 @@ def overview(state: State, id_: str, identity: SensorIdentity) -> Overview:
             raise _another_version(path, error) from error
         if told is not None:
             return told
-    return load(state, id_, identity, DetectionSettings()).sensor.overview
+    return load(state, id_, Sensor(identity)).sensor.overview
 
 
 def save(state: State, kept: Kept, *, ledger_first: bool = True) -> int:

@@ -486,7 +486,7 @@ class Monitor:
         known = self._ledger.sensors()
         for id_ in ids:
             kept = self._kept.get(id_)
-            yield id_, kept or archive.load(self._state, id_, archive.identity_from(known[id_]), self._settings)
+            yield id_, kept or archive.load(self._state, id_, Sensor(archive.identity_from(known[id_]), self._settings))
 
     @property
     def in_flight(self) -> int:
@@ -879,9 +879,7 @@ class Monitor:
         kept = self._kept.get(id_)
         if kept is None:
             self._make_room()
-            kept = archive.load(
-                self._state,
-                id_,
+            sensor = Sensor(
                 identity,
                 self._settings,
                 each_slab=self._folders.map,
@@ -889,6 +887,7 @@ class Monitor:
                 held_bytes=self._memory // _SHARE_OF_FRAMES,
                 zeros=zeros_in(self._state.root) if self._on_disk else np.zeros,
             )
+            kept = archive.load(self._state, id_, sensor)
             self.warnings.extend(kept.damage)
             self._kept[id_] = kept
             self._note_older(kept)

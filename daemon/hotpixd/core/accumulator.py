@@ -123,7 +123,7 @@ class Accumulator:
         self.counted = 0
         self._largest = int(np.iinfo(self.dtype).max)
         rows, cols = layout.shape
-        self._zeros = zeros
+        self.zeros = zeros
         self._total = zeros((rows, cols), np.uint32)
         self._squares = zeros((rows, cols), np.uint32 if dtype == "uint8" else np.uint64)
         self._unsummed: list[NDArray[Any]] = []
@@ -274,7 +274,7 @@ class Accumulator:
     def forget_counts(self) -> None:
         """Start the counts anew; the sums stay."""
         for name in COUNTS:
-            self.counts[name] = self._zeros(self.layout.shape, np.uint8)
+            self.counts[name] = self.zeros(self.layout.shape, np.uint8)
         self.counted = 0
 
     def merge(self, other: Accumulator) -> None:
@@ -326,7 +326,7 @@ class Accumulator:
     def _widened(self, array: NDArray[Any], width: np.dtype[Any]) -> NDArray[Any]:
         if width <= array.dtype:
             return array
-        wide = self._zeros(array.shape, width)
+        wide = self.zeros(array.shape, width)
         wide[...] = array
         return wide
 

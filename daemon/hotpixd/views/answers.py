@@ -14,7 +14,7 @@ from typing import Any
 from hotpixd import archive
 from hotpixd.archive import Kept
 from hotpixd.core.frame import SensorIdentity
-from hotpixd.core.sensor import DetectionSettings, Overview
+from hotpixd.core.sensor import Overview, Sensor
 from hotpixd.store.declared import DeclaredError
 from hotpixd.store.durable import StateDamaged, StateError
 from hotpixd.store.ledger import ShotRow, Tally
@@ -168,7 +168,7 @@ def report(state: State, id_: str, sensors: Sensors | None = None) -> Answer:
     """
     about = state.ledger.sensors()[id_]
     if sensors is None:
-        sensors = [(id_, archive.load(state, id_, archive.identity_from(about), DetectionSettings()))]
+        sensors = [(id_, _loaded(state, id_, about))]
     kept = next(kept for found, kept in sensors if found == id_)
     (found,) = defects(state, candidates=True, sensors=[(id_, kept)])["sensors"]
     entries = found.pop("defects")
@@ -244,8 +244,11 @@ def _given(state: State, sensors: Sensors | None) -> Iterator[tuple[str, Kept]]:
         return
     # One at a time: a sensor of 45 megapixels takes a gigabyte.
     for id_, description in state.ledger.sensors().items():
-        identity = archive.identity_from(description)
-        yield id_, archive.load(state, id_, identity, DetectionSettings())
+        yield id_, _loaded(state, id_, description)
+
+
+def _loaded(state: State, id_: str, description: Mapping[str, Any]) -> Kept:
+    return archive.load(state, id_, Sensor(archive.identity_from(description)))
 
 
 def describe(kept: Kept, tally: Tally | None = None) -> Answer:

@@ -9,7 +9,7 @@ import pytest
 
 from conftest import Camera, feed
 from hotpixd import archive
-from hotpixd.core.sensor import Overview
+from hotpixd.core.overview import Overview
 from hotpixd.intake.files import find_shots
 from hotpixd.monitor import Monitor
 from hotpixd.store.state import State

@@ -593,9 +593,8 @@ def test_help_and_version_are_told(option):
     assert ("least-variance" if option == "--help" else __version__) in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["scan", "--help"], ["nonsense"]])
-def test_nothing_heavy_is_imported_for_help(arguments):
-    """Kernels, decoders and pictures come when they are used."""
+def loaded_by(*arguments: str) -> set[str]:
+    """Run a command in a process of its own; return the names of the packages and lone modules that it loads."""
     code = (
         "import sys\nfrom hotpixd.cli import main\n"
         f"sys.argv = ['hotpixd', *{arguments!r}]\n"
@@ -603,7 +602,22 @@ def test_nothing_heavy_is_imported_for_help(arguments):
         "print(sorted({name.partition('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
-    assert not HEAVY & set(ast.literal_eval(done.stdout.splitlines()[-1]))
+    return set(ast.literal_eval(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["scan", "--help"], ["nonsense"]])
+def test_nothing_heavy_is_imported_for_help(arguments):
+    """Kernels, decoders and pictures come when they are used."""
+    assert not HEAVY & loaded_by(*arguments)
+
+
+@pytest.mark.parametrize(("option", "needless"), [([], set()), (["--json"], {"rich"})])
+def test_nothing_heavy_is_imported_for_the_status_of_a_state(option, needless, scanned):
+    """Rows of the ledger and the header of a generation are no arrays; without a daemon status once loaded numpy."""
+    loaded = loaded_by("status", "--state", str(scanned), *option)
+    # It did open the state.
+    assert "sqlite3" in loaded
+    assert not (HEAVY | {"zstandard"} | needless) & loaded
 
 
 def test_no_command_shows_the_commands():

@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hotpixd.core.frame import SampleKind, SensorIdentity, SensorLayout
-from hotpixd.core.sensor import Overview, Sensor
+from hotpixd.core.overview import Overview
 from hotpixd.store import checkpoint
 from hotpixd.store.durable import StateDamaged, StateError
 from hotpixd.store.ledger import ShotRow, link_of_chain
 from hotpixd.store.state import State
+
+if TYPE_CHECKING:
+    from hotpixd.core.sensor import Sensor
 
 REFOLDED = (
     "The next scan or start of the daemon keeps it as evidence, and folds its frames again as far as they are there."
@@ -114,6 +117,8 @@ def overview(state: State, id_: str, identity: SensorIdentity) -> Overview:
             raise _another_version(path, error) from error
         if told is not None:
             return told
+    from hotpixd.core.sensor import Sensor
+
     return load(state, id_, Sensor(identity)).sensor.overview
 
 

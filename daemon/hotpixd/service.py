@@ -52,8 +52,7 @@ from hotpixd.store.lock import default_state_dir
 from hotpixd.store.state import State, StateError, StateFull
 from hotpixd.systemd import Notifier
 from hotpixd.views import answers
-from hotpixd.views.history import identity_words
-from hotpixd.views.text import printable, sensor_name
+from hotpixd.views.text import identity_words, printable, sensor_name
 
 log = logging.getLogger("hotpixd")
 

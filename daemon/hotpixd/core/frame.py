@@ -11,11 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    # Not to run: who only asks whose frames a state holds waits for no array.
+    import numpy as np
+    from numpy.typing import NDArray
 
-Samples = NDArray[np.uint8] | NDArray[np.uint16]
+Samples: TypeAlias = "NDArray[np.uint8] | NDArray[np.uint16]"
 
 
 class ShotKind(StrEnum):
@@ -104,14 +107,15 @@ class SensorLayout:
 
     def planes_of(self, sites: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the planes of the samples with flat indices `sites`."""
-        row, col = np.divmod(sites, self.shape[1])
-        return np.asarray(row % self.row_step * self.col_step + col % self.col_step)
+        row, col = divmod(sites, self.shape[1])
+        return row % self.row_step * self.col_step + col % self.col_step
 
     def address(self, index: int) -> tuple[int, int, str]:
         """Return (x, y, colour) of the sample with flat index `index`; 0-based, from the top left."""
         row, col = divmod(index, self.shape[1])
         x, channel = divmod(col, self.channels)
-        return x, row, self.colours[channel if self.channels > 1 else int(self.planes_of(np.array(index)))]
+        plane = row % self.row_step * self.col_step + col % self.col_step
+        return x, row, self.colours[channel if self.channels > 1 else plane]
 
     def channel(self, index: int) -> int:
         """Return which of a pixel's samples the sample with flat index `index` is."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from hotpixd.core import defects, evidence
 from hotpixd.core.accumulator import HELD_BYTES, Accumulator, EachSlab, FrameEvents, Loan, Zeros
 from hotpixd.core.defects import Defect
 from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, SensorLayout, ShotInfo, ShotKind
+from hotpixd.core.overview import Overview
 from hotpixd.core.tracks import OBSERVATION, RECENT, Kind, Status, Tracks, neighbours_of
 
 
@@ -145,25 +146,6 @@ _MERGED_WITHIN = 2
 _ECHOES = ((8, 4.0), (20, 8.0))
 """(pixels, ratio): a site with that many times less excess than one that near is its echo. JPEG codes blocks of 8 or 16
 pixels, and a strong defect, with what it smears, rings through its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Overview:
-    """What is told of a sensor without its statistic."""
-
-    frames: int
-    """Frames folded."""
-
-    frames_counted: int
-    """Frames that were new evidence."""
-
-    found: Mapping[str, int]
-    """Number of sites by status: "candidate", "stable", "recovered"."""
-
-    @classmethod
-    def of(cls, header: Mapping[str, Any]) -> Self | None:
-        """Return it from a header of `Sensor.save`; None if that was saved before there was such a thing."""
-        return cls(header["frames"], header["counted_total"], header["found"]) if "found" in header else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,14 +35,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack, get_args
 
-import numpy as np
 from blake3 import blake3
-from numpy.typing import NDArray
 
-from hotpixd.store import thinning, wal
+from hotpixd.store import wal
 from hotpixd.store.durable import StateDamaged, StateError, StateFull, failpoint, make_folder
+
+if TYPE_CHECKING:
+    # To run only where there are observations or timelines: `status` asks for neither.
+    import numpy as np
+    from numpy.typing import NDArray
 
 Verdict = Literal["received", "folded", "refused", "companion"]
 Change = Literal["appeared", "stable", "recovered", "dropped"]
@@ -778,6 +781,8 @@ class Ledger:
         KeyError
             If the sensor was not added.
         """
+        import numpy as np
+
         number = self._numbers[sensor_id]
         columns = [np.asarray(column).tolist() for column in (sites, value_adu, excess_adu, events)]
         rows = [(number, int(seq), *row) for row in zip(*columns, strict=True)]
@@ -788,6 +793,10 @@ class Ledger:
 
         `thinning` says which. Nothing that decides about a site reads them: detection has its own memory.
         """
+        import numpy as np
+
+        from hotpixd.store import thinning
+
         observed = self._observed.get(sensor_id)
         if observed is None or observed.newest >= seq:
             observed = self._observed[sensor_id] = self._observed_before(sensor_id, seq)
@@ -804,6 +813,8 @@ class Ledger:
 
     def _observed_before(self, sensor_id: str, seq: int) -> _Observed:
         """Find out which frames before `seq` still have observations; once in the life of this process."""
+        import numpy as np
+
         counted = self.rows(
             "SELECT seq FROM shot WHERE verdict = 'folded' AND sensor_id = ? AND seq < ? AND counted ORDER BY seq",
             (sensor_id, seq),
@@ -827,7 +838,7 @@ class Ledger:
             WHERE sensor = :sensor AND sensor_id = :id AND verdict = 'folded'"""
         wanted: dict[str, object] = {"sensor": self._numbers.get(sensor_id), "id": sensor_id}
         if site is not None:
-            sites = [site] if isinstance(site, int | np.integer) else site
+            sites = site if isinstance(site, Iterable) else [site]
             query += " AND site IN (SELECT value FROM json_each(:sites))"
             wanted["sites"] = json.dumps([int(s) for s in sites])
         return [
@@ -837,6 +848,8 @@ class Ledger:
 
     def frames_observed(self, sensor_id: str) -> NDArray[np.int64]:
         """Return the seqs of the frames whose observations are kept, ascending."""
+        import numpy as np
+
         query = f"{_FRAMES_OBSERVED} SELECT seq FROM frame WHERE seq IS NOT NULL"
         found = self.rows(query, {"sensor": self._numbers.get(sensor_id)})
         return np.array([seq for (seq,) in found], np.int64)
@@ -856,6 +869,8 @@ class Ledger:
         -------
         Excess and value, ADU, NaN where nothing was observed; events.
         """
+        import numpy as np
+
         excess, value = (np.full((len(sites), len(seqs)), np.nan, np.float32) for _ in range(2))
         events = np.zeros(excess.shape, np.uint8)
         query = "SELECT site, excess_adu, value_adu, events FROM observation WHERE sensor = ? AND seq = ?"
@@ -874,6 +889,8 @@ class Ledger:
 
     def timeline(self, sensor_id: str) -> Timeline:
         """Return all frames folded for a sensor. Takes about 2 us per frame."""
+        import numpy as np
+
         # A camera whose battery was out may be in the past, which nobody can tell; none can be in the future.
         query = """
             SELECT seq,
@@ -1144,8 +1161,8 @@ def _companion(raw: str | None) -> str | bytes | None:
 
 
 def _storable(value: object) -> object:
-    if isinstance(value, np.generic):
-        # sqlite3 would store its bytes.
+    if hasattr(value, "item"):
+        # One of numpy's numbers: sqlite3 would store its bytes.
         return value.item()
     # A reason may quote the name of a file.
     return _file_text(value) if isinstance(value, str) else value

@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import re
@@ -25,9 +24,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Self
 
 from hotpixd.store import checkpoint, lock
 from hotpixd.store.declared import DeclaredLists
@@ -44,6 +41,9 @@ from hotpixd.store.durable import (
 from hotpixd.store.ledger import Ledger
 from hotpixd.store.lock import StateLocked
 from hotpixd.store.spool import Spool
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["State", "StateDamaged", "StateError", "StateFull", "StateLocked", "StateMissing"]
 
@@ -315,6 +315,8 @@ def swap_in(made: Path, root: Path) -> Path | None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Let two folders change names in one step; False if this system or file system cannot."""
+    import ctypes
+
     at_cwd, exchange = -100, 2
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    # To run only where there is a log: who closes a ledger leaves none.
+    import numpy as np
+    from numpy.typing import NDArray
 
 _HEADER = struct.Struct(">8I")
 _FRAME = struct.Struct(">6I")
@@ -114,6 +117,8 @@ class _Sums:
 
     def of(self, data: bytes, before: tuple[int, ...]) -> tuple[int, int]:
         """Continue a checksum over some data."""
+        import numpy as np
+
         words = np.frombuffer(data, self._words).astype(np.uint32)
         first, second, (a, b, c, d) = self._weights_for(words.size // 2)
         s0 = a * before[0] + b * before[1] + int(np.sum(words * first, dtype=np.uint32))
@@ -121,6 +126,8 @@ class _Sums:
         return s0 & _MASK, s1 & _MASK
 
     def _weights_for(self, steps: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32], tuple[int, int, int, int]]:
+        import numpy as np
+
         if steps not in self._weights:
             first, second = np.empty((2, 2 * steps), np.uint32)
             # One step: s0' = s0 + s1 + x0, s1' = s0 + 2 s1 + x0 + x1. (a b; c d) is what the steps to come do to s.

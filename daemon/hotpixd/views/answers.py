@@ -14,12 +14,12 @@ from typing import Any
 from hotpixd import archive
 from hotpixd.archive import Kept
 from hotpixd.core.frame import SensorIdentity
-from hotpixd.core.sensor import Overview, Sensor
+from hotpixd.core.overview import Overview
 from hotpixd.store.declared import DeclaredError
 from hotpixd.store.durable import StateDamaged, StateError
 from hotpixd.store.ledger import ShotRow, Tally
 from hotpixd.store.state import State
-from hotpixd.views import evidence, history
+from hotpixd.views.text import identity_words
 
 Answer = dict[str, Any]
 
@@ -55,6 +55,8 @@ def answer(state: State, question: str, arguments: Mapping[str, Any], sensors: S
         case "report":
             return report(state, str(arguments["sensor"]), sensors)
         case "history":
+            from hotpixd.views import history
+
             return history.history(state, **arguments)
     raise KeyError(question)
 
@@ -166,6 +168,8 @@ def report(state: State, id_: str, sensors: Sensors | None = None) -> Answer:
     KeyError
         If there is no such sensor.
     """
+    from hotpixd.views import evidence
+
     about = state.ledger.sensors()[id_]
     if sensors is None:
         sensors = [(id_, _loaded(state, id_, about))]
@@ -248,6 +252,8 @@ def _given(state: State, sensors: Sensors | None) -> Iterator[tuple[str, Kept]]:
 
 
 def _loaded(state: State, id_: str, description: Mapping[str, Any]) -> Kept:
+    from hotpixd.core.sensor import Sensor
+
     return archive.load(state, id_, Sensor(archive.identity_from(description)))
 
 
@@ -258,7 +264,7 @@ def describe(kept: Kept, tally: Tally | None = None) -> Answer:
 
 def _described(id_: str, identity: SensorIdentity, overview: Overview, tally: Tally | None) -> Answer:
     answer: Answer = {
-        **history.identity_words(id_, identity),
+        **identity_words(id_, identity),
         "frames": overview.frames,
         "frames_counted": overview.frames_counted,
     }

@@ -19,7 +19,7 @@ from hotpixd import archive
 from hotpixd.core.frame import SensorIdentity
 from hotpixd.store.ledger import Ledger, Timeline, TransitionRow
 from hotpixd.store.state import State
-from hotpixd.views.text import called, sensor_name
+from hotpixd.views.text import called, identity_words, sensor_name
 
 Answer = dict[str, Any]
 
@@ -89,21 +89,6 @@ def chosen(ledger: Ledger, wanted: str | None) -> tuple[list[str], dict[str, str
     names = "; ".join(map(sensor_name, known))
     unknown = {} if found or not known else {"unknown": f"no sensor is called {wanted!r}; there are: {names}"}
     return [sensor["id"] for sensor in found], unknown
-
-
-def identity_words(id_: str, identity: SensorIdentity) -> Answer:
-    """Describe a sensor in the words that all answers use, without loading its statistic."""
-    return {
-        "id": id_,
-        "make": identity.make,
-        "model": identity.model,
-        "serial": identity.serial,
-        "samples": str(identity.samples),
-        "width": identity.layout.width,
-        "height": identity.layout.height,
-        "colours": identity.layout.colours,
-        **({} if identity.bits is None else {"bits": identity.bits}),
-    }
 
 
 def moment_s(text: str) -> float:

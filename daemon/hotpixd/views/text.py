@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from hotpixd.core.frame import SensorIdentity
 
 _Sensor = TypeVar("_Sensor", bound=Mapping[str, Any])
 
@@ -34,6 +37,21 @@ def agreement_words(counts: Mapping[str, int]) -> str:
         f"{counts['declared']} declared: {counts['both']} of them found, {counts['not_found']} not;"
         f" {counts['not_declared']} found are not declared"
     )
+
+
+def identity_words(id_: str, identity: SensorIdentity) -> dict[str, Any]:
+    """Describe a sensor in the words that all answers use, without loading its statistic."""
+    return {
+        "id": id_,
+        "make": identity.make,
+        "model": identity.model,
+        "serial": identity.serial,
+        "samples": str(identity.samples),
+        "width": identity.layout.width,
+        "height": identity.layout.height,
+        "colours": identity.layout.colours,
+        **({} if identity.bits is None else {"bits": identity.bits}),
+    }
 
 
 def sensor_name(sensor: Mapping[str, Any]) -> str:

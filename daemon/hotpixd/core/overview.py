@@ -1,0 +1,26 @@
+"""What is told of a sensor without its statistic, and so without the arrays and kernels that this takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """How many frames a sensor has, and how many sites were found."""
+
+    frames: int
+    """Frames folded."""
+
+    frames_counted: int
+    """Frames that were new evidence."""
+
+    found: Mapping[str, int]
+    """Number of sites by status: "candidate", "stable", "recovered"."""
+
+    @classmethod
+    def of(cls, header: Mapping[str, Any]) -> Self | None:
+        """Return it from a header of `Sensor.save`; None if that was saved before there was such a thing."""
+        return cls(header["frames"], header["counted_total"], header["found"]) if "found" in header else None

@@ -5,10 +5,10 @@ plane lie `step` rows or columns apart, so a Bayer mosaic and interleaved RGB
 need no de-interleaving.
 
 What makes it fast, measured: inner loops are small functions over whole rows,
-so that LLVM vectorises each of them; a window's maximum is separable, along the
-row first and then over the rows kept in a ring; results are cast back to the
-samples' own width, since numba widens small integers; nogil, so that two
-threads take two halves of the rows.
+so that LLVM vectorises each of them; a window's maximum is separable, over its
+rows first and then along these; results are cast back to the samples' own
+width, since numba widens small integers; nogil, so that two threads take two
+halves of the rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PATTERN marks the samples whose return in the next frame tells that the scene st
 `unmask` looks at the frame.
 """
 
-BLOCK = 256
+BLOCK = 512
 """Samples of a row that are counted together, then looked at one by one only if one of them is at a limit."""
 
 _FAST: dict[str, Any] = {"boundscheck": False, "nogil": True, "error_model": "numpy", "cache": True}
@@ -45,43 +45,23 @@ def _smaller(a, b):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(**_FAST)
-def _highest_along(a, b, c, d, e, f, g, around, whole):  # type: ignore[no-untyped-def]
-    """Maximum over the 7 samples of a row's windows, without and with the middle one.
+def _extremes_across(x, a, b, c, d, e, f, high_around, high, low_around, low):  # type: ignore[no-untyped-def]
+    """Highest and lowest of each column of a row's windows, without and with the row itself.
 
-    The row comes as seven slices, one step apart: an index computed with a step might be negative for all
-    that LLVM knows, and then it does not vectorise.
+    Parameters
+    ----------
+    x : the row
+    a, b, c, d, e, f : the six others of its windows
     """
-    for i in range(around.size):
-        t = _larger(_larger(_larger(a[i], b[i]), c[i]), _larger(_larger(e[i], f[i]), g[i]))
-        around[i] = t
-        whole[i] = _larger(t, d[i])
-
-
-@nb.njit(**_FAST)
-def _lowest_along(a, b, c, d, e, f, g, around, whole):  # type: ignore[no-untyped-def]
-    for i in range(around.size):
-        t = _smaller(_smaller(_smaller(a[i], b[i]), c[i]), _smaller(_smaller(e[i], f[i]), g[i]))
-        around[i] = t
-        whole[i] = _smaller(t, d[i])
-
-
-@nb.njit(**_FAST)
-def _extremes_at_edge(x, step, i, high_around, high, low_around, low):  # type: ignore[no-untyped-def]
-    """The same for a sample near a row's end: its window is shifted inwards, still 7 samples wide."""
-    phase = i % step
-    count = (x.size - phase + step - 1) // step
-    start = min(max(i // step - HALF_WINDOW, 0), count - WINDOW)
-    first = start * step + phase
-    if first == i:
-        first += step
-    top = bottom = x[first]
-    for k in range(start, start + WINDOW):
-        j = k * step + phase
-        if j != i:
-            top = _larger(top, x[j])
-            bottom = _smaller(bottom, x[j])
-    high_around[i], low_around[i] = top, bottom
-    high[i], low[i] = _larger(top, x[i]), _smaller(bottom, x[i])
+    for i in range(x.size):
+        top = _larger(_larger(_larger(a[i], b[i]), c[i]), _larger(_larger(d[i], e[i]), f[i]))
+        bottom = _smaller(_smaller(_smaller(a[i], b[i]), c[i]), _smaller(_smaller(d[i], e[i]), f[i]))
+        own = x[i]
+        # After all is read: for LLVM each of these might change what it has not read yet.
+        high_around[i] = top
+        high[i] = _larger(top, own)
+        low_around[i] = bottom
+        low[i] = _smaller(bottom, own)
 
 
 @nb.njit(inline="always")
@@ -98,10 +78,13 @@ def _only_outstanding(bits):  # type: ignore[no-untyped-def]
 def _events_of_row(x, a, b, c, d, e, f, around, g, h, k, m, n, o, under, out):  # type: ignore[no-untyped-def]
     """Events of a row's samples.
 
+    The columns come as slices, one step apart: an index computed with a step might be negative for all that LLVM knows,
+    and then it does not vectorise.
+
     Parameters
     ----------
     x : the samples
-    a, b, c, d, e, f, around : highest of the 7 samples of the windows' other rows, and of the 6 others of its own
+    a, b, c, d, e, f, around : highest of the windows' other columns, and of the 6 others of their own
     g, h, k, m, n, o, under : lowest of the same
     """
     width = x.dtype.type
@@ -118,6 +101,33 @@ def _events_of_row(x, a, b, c, d, e, f, around, g, h, k, m, n, o, under, out):  
         low_out = np.uint8(low & np.uint8(width(bottom - x[i]) > half))
         extreme = np.uint8(high | low)
         out[i] = np.uint8(high | (low << 1) | (high_out << 2) | (low_out << 3) | (extreme << 4))
+
+
+@nb.njit(**_FAST)
+def _events_at_ends(x, step, high_around, high, low_around, low, out):  # type: ignore[no-untyped-def]
+    """The same near a row's ends: windows are shifted inwards, still 7 columns wide."""
+    edge = HALF_WINDOW * step
+    for at in range(2 * edge):
+        i = at if at < edge else x.size - 1 - (at - edge)
+        phase = i % step
+        count = (x.size - phase + step - 1) // step
+        start = min(max(i // step - HALF_WINDOW, 0), count - WINDOW)
+        own, top, bottom = np.int64(x[i]), np.int64(high_around[i]), np.int64(low_around[i])
+        for k in range(start, start + WINDOW):
+            j = k * step + phase
+            if j != i:
+                top = max(top, np.int64(high[j]))
+                bottom = min(bottom, np.int64(low[j]))
+        bits = 0
+        if own > top:
+            bits = HIGH | PATTERN
+            if 2 * (own - top) > top - bottom + 1:
+                bits |= HIGH_OUTSTANDING
+        elif own < bottom:
+            bits = LOW | PATTERN
+            if 2 * (bottom - own) > top - bottom + 1:
+                bits |= LOW_OUTSTANDING
+        out[i] = bits
 
 
 @nb.njit(**_FAST)
@@ -298,18 +308,18 @@ def find_events(samples, row_step, col_step, lone, events, totals, phases, bits,
     bits : (rows, padded / 8) uint8, one bit per sample: pattern; overwritten
     """
     rows, cols = samples.shape
-    depth = WINDOW * row_step
-    dtype = samples.dtype
-    high, high_around = np.empty((depth, cols), dtype), np.empty((depth, cols), dtype)
-    low, low_around = np.empty((depth, cols), dtype), np.empty((depth, cols), dtype)
+    # Of the columns of a row's windows, without and with the row itself.
+    high_around, high = np.empty(cols, samples.dtype), np.empty(cols, samples.dtype)
+    low_around, low = np.empty(cols, samples.dtype), np.empty(cols, samples.dtype)
+    others = np.empty(WINDOW - 1, np.int64)
     before = False
     found = np.zeros((3, cols), np.uint8)
     words = events.view(np.uint64)
     margin = 1 if lone else 0
     begin, end = max(first - margin, 0), min(last + margin, rows)
-    ready = max(min((begin // row_step - HALF_WINDOW) * row_step, rows - depth), 0)
     s = col_step
     edge, inner = HALF_WINDOW * s, cols - (WINDOW - 1) * s
+    here = slice(edge, edge + inner)
     if begin == 0:
         found[2] = 0
     for y in range(begin, end):
@@ -317,32 +327,27 @@ def find_events(samples, row_step, col_step, lone, events, totals, phases, bits,
         count = (rows - phase + row_step - 1) // row_step
         middle = y // row_step
         start = min(max(middle - HALF_WINDOW, 0), count - WINDOW)
-        while ready <= (start + WINDOW - 1) * row_step + phase:
-            x, k = samples[ready], ready % depth
-            a, b, c, d = x[:inner], x[s : s + inner], x[2 * s : 2 * s + inner], x[edge : edge + inner]
-            e, f, g = x[4 * s : 4 * s + inner], x[5 * s : 5 * s + inner], x[6 * s : 6 * s + inner]
-            here = slice(edge, edge + inner)
-            _highest_along(a, b, c, d, e, f, g, high_around[k, here], high[k, here])
-            _lowest_along(a, b, c, d, e, f, g, low_around[k, here], low[k, here])
-            for i in range(edge):
-                _extremes_at_edge(x, col_step, i, high_around[k], high[k], low_around[k], low[k])
-                j = cols - 1 - i
-                _extremes_at_edge(x, col_step, j, high_around[k], high[k], low_around[k], low[k])
-            ready += 1
-        own = y % depth
-        ring = np.empty(6, np.int64)
-        n = 0
-        for k in range(start, start + WINDOW):
-            if k != middle:
-                ring[n] = (k * row_step + phase) % depth
-                n += 1
-        a, b, c, d, e, f = ring[0], ring[1], ring[2], ring[3], ring[4], ring[5]
+        known = 0
+        for row in range(start, start + WINDOW):
+            if row != middle:
+                others[known] = row * row_step + phase
+                known += 1
+        _extremes_across(
+            samples[y],
+            samples[others[0]], samples[others[1]], samples[others[2]],
+            samples[others[3]], samples[others[4]], samples[others[5]],
+            high_around, high, low_around, low,
+        )  # fmt: skip
         inside = start + HALF_WINDOW == middle
         out = found[y % 3] if lone else events[y, :cols]
+        a, b, c = high[:inner], high[s : s + inner], high[2 * s : 2 * s + inner]
+        d, e, f = high[4 * s : 4 * s + inner], high[5 * s : 5 * s + inner], high[6 * s : 6 * s + inner]
+        g, h, k = low[:inner], low[s : s + inner], low[2 * s : 2 * s + inner]
+        m, n, o = low[4 * s : 4 * s + inner], low[5 * s : 5 * s + inner], low[6 * s : 6 * s + inner]
         _events_of_row(
-            samples[y], high[a], high[b], high[c], high[d], high[e], high[f], high_around[own],
-            low[a], low[b], low[c], low[d], low[e], low[f], low_around[own], out,
-        )  # fmt: skip
+            samples[y, here], a, b, c, d, e, f, high_around[here], g, h, k, m, n, o, low_around[here], out[here]
+        )
+        _events_at_ends(samples[y], s, high_around, high, low_around, low, out)
         if not lone:
             _restrict_row(out, edge, inside)
             _survey_row(events[y], words[y], totals, phases[y % PHASE_ROWS], bits[y])
@@ -359,17 +364,19 @@ def find_events(samples, row_step, col_step, lone, events, totals, phases, bits,
 
 @nb.njit(**_FAST)
 def _count_extremes(row, high, low, high_limit, low_limit, both_limit):  # type: ignore[no-untyped-def]
-    """Add a stretch of extremes to the counts; return nonzero if any count is at its limit."""
+    """Add a stretch of extremes to the counts; return whether any count is at its limit, and any is outstanding."""
     width = high.dtype.type
     at_limit = np.uint8(0)
+    outstanding = np.uint8(0)
     for i in range(high.size):
         a = width(high[i] + (row[i] & 1))
         b = width(low[i] + ((row[i] >> 1) & 1))
+        outstanding = np.uint8(outstanding | np.uint8(row[i] & 12))
         high[i] = a
         low[i] = b
         over = (a >= high_limit) | (b >= low_limit) | (width(a + b) >= both_limit)
         at_limit = np.uint8(at_limit | np.uint8(over))
-    return at_limit
+    return at_limit != 0, outstanding != 0
 
 
 @nb.njit(**_FAST)
@@ -397,41 +404,24 @@ def count_rows(events, high, low, high_outstanding, low_outstanding, limits, rea
     reached : (room,) int64, overwritten with flat indices as far as there is room. A sample that had only
         outstanding events before the last one may be left out until its next
     """
-    words = events.view(np.uint64)
     cols = high.shape[1]
     width = high.dtype.type
-    # Two outstanding events are so rare that they are looked for one by one, below.
+    # Two outstanding events are so rare that they are looked for one by one.
     high_limit, low_limit, both_limit = width(limits[0, 1]), width(limits[1, 1]), width(limits[2, 1])
     n = 0
     for y in range(first, last):
-        for w in range(words.shape[1]):
-            word = words[y, w]
-            if word & np.uint64(0x0C0C0C0C0C0C0C0C):
-                for k in range(8):
-                    b = (word >> np.uint64(8 * k)) & np.uint64(15)
-                    if b & np.uint64(12):
-                        i = 8 * w + k
-                        if b & np.uint64(HIGH_OUTSTANDING):
-                            high_outstanding[y, i] += 1
-                        if b & np.uint64(LOW_OUTSTANDING):
-                            low_outstanding[y, i] += 1
-                        # Its extreme of this frame is counted below.
-                        a, c = (
-                            high[y, i] + (b & np.uint64(1)),
-                            low[y, i] + ((b >> np.uint64(1)) & np.uint64(1)),
-                        )
-                        if _reaches(a, c, high_outstanding[y, i], low_outstanding[y, i], limits):
-                            if n < reached.size:
-                                reached[n] = y * cols + i
-                            n += 1
         for start in range(0, cols, BLOCK):
             stop = min(start + BLOCK, cols)
             row, a, b = events[y, start:stop], high[y, start:stop], low[y, start:stop]
-            if not _count_extremes(row, a, b, high_limit, low_limit, both_limit):
+            at_limit, outstanding = _count_extremes(row, a, b, high_limit, low_limit, both_limit)
+            if not (at_limit or outstanding):
                 continue
             for i in range(start, stop):
-                # Outstanding ones of this frame are in already.
-                if events[y, i] & 12:
+                bits = events[y, i] & 12
+                if bits:
+                    high_outstanding[y, i] += bits >> 2 & 1
+                    low_outstanding[y, i] += bits >> 3
+                elif high[y, i] < high_limit and low[y, i] < low_limit and width(high[y, i] + low[y, i]) < both_limit:
                     continue
                 if _reaches(high[y, i], low[y, i], high_outstanding[y, i], low_outstanding[y, i], limits):
                     if n < reached.size:

@@ -12,6 +12,8 @@ ITU-T T.81 (1992), Annex H (lossless mode), Annex C (code tables), F.2.2.1 (EXTE
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numba as nb
@@ -28,40 +30,66 @@ _MARKER, _END_OF_IMAGE = 0xFF, 0xD9
 _FAST: dict[str, Any] = {"boundscheck": False, "nogil": True, "error_model": "numpy", "cache": True}
 
 
-def table(counts: bytes, categories: bytes) -> NDArray[np.uint16] | None:
-    """Return a Huffman table by the next 16 bits: (65536,) bits of code and difference << 4 | bits of the difference.
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Huffman tables of the components of a scan."""
 
-    Zero where these bits begin with no code, and for differences of 16 bits, of which decoders make different things.
-    None if there are more codes than bits can tell apart, or a category is unknown.
+    nearest: NDArray[np.uint16]
+    """(components, 2^LOOK) what the next bits begin with: bits of code and difference << 4 | bits of the difference.
+
+    Zero if the code is longer or there is none; and for differences of 16 bits, which depend on the decoder.
+    """
+
+    longer: NDArray[np.int64]
+    """(components, 3, 17) by length of code: where such codes end among the next 16 bits, and the place of the first
+    one's category; by place: the category."""
+
+    wide: bool
+    """Whether two differences may take more than 56 bits."""
+
+
+def tables(given: Sequence[bytes]) -> Tables | None:
+    """Build tables; None if one has more codes than bits can tell apart, or than there are categories.
 
     Parameters
     ----------
-    counts : of codes of length 1 to 16, as DHT has them
-    categories : as many, in the order of their codes
+    given : of each component the numbers of codes of length 1 to 16 and the categories in the order of their codes, as
+        DHT has them
     """
-    made = np.zeros(1 << 16, np.uint16)
-    end = place = 0
-    for length, number in enumerate(counts, 1):
-        for category in categories[place : place + number]:
-            start, end = end, end + (1 << (16 - length))
-            if end > len(made) or category > 16:
-                return None
-            if category < 16:
-                made[start:end] = (length + category) << 4 | category
-        place += number
-    return made
-
-
-def near(whole: NDArray[np.uint16]) -> NDArray[np.uint16]:
-    """Return of a `table` what the next LOOK bits tell: (2^LOOK,), zero where a code is longer."""
-    picked = whole[:: 1 << (16 - LOOK)]
-    length = (picked >> 4) - (picked & 15)
-    return np.where(length <= LOOK, picked, np.uint16(0))
+    nearest = np.zeros((len(given), 1 << LOOK), np.uint16)
+    longer = np.zeros((len(given), 3, 17), np.int64)
+    most = 0
+    for component, table in enumerate(given):
+        counts, categories = table[:16], table[16:]
+        if len(categories) > 17 or max(categories, default=0) > 16:
+            return None
+        longer[component, 2, : len(categories)] = list(categories)
+        end = place = 0
+        for length, number in enumerate(counts, 1):
+            longer[component, 1, length] = place
+            for category in categories[place : place + number]:
+                start, end = end, end + (1 << (16 - length))
+                if length <= LOOK and category < 16:
+                    nearest[component, start >> (16 - LOOK) : end >> (16 - LOOK)] = (length + category) << 4 | category
+                most = max(most, length + category)
+            place += number
+            longer[component, 0, length] = end
+        if end > 1 << 16:
+            return None
+    return Tables(nearest, longer, most > 28)
 
 
 def room(size: int, width: int) -> int:
     """Return the bytes of memory for a scan of `size` bytes and rows of `width` samples: a row may be read past it."""
     return size + 4 * width + 16
+
+
+@nb.njit(inline="always")
+def _word_at(data, at):  # type: ignore[no-untyped-def]
+    word = np.uint64(0)
+    for k in range(8):
+        word = (word << np.uint64(8)) | np.uint64(data[at + k])
+    return word
 
 
 @nb.njit(**_FAST)
@@ -81,25 +109,27 @@ def unstuff(coded, start, data):  # type: ignore[no-untyped-def]
     return BROKEN
 
 
-@nb.njit(inline="always")
-def _word_at(data, at):  # type: ignore[no-untyped-def]
-    word = np.uint64(0)
-    for k in range(8):
-        word = (word << np.uint64(8)) | np.uint64(data[at + k])
-    return word
+@nb.njit(**_FAST)
+def _long_code(bits, component, longer):  # type: ignore[no-untyped-def]
+    """Return what `Tables.nearest` would say if it knew longer codes."""
+    for length in range(LOOK + 1, 17):
+        if bits < longer[component, 0, length]:
+            nth = (bits - longer[component, 0, length - 1]) >> (16 - length)
+            category = longer[component, 2, longer[component, 1, length] + nth]
+            return (length + category) << 4 | category if category < 16 else 0
+    return 0
 
 
 @nb.njit(**_FAST)
-def _differences(data, at, held, count, tables, nearest, long, out):  # type: ignore[no-untyped-def]
+def _differences(data, at, held, count, nearest, longer, wide, out):  # type: ignore[no-untyped-def]
     """Decode a row of differences; return where the next one goes on, and whether all codes were known.
 
     Bits wait at the top of `held`, `count` of them certain. It is filled up to 56 or more without a branch: bits beyond
     the count are those that come next, and are set once more by the next filling (Giesen, "Reading bits in far too many
     ways", 2018, variant 4). As one loop, since its parts as inlined functions took three times as long.
     """
-    good = True
-    last = tables.shape[0] - 1
-    at_once = 1 if long or out.size & 1 else 2
+    last = nearest.shape[0] - 1
+    at_once = 1 if wide or out.size & 1 else 2
     for first in range(0, out.size, at_once):
         held |= _word_at(data, at) >> np.uint64(count)
         at += (63 - count) >> 3
@@ -107,17 +137,18 @@ def _differences(data, at, held, count, tables, nearest, long, out):  # type: ig
         for i in range(first, first + at_once):
             entry = np.int64(nearest[i & last, np.int64(held >> np.uint64(64 - LOOK))])
             if entry == 0:
-                entry = np.int64(tables[i & last, np.int64(held >> np.uint64(48))])
-            good &= entry != 0
+                entry = np.int64(_long_code(np.int64(held >> np.uint64(48)), i & last, longer))
+                if entry == 0:
+                    return at, held, count, False
             bits = entry & 15
             used = entry >> 4
-            value = np.int64((held << np.uint64(used - bits)) >> np.uint64(1) >> np.uint64(63 - bits))
-            # What is below the half is negative. No branch: nobody could foretell it.
-            half = (np.int64(1) << bits) >> 1
-            out[i] = value - ((half + half - 1) & ((value - half) >> 63))
+            rest = held << np.uint64(used - bits)
+            value = np.int64(rest >> np.uint64(1) >> np.uint64(63 - bits))
+            # One that begins with 0 is negative. No branch: nobody could foretell it.
+            out[i] = value - (~(np.int64(rest) >> 63) & ((np.int64(1) << bits) - 1))
             held <<= np.uint64(used)
             count -= used
-    return at, held, count, good
+    return at, held, count, True
 
 
 @nb.njit(**_FAST)
@@ -162,26 +193,25 @@ def _across(above, row, differences, components, predictor, mask):  # type: igno
 
 
 @nb.njit(**_FAST)
-def decode(data, size, tables, nearest, long, predictor, bits, out):  # type: ignore[no-untyped-def]
+def decode(data, size, nearest, longer, wide, predictor, bits, out):  # type: ignore[no-untyped-def]
     """Decode a scan; return whether it is whole.
 
     Parameters
     ----------
     data : (room(size, width),) what `unstuff` makes of it
     size : of its bytes
-    tables, nearest : (components, 65536) and (components, 2^LOOK), see `table` and `near`; of 1, 2 or 4 components
-    long : whether two differences may take more than 56 bits
+    nearest, longer, wide : see `Tables`; of 1, 2 or 4 components
     predictor : 1 to 7
     bits : depth of the samples
     out : (rows, width) uint16; a width of whole groups of components
     """
     rows, width = out.shape
-    components = tables.shape[0]
+    components = nearest.shape[0]
     mask = ~np.int64((1 << bits) - 1)
     differences = np.empty(width, np.int32)
     at, held, count = np.int64(0), np.uint64(0), np.int64(0)
     for y in range(rows):
-        at, held, count, good = _differences(data, at, held, count, tables, nearest, long, differences)
+        at, held, count, good = _differences(data, at, held, count, nearest, longer, wide, differences)
         if not good or at * 8 - count > size * 8:
             return False
         for component in range(components):
@@ -204,5 +234,7 @@ def load() -> None:
     """Compile the loops, or take them from numba's cache, which can take seconds."""
     coded = np.frombuffer(b"\x55\xff\xd9", np.uint8)
     data = np.zeros(room(1, 2), np.uint8)
-    tables, nearest = (np.full((1, 1 << bits), 1 << 4, np.uint16) for bits in (16, LOOK))
-    decode(data, unstuff(coded, 0, data), tables, nearest, False, 6, 8, np.empty((2, 2), np.uint16))
+    ours = tables([bytes((1, *[0] * 15, 0))])
+    if ours is not None:
+        size = unstuff(coded, 0, data)
+        decode(data, size, ours.nearest, ours.longer, ours.wide, 6, 8, np.empty((2, 2), np.uint16))

@@ -44,6 +44,7 @@ class Reader:
         from hotpixd.core import lossless
 
         self._loops = lossless
+        self._tables = lru_cache(16)(lossless.tables)
         self._data = np.empty(0, np.uint8)
         self._samples = np.empty(0, np.uint16)
 
@@ -52,7 +53,7 @@ class Reader:
         scan = _scan(coded)
         if scan is None or scan.rows * scan.width != shape[0] * shape[1]:
             return None
-        tables = _tables(scan.codes)
+        tables = self._tables(scan.codes)
         if tables is None:
             return None
         size = self._loops.room(len(coded), scan.width)
@@ -64,21 +65,11 @@ class Reader:
         if length == self._loops.BROKEN:
             return None
         samples = self._samples.reshape(scan.rows, scan.width)
-        good = self._loops.decode(self._data, length, *tables, scan.predictor, scan.bits, samples)
+        good = self._loops.decode(
+            self._data, length, tables.nearest, tables.longer, tables.wide, scan.predictor, scan.bits, samples
+        )
         # DNGs may store a tile's samples in rows of another length (DNG 1.7, "Compression").
         return self._samples.reshape(shape) if good else None
-
-
-@lru_cache(16)
-def _tables(codes: tuple[bytes, ...]) -> tuple[NDArray[np.uint16], NDArray[np.uint16], bool] | None:
-    """Return what `core.lossless.decode` wants to know of tables; None if one makes no sense."""
-    from hotpixd.core import lossless
-
-    whole = [lossless.table(code[:16], code[16:]) for code in codes]
-    known = np.stack([table for table in whole if table is not None] or [np.zeros(0, np.uint16)])
-    if len(known) != len(codes):
-        return None
-    return known, np.stack([lossless.near(table) for table in known]), bool((known >> 4).max() > 28)
 
 
 def _scan(coded: bytes) -> _Scan | None:

@@ -108,7 +108,7 @@ def _of_folder(settings: CameraSettings) -> Iterator[Finding]:
 
 
 def _print(findings: list[Finding]) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     for finding in findings:
         style = _STYLES[finding.level]
         console.print(f"[{style}]{finding.level:<7}[/{style}] {escape(printable(finding.text))}", soft_wrap=True)

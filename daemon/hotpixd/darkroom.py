@@ -49,7 +49,7 @@ def run_darks(
     own : starts it
     stop : becomes true when the user wants to stop
     """
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, emoji=False)
     if socket is not None:
         return _shown(_Follower(order, socket, console, stop, may_return=lambda: True), as_json=as_json)
     with contextlib.ExitStack() as stack:

@@ -78,7 +78,7 @@ def run_repair(
     force : replace pictures that are there
     stop : becomes true when the user wants to stop
     """
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, emoji=False)
     sensors = answer["sensors"]
     if not sensors:
         console.print("hotpixd: no sensor is known yet; scan its pictures first")
@@ -254,7 +254,7 @@ def _described(done: Repaired) -> dict[str, Any]:
 def _print(done: Repaired, *, dry_run: bool) -> None:
     # Paths to stdout for the next program, in whole lines.
     if done.refused is not None or done.sensor is None:
-        Console(stderr=True, highlight=False).print(
+        Console(stderr=True, highlight=False, emoji=False).print(
             escape(f"{printable(str(done.path))} was refused: {done.refused}"), soft_wrap=True
         )
         return

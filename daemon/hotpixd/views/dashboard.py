@@ -74,7 +74,7 @@ def run_dashboard(
     owned : whether the caller ends the daemon when the user leaves; the words on the screen are then of stopping
     console : on stdout unless given
     """
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, emoji=False)
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or console.is_dumb_terminal:
         print("hotpixd: the dashboard needs a terminal; `hotpixd status` prints lines instead.", file=sys.stderr)
         return WRONG_USE
@@ -107,6 +107,7 @@ def save_picture(client: Client, path: Path, *, width: int = 120, height: int = 
     console = Console(
         file=io.StringIO(),
         record=True,
+        emoji=False,
         width=width,
         height=height,
         force_terminal=True,

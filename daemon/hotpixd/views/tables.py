@@ -235,12 +235,12 @@ def print_verify(answer: Answer) -> None:
 
 
 def _console() -> Console:
-    return Console(highlight=False)
+    return Console(highlight=False, emoji=False)
 
 
 def _print_table(console: Console, table: Table) -> None:
     """Print a table whole: where the terminal is too narrow it breaks the lines, but no number is lost."""
-    wide = Console(highlight=False, width=_WIDEST_TABLE)
+    wide = Console(highlight=False, emoji=False, width=_WIDEST_TABLE)
     wide.width = max(console.width, wide.measure(table).maximum)
     wide.print(table)
 

@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).parent / "faults"))
 
 from fuzz_seeds import write_lossless_dng
 
+from conftest import environment
 from hotpixd.core.frame import Frame
 from hotpixd.intake import dng
 from hotpixd.intake.decode import DecodeError, decode
@@ -259,6 +260,22 @@ def test_workers_with_the_loops_take_over(tmp_path):
             worker.kill()
         np.testing.assert_array_equal(decoders.decode(paths[0]).samples, mosaic(*SHAPE))
         assert all(worker.with_loops for worker in decoders._all)
+
+
+def test_loops_that_cannot_be_loaded_cost_no_shot(tmp_path, monkeypatch, caplog):
+    """LibRaw goes on, and the log says why."""
+    write_lossless_dng(tmp_path / "shot.dng", mosaic(*SHAPE), TILE)
+    (tmp_path / "numba.py").write_text("raise ImportError('it was left out')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{environment()['PYTHONPATH']}")
+    with closing(Decoders(1)) as decoders:
+        until = time.monotonic() + 60
+        while not caplog.records:
+            np.testing.assert_array_equal(decoders.decode(tmp_path / "shot.dng").samples, mosaic(*SHAPE))
+            assert time.monotonic() < until
+        for _ in range(3):
+            decoders.decode(tmp_path / "shot.dng")
+    (said,) = caplog.records
+    assert "LibRaw decodes it, slowly: ImportError: it was left out" in said.getMessage()
 
 
 def test_who_decodes_nothing_of_the_kind_loads_no_loops(tmp_path):

@@ -124,6 +124,15 @@ def _sendable(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _load_loops() -> str | None:
+    """Load the compiled loops; return what is wrong with them. Every file can be decoded without."""
+    try:
+        importlib.import_module("hotpixd.core.lossless").load()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:LONGEST_TEXT]
+    return None
+
+
 def main() -> None:
     """Run as ``python -m hotpixd.intake.decode_worker SOCKET PARENT MEMORY LOOPS``.
 
@@ -133,12 +142,11 @@ def main() -> None:
     keep_large_buffers()
     for name in _NEEDED:
         importlib.import_module(name)
-    dng.loops.allowed = bool(with_loops)
-    if with_loops:
-        importlib.import_module("hotpixd.core.lossless").load()
+    fault = _load_loops() if with_loops else None
+    dng.loops.allowed = bool(with_loops) and fault is None
     missing = jail.enter(memory, parent)
     with socket.socket(fileno=number) as talk:
-        talk.send(json.dumps({"ready": missing}).encode())
+        talk.send(json.dumps({"ready": missing, "no_loops": fault}).encode())
         _Worker(talk).run()
 
 

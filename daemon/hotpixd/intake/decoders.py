@@ -190,7 +190,7 @@ class Decoders:
                 failure = str(error)
                 continue
             try:
-                self._tell_missing(worker.ready(time.monotonic() + _START_WITHIN_S))
+                self._tell(worker.ready(time.monotonic() + _START_WITHIN_S), worker.no_loops)
             except _Died as death:
                 self._discard(worker)
                 failure = str(death)
@@ -254,11 +254,14 @@ class Decoders:
         with self._lock:
             self._all.discard(worker)
 
-    def _tell_missing(self, missing: list[str]) -> None:
-        for name in missing:
-            if name not in self._told:
-                self._told.add(name)
-                log.warning("this kernel has no %s: decoders are less well locked in", name)
+    def _tell(self, missing: list[str], no_loops: str | None) -> None:
+        said = [f"this kernel has no {name}: decoders are less well locked in" for name in missing]
+        if no_loops is not None:
+            said.append(f"the loops for lossless JPEG cannot be loaded, so LibRaw decodes it, slowly: {no_loops}")
+        for sentence in said:
+            if sentence not in self._told:
+                self._told.add(sentence)
+                log.warning("%s", sentence)
 
 
 @dataclass(eq=False)
@@ -353,6 +356,8 @@ class _Worker:
     """Whether it would have been faster with the compiled loops."""
     missing: list[str] | None = None
     """Which walls its jail lacks, in words; None until it is ready."""
+    no_loops: str | None = None
+    """Why it has no compiled loops, if it was to have them."""
     known: set[int] = field(default_factory=set)
     """Numbers of the slots that it was told of."""
     amid_a_job: bool = False
@@ -385,10 +390,12 @@ class _Worker:
             If it does not start.
         """
         if self.missing is None:
-            missing = self._hear(until, "it did not start in time").get("ready")
+            answer = self._hear(until, "it did not start in time")
+            missing, fault = answer.get("ready"), answer.get("no_loops")
             if not isinstance(missing, list):
                 raise _Died("it did not start as it should")
             self.missing = [str(name) for name in missing]
+            self.no_loops = None if fault is None else str(fault)
         return self.missing
 
     def is_ready(self) -> bool:

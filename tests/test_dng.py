@@ -22,8 +22,10 @@ MATRIX = (*ONE, *ZERO, *ZERO, *ZERO, *ONE, *ZERO, *ZERO, *ZERO, *ONE)
 @pytest.fixture(autouse=True)
 def nothing_known() -> Iterator[None]:
     dng._known.clear()
+    dng._learned_in_vain = 0
     yield
     dng._known.clear()
+    dng._learned_in_vain = 0
 
 
 def write(path: Path, samples: np.ndarray, pattern: bytes = RGGB, *, byteorder: Any = "<", **more: Any) -> Path:

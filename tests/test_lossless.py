@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +35,10 @@ TILE = (48, 64)
 @pytest.fixture(autouse=True)
 def nothing_known() -> Iterator[None]:
     dng._known.clear()
+    dng._learned_in_vain = 0
     yield
     dng._known.clear()
+    dng._learned_in_vain = 0
 
 
 def noise(seed: int, shape: tuple[int, int], bits: int) -> np.ndarray:
@@ -141,6 +145,48 @@ def test_a_table_by_another_number_is_not_read():
     assert Reader().read(changed(coded, bytes((2, 0, 0, 1, 0x10)), bytes((2, 0, 0x10, 1, 0))), (6, 8)) is None
 
 
+TABLES_AT_RANDOM = """
+import numpy as np
+from hotpixd.core import lossless
+
+random = np.random.default_rng(1)
+for _ in range(3000):
+    components = int(random.choice((1, 2, 4)))
+    given = []
+    for _ in range(components):
+        counts = np.zeros(16, int)
+        for length in random.integers(1, 17, random.integers(1, 18)):
+            counts[length - 1] += 1
+        given.append(bytes(counts.tolist()) + bytes(random.permutation(17)[: counts.sum()].tolist()))
+    tables = lossless.tables(given)
+    if tables is None:
+        continue
+    coded = np.append(random.integers(0, 256, random.integers(0, 200)), (255, 217)).astype(np.uint8)
+    width = components * int(random.integers(1, 9))
+    data = np.full(lossless.room(len(coded), width), 255, np.uint8)
+    size = lossless.unstuff(coded, 0, data)
+    if size >= 0:
+        out = np.zeros((int(random.integers(1, 6)), width), np.uint16)
+        how = int(random.integers(1, 8)), int(random.integers(9, 17))
+        lossless.decode(data, size, tables.nearest, tables.longer, tables.wide, *how, out)
+print("within")
+"""
+
+
+def test_nothing_outside_of_the_arrays_is_touched(tmp_path):
+    """With bounds checked, which costs time: random bytes by random tables, short and long codes of all categories."""
+    checked = environment(NUMBA_BOUNDSCHECK="1", NUMBA_CACHE_DIR=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", TABLES_AT_RANDOM], env=checked, capture_output=True, text=True)
+    assert done.stdout == "within\n", done.stderr[-2000:]
+
+
+def test_a_difference_of_16_bits_by_a_short_code_is_not_read():
+    """LibRaw and the standard make of it what the version of the DNG says."""
+    table = bytes((0, 2, *[0] * 14)), bytes((0, 16))
+    samples = np.array([[0, 0]], np.uint16)
+    assert Reader().read(lossless_jpeg(samples, 1, 1, 16, (table,)), (1, 2)) is None
+
+
 # --- beside LibRaw
 
 
@@ -185,6 +231,7 @@ def test_what_comes_of_a_damaged_file_does_not_depend_on_the_shots_before(tmp_pa
             damaged[at] ^= 1 << random.integers(8)
         broken.write_bytes(damaged)
         dng._known.clear()
+        dng._learned_in_vain = 0
         first = outcome(broken)
         dng._known.clear()
         decode(whole)
@@ -197,6 +244,72 @@ def test_what_comes_of_a_damaged_file_does_not_depend_on_the_shots_before(tmp_pa
     # Neither way is hardly ever taken.
     assert sum(read_here) > 20
     assert len(read_here) - sum(read_here) > 20
+
+
+def same(one: Frame | str, other: Frame | str) -> bool:
+    if isinstance(one, str) or isinstance(other, str):
+        return one == other
+    return np.array_equal(one.samples, other.samples) and replace(one, samples=other.samples) == other
+
+
+WIDTH = 128
+
+
+@pytest.mark.parametrize(
+    ("tile", "encode"),
+    [
+        ((48, WIDTH // 2), lambda part: lossless_jpeg(part, 2)),
+        ((48, WIDTH // 4), lambda part: lossless_jpeg(part, 4)),
+        ((48, WIDTH // 2), lambda part: lossless_jpeg(part.reshape(24, WIDTH), 1)),
+        (None, lambda part: lossless_jpeg(part.reshape(-1, WIDTH // 2), 2)),
+        (None, lambda part: lossless_jpeg(part.reshape(-1, WIDTH // 4), 4)),
+    ],
+    ids=["two of half a width", "four of a quarter", "two rows as one", "half rows", "quarter rows"],
+)
+def test_another_layout_of_the_jpegs_is_compared_anew(tmp_path, tile, encode):
+    """Some of these LibRaw gets wrong; the header of the DNG is that of the shot before."""
+    shot = mosaic(96, WIDTH)
+    write_lossless_dng(tmp_path / "before.dng", shot, tile, lossless_jpeg)
+    write_lossless_dng(tmp_path / "shot.dng", shot, tile, encode)
+    first = outcome(tmp_path / "shot.dng")
+    dng._known.clear()
+    decode(tmp_path / "before.dng")
+    assert same(outcome(tmp_path / "shot.dng"), first)
+    assert same(outcome(tmp_path / "shot.dng"), first)
+
+
+@pytest.mark.parametrize(
+    ("level", "also"),
+    [(60000, {}), (200, {50712: (3, np.arange(0, 60000, 2).astype("<u2").tobytes())})],
+    ids=["all alike", "a table of levels beside the preview"],
+)
+def test_nothing_is_learned_of(tmp_path, level, also):
+    """A picture in which all samples are alike cannot show that they lie elsewhere."""
+    shot = mosaic(*SHAPE) if also else np.full(SHAPE, level, np.uint16)
+    write_lossless_dng(
+        tmp_path / "shot.dng", shot, TILE, lambda part: lossless_jpeg(part, bits=16), preview=True, also=also
+    )
+    outcome(tmp_path / "shot.dng")
+    assert not any(dng._known.values())
+
+
+def test_a_camera_that_writes_something_new_into_each_header_is_not_compared_for_ever(tmp_path):
+    for n in range(20):
+        also = {50740: (1, bytes((n,)) * 100)}
+        write_lossless_dng(tmp_path / f"{n}.dng", mosaic(*SHAPE), TILE, lossless_jpeg, also=also)
+        decode(tmp_path / f"{n}.dng")
+    assert len(dng._known) == dng._IN_VAIN
+
+
+@pytest.mark.parametrize("top", [16, 20, 70])
+def test_margins_may_be_larger_than_a_tile(tmp_path, top, monkeypatch):
+    area = {50829: (3, np.array([top, 4, SHAPE[0], SHAPE[1]], "<u2").tobytes())}
+    for n in (1, 2):
+        write_lossless_dng(tmp_path / f"{n}.dng", mosaic(*SHAPE) + np.uint16(n), (16, 16), lossless_jpeg, also=area)
+    decode(tmp_path / "1.dng")
+    expected = by_libraw(tmp_path / "2.dng")
+    monkeypatch.setattr("hotpixd.intake.decode._by_libraw", None)
+    np.testing.assert_array_equal(decode(tmp_path / "2.dng").samples, expected)
 
 
 def in_the_last_tile(tmp_path: Path, change: Callable[[bytes], bytes]) -> Path:
@@ -262,10 +375,18 @@ def test_workers_with_the_loops_take_over(tmp_path):
         assert all(worker.with_loops for worker in decoders._all)
 
 
-def test_loops_that_cannot_be_loaded_cost_no_shot(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("loading", "reason"),
+    [
+        ("raise ImportError('it was left out')", "ImportError: it was left out"),
+        ("import os; os.kill(os.getpid(), 11)", "it was killed by SIGSEGV"),
+    ],
+    ids=["an error", "a crash"],
+)
+def test_loops_that_cannot_be_loaded_cost_no_shot(tmp_path, monkeypatch, caplog, loading, reason):
     """LibRaw goes on, and the log says why."""
     write_lossless_dng(tmp_path / "shot.dng", mosaic(*SHAPE), TILE)
-    (tmp_path / "numba.py").write_text("raise ImportError('it was left out')")
+    (tmp_path / "numba.py").write_text(loading)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{environment()['PYTHONPATH']}")
     with closing(Decoders(1)) as decoders:
         until = time.monotonic() + 60
@@ -275,7 +396,7 @@ def test_loops_that_cannot_be_loaded_cost_no_shot(tmp_path, monkeypatch, caplog)
         for _ in range(3):
             decoders.decode(tmp_path / "shot.dng")
     (said,) = caplog.records
-    assert "LibRaw decodes it, slowly: ImportError: it was left out" in said.getMessage()
+    assert said.getMessage().endswith(f"LibRaw decodes it, slowly: {reason}")
 
 
 def test_who_decodes_nothing_of_the_kind_loads_no_loops(tmp_path):

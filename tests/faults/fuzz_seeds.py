@@ -7,9 +7,10 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -152,6 +153,7 @@ def write_lossless_dng(
     samples: np.ndarray,
     tile: tuple[int, int] | None = None,
     encode: Callable[[np.ndarray], bytes] | None = None,
+    **more: Any,
 ) -> None:
     """Write a DNG compressed with lossless JPEG, as cameras and Adobe's converter do."""
     import imagecodecs
@@ -165,7 +167,7 @@ def write_lossless_dng(
             part = samples[top : top + rows, left : left + cols]
             part = np.pad(part, ((0, rows - part.shape[0]), (0, cols - part.shape[1])), "edge")
             coded.append(encode(part))
-    _write_raw_tiff(path, samples.shape, 16, 7, coded, tile)
+    _write_raw_tiff(path, samples.shape, 16, 7, coded, tile, **more)
 
 
 def write_packed_dng(path: Path, samples: np.ndarray) -> None:
@@ -191,6 +193,7 @@ def _write_raw_tiff(
     *,
     preview: bool = False,
     crop: tuple[int, int, int, int] | None = None,
+    also: Mapping[int, tuple[int, bytes]] | None = None,
 ) -> None:
     height, width = shape
     unit = struct.pack("<18i", *(v for one in (1, 0, 0, 0, 1, 0, 0, 0, 1) for v in (one, 1)))
@@ -206,6 +209,7 @@ def _write_raw_tiff(
         50728: (5, struct.pack("<6I", 1, 2, 1, 1, 1, 2)),
         50735: (2, b"0042\0"),
         50778: (3, struct.pack("<H", 21)),
+        **(also or {}),
     }
     raw = {
         254: (4, struct.pack("<I", 0)),

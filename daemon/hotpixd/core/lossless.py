@@ -112,6 +112,9 @@ def unstuff(coded, start, data):  # type: ignore[no-untyped-def]
 @nb.njit(**_FAST)
 def _long_code(bits, component, longer):  # type: ignore[no-untyped-def]
     """Return what `Tables.nearest` would say if it knew longer codes."""
+    if bits < longer[component, 0, LOOK]:
+        # A short one, of 16 bits of difference.
+        return 0
     for length in range(LOOK + 1, 17):
         if bits < longer[component, 0, length]:
             nth = (bits - longer[component, 0, length - 1]) >> (16 - length)

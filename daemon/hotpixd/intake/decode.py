@@ -444,7 +444,9 @@ def _read_dng(file: BinaryIO, place: Place) -> _Picture:
             return _raw_picture(placed, about, reading)
     samples, about, reading = _by_libraw(file, about, coded=mosaic is not None and mosaic.coded)
     if mosaic is not None and dng.is_new(mosaic):
-        dng.learn(mosaic, reading, samples, file)
+        # Without enough memory for both ways nothing is learned; the shot is decoded.
+        with contextlib.suppress(MemoryError):
+            dng.learn(mosaic, reading, samples, file)
     return _raw_picture(samples, about, reading)
 
 
@@ -459,7 +461,10 @@ def _placed(file: BinaryIO, place: Place, mosaic: dng.Mosaic, reading: Reading) 
         return None
     # Memory is given once: what LibRaw makes of a file that is not whole has to go there, too.
     samples = place((reading.height, reading.width), np.dtype(np.uint16))
-    if not dng.read_into(samples, mosaic, reading, file):
+    whole = False
+    with contextlib.suppress(MemoryError):
+        whole = dng.read_into(samples, mosaic, reading, file)
+    if not whole:
         theirs, _, _ = _by_libraw(file, Metadata(), coded=mosaic.coded)
         if theirs.shape != samples.shape:
             raise DecodeError(_broken("raw"))
@@ -493,7 +498,7 @@ def _by_libraw(file: BinaryIO, about: Metadata, *, coded: bool = False) -> tuple
         it does so of whole files, too; whether a frame is good is not to be told by that.
     """
     file.seek(0)
-    with _stderr.kept() as complaints:
+    with _around_libraw.prepared() as complaints:
         unpacked = _unpacked(file, about)
         if coded and complaints():
             raise DecodeError(_broken("raw"))
@@ -509,8 +514,7 @@ def _unpacked(file: BinaryIO, about: Metadata) -> tuple[NDArray[Any], Metadata, 
     try:
         # From memory: LibRaw takes names besides, but a decoder in its jail has none to give. Both take as long.
         raw.open_buffer(file)
-        with _blank_memory():
-            raw.unpack()
+        raw.unpack()
         if raw.raw_type is not rawpy.RawType.Flat:
             raise DecodeError(
                 "this raw file holds computed colours (linear DNG, sRAW or Foveon), not the sensor's samples;"
@@ -796,11 +800,14 @@ def keep_large_buffers() -> bool:
     return all(bool(mallopt(name, value)) for name, value in settings)
 
 
-class _Stderr:
-    """Keeps what the C library writes to stderr while LibRaw runs, which complains there of damaged files.
+class _AroundLibRaw:
+    """What LibRaw finds around it while it runs: a stderr that is kept, and memory that is blank.
 
-    Python writes to file descriptor 2 itself, so logs and tracebacks of other threads still arrive. Of two threads that
-    decode, both get the complaints of either.
+    On stderr it complains of damaged files. Python writes to file descriptor 2 itself, so logs and tracebacks of other
+    threads still arrive. Of two threads that decode, both get the complaints of either.
+
+    Samples that it cannot decode it leaves as they were before. A damaged file would come out differently each time it
+    is read (12 of 2,500 damaged DNGs did), and a replay must not. So the C allocator fills what it gives.
     """
 
     def __init__(self) -> None:
@@ -817,8 +824,8 @@ class _Stderr:
             self._kept = self._library.open_memstream(ctypes.byref(self._text), ctypes.byref(self._length))
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[Callable[[], bool]]:
-        """Give what tells whether anything was written since."""
+    def prepared(self) -> Iterator[Callable[[], bool]]:
+        """Give what tells whether anything was written to stderr since."""
         if self._variable is None or self._kept is None:
             yield lambda: False
             return
@@ -827,6 +834,8 @@ class _Stderr:
                 self._library.rewind(ctypes.c_void_p(self._kept))
                 self._real = self._variable.value
                 self._variable.value = self._kept
+                # Memory is filled with the complement.
+                self._library.mallopt(_M_PERTURB, 0xFF)
             self._users += 1
         try:
             yield lambda: self._library.ftell(ctypes.c_void_p(self._kept)) > 0
@@ -834,24 +843,8 @@ class _Stderr:
             with self._lock:
                 self._users -= 1
                 if self._users == 0:
+                    self._library.mallopt(_M_PERTURB, 0)
                     self._variable.value = self._real
 
 
-_stderr = _Stderr()
-
-
-@contextlib.contextmanager
-def _blank_memory() -> Iterator[None]:
-    """Have the C allocator fill what it gives: LibRaw leaves samples that it cannot decode as they were before.
-
-    A damaged file would come out differently each time it is read (12 of 2,500 damaged DNGs did); a replay must not.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        yield
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(_M_PERTURB, 0xFF)  # memory is filled with the complement
-    try:
-        yield
-    finally:
-        mallopt(_M_PERTURB, 0)
+_around_libraw = _AroundLibRaw()

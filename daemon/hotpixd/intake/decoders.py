@@ -103,7 +103,8 @@ class Decoders:
         self._all: set[_Worker] = set()
         self._lock = threading.Lock()
         self._closed = False
-        self._with_loops = False
+        self._with_loops: bool | None = None
+        """Whether workers are started with the compiled loops; None: no file has asked for them yet."""
         self._told: set[str] = set()
         # A worker ends with the thread that started it: with this one, and not with one of our callers.
         self._starter = ThreadPoolExecutor(1, "decoders")
@@ -190,43 +191,64 @@ class Decoders:
                 failure = str(error)
                 continue
             try:
-                self._tell(worker.ready(time.monotonic() + _START_WITHIN_S), worker.no_loops)
+                missing = worker.ready(time.monotonic() + _START_WITHIN_S)
             except _Died as death:
                 self._discard(worker)
                 failure = str(death)
+                if worker.with_loops:
+                    self._give_up_loops(failure)
                 continue
+            if worker.no_loops is not None:
+                self._give_up_loops(worker.no_loops)
+            for name in missing:
+                self._say_once(f"this kernel has no {name}: decoders are less well locked in")
             return worker
         raise DecodersFailedError(f"The decoder processes do not start: {failure}.")
 
     def _idle_one(self) -> _Worker | None:
         with self._lock:
-            # Those that are still to load their loops come last, those that they replace go when they are ready.
-            self._idle.sort(key=lambda worker: (worker.is_ready(), worker.with_loops))
-            if self._idle and self._idle[-1].with_loops and self._idle[-1].is_ready():
-                for worker in [worker for worker in self._idle if not worker.with_loops]:
-                    self._idle.remove(worker)
+            if self._closed:
+                return None
+            for worker in [worker for worker in self._idle if worker.with_loops and worker.has_spoken()]:
+                try:
+                    worker.ready(time.monotonic() + 1.0)
+                except _Died as death:
                     self._drop(worker)
-            while self._idle:
-                worker = self._idle.pop()
-                if worker.alive:
-                    return worker
-                # Not by a file: nobody is to blame.
+                    self._give_up_loops(str(death))
+            quick = [worker for worker in self._idle if worker.with_loops and worker.missing is not None]
+            plain = [worker for worker in self._idle if not worker.with_loops]
+            for worker in plain[: len(quick)]:
                 self._drop(worker)
+            # Last those that are still to load their loops.
+            for worker in (*quick, *plain[len(quick) :], *self._idle):
+                if worker in self._idle:
+                    self._idle.remove(worker)
+                    if worker.alive:
+                        return worker
+                    # Not by a file: nobody is to blame.
+                    self._drop(worker)
         return None
 
     def _drop(self, worker: _Worker) -> None:
+        if worker in self._idle:
+            self._idle.remove(worker)
         self._all.discard(worker)
         worker.close()
 
     def _replace_all(self) -> None:
-        """Start as many workers with the compiled loops as there are without."""
+        """Start as many workers with the compiled loops as there are without, once."""
         with self._lock:
-            if self._with_loops or self._closed:
+            if self._with_loops is not None or self._closed:
                 return
             self._with_loops = True
             for worker in self._all:
                 if not worker.with_loops:
                     self._starter.submit(self._start_early)
+
+    def _give_up_loops(self, reason: str) -> None:
+        """Start workers without from now on: files can be decoded without."""
+        self._with_loops = False
+        self._say_once(f"the loops for lossless JPEG cannot be loaded, so LibRaw decodes it, slowly: {reason}")
 
     def _give_back(self, worker: _Worker) -> None:
         if worker.amid_a_job:
@@ -245,7 +267,7 @@ class Decoders:
         with self._lock:
             if self._closed:
                 raise DecodersFailedError("they were closed")
-            worker = _Worker(self._memory, self._slots, self._with_loops)
+            worker = _Worker(self._memory, self._slots, self._with_loops is True)
             self._all.add(worker)
             return worker
 
@@ -254,14 +276,10 @@ class Decoders:
         with self._lock:
             self._all.discard(worker)
 
-    def _tell(self, missing: list[str], no_loops: str | None) -> None:
-        said = [f"this kernel has no {name}: decoders are less well locked in" for name in missing]
-        if no_loops is not None:
-            said.append(f"the loops for lossless JPEG cannot be loaded, so LibRaw decodes it, slowly: {no_loops}")
-        for sentence in said:
-            if sentence not in self._told:
-                self._told.add(sentence)
-                log.warning("%s", sentence)
+    def _say_once(self, sentence: str) -> None:
+        if sentence not in self._told:
+            self._told.add(sentence)
+            log.warning("%s", sentence)
 
 
 @dataclass(eq=False)
@@ -398,10 +416,10 @@ class _Worker:
             self.no_loops = None if fault is None else str(fault)
         return self.missing
 
-    def is_ready(self) -> bool:
-        """Whether it takes jobs, as far as it has said."""
+    def has_spoken(self) -> bool:
+        """Whether it has said that it is ready, or has ended, and nobody has heard it yet."""
         if self.missing is not None:
-            return True
+            return False
         said = select.poll()
         said.register(self._talk, select.POLLIN)
         return bool(said.poll(0))

@@ -33,7 +33,7 @@ CFA, LINEAR_RAW = 32803, 34892
 _STORED, _LZW, _JPEG, _DEFLATE, _PACKBITS = 1, 5, 7, (8, 32946), 32773
 _PATTERN_SIDES, _PATTERN = 33421, 33422
 
-_JPEG_HEADER = 4096
+JPEG_HEADER = 4096
 """Bytes of a JPEG within which it says how large it is: tables may come first."""
 
 _XTRANS = "GBGGRGRGRBGBGBGGRGGRGGBGBGBRGRGRGGBG"
@@ -242,7 +242,7 @@ def _is_filled_up(count: int, size: int) -> bool:
 def _holds(stored: _Stored, file: BinaryIO, index: int, size: tuple[int, int], needed: int) -> bool:
     """Tell whether a compressed part holds what is needed; True where that cannot be told."""
     file.seek(stored.offsets[index])
-    coded = file.read(min(stored.counts[index], _JPEG_HEADER) if stored.compression == _JPEG else stored.counts[index])
+    coded = file.read(min(stored.counts[index], JPEG_HEADER) if stored.compression == _JPEG else stored.counts[index])
     if stored.compression in _DEFLATE:
         inflater = zlib.decompressobj()
         try:
@@ -251,7 +251,7 @@ def _holds(stored: _Stored, file: BinaryIO, index: int, size: tuple[int, int], n
         except zlib.error:
             return False
     if stored.compression == _JPEG and stored.bits > 8:
-        across, rows, components = _jpeg_sides(coded)
+        across, rows, components = jpeg_sides(coded)
         return across * rows * components == size[0] * size[1]
     if stored.compression in (_LZW, _PACKBITS):
         import tifffile
@@ -263,7 +263,7 @@ def _holds(stored: _Stored, file: BinaryIO, index: int, size: tuple[int, int], n
     return True
 
 
-def _jpeg_sides(coded: bytes) -> tuple[int, int, int]:
+def jpeg_sides(coded: bytes) -> tuple[int, int, int]:
     """Return width, height and components of a JPEG as its frame header says; zeros if it has none."""
     at = 2 if coded.startswith(b"\xff\xd8") else len(coded)
     while coded[at : at + 1] == b"\xff" and at + 10 <= len(coded):

@@ -48,10 +48,20 @@ class Reader:
         self._data = np.empty(0, np.uint8)
         self._samples = np.empty(0, np.uint16)
 
-    def read(self, coded: bytes, shape: tuple[int, int]) -> NDArray[np.uint16] | None:
-        """Return the samples of a tile, (rows, columns), good until the next one is read; None if it is not whole."""
+    def read(
+        self, coded: bytes, shape: tuple[int, int], sides: tuple[int, int, int] | None = None
+    ) -> NDArray[np.uint16] | None:
+        """Return the samples of a tile, (rows, columns), good until the next one is read; None if it is not whole.
+
+        Parameters
+        ----------
+        sides : columns, rows and components that its JPEG must have, if only one with these is good
+        """
         scan = _scan(coded)
         if scan is None or scan.rows * scan.width != shape[0] * shape[1]:
+            return None
+        components = len(scan.codes)
+        if sides not in (None, (scan.width // components, scan.rows, components)):
             return None
         tables = self._tables(scan.codes)
         if tables is None:

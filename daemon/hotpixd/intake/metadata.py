@@ -170,11 +170,11 @@ class Directory:
     next_offset: int = 0
     """Offset of the next directory in the chain; 0 at the end."""
 
-    def raw(self, tag: int) -> bytes:
-        """Return the bytes of a value; empty if the tag is not there or its value lies outside the file."""
+    def raw(self, tag: int, most: int = _MAX_VALUE_BYTES) -> bytes:
+        """Return the bytes of a value; empty if it is not there, longer than `most`, or lies outside the file."""
         kind, count, field = self.entries.get(tag, (0, 0, b""))
         size = struct.calcsize("=" + _TYPE_FORMATS[kind]) * count if kind in _TYPE_FORMATS else 0
-        if not 0 < size <= _MAX_VALUE_BYTES:
+        if not 0 < size <= most:
             return b""
         if size <= 4:
             return field[:size]

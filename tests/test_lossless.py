@@ -215,7 +215,7 @@ def outcome(path: Path) -> Frame | str:
 
 
 def test_what_comes_of_a_damaged_file_does_not_depend_on_the_shots_before(tmp_path, monkeypatch):
-    """Of each of 400 some bytes are changed. Read as a first and as a later one, it is the same picture or refusal."""
+    """Of each of 300 some bytes are changed. Read as a first and as a later one, it is the same picture or refusal."""
     whole = tmp_path / "whole.dng"
     write_lossless_dng(whole, mosaic(*SHAPE), TILE, lambda part: lossless_jpeg(part, 2, 1, 14, (SKEWED,)))
     content = whole.read_bytes()
@@ -225,7 +225,7 @@ def test_what_comes_of_a_damaged_file_does_not_depend_on_the_shots_before(tmp_pa
     read_here = []
     read_into = dng.read_into
     monkeypatch.setattr(dng, "read_into", lambda *args: read_here.append(read_into(*args)) or read_here[-1])
-    for _ in range(1000):
+    for _ in range(300):
         damaged = bytearray(content)
         for at in random.integers(start, len(content), random.integers(1, 4)):
             damaged[at] ^= 1 << random.integers(8)
@@ -242,8 +242,8 @@ def test_what_comes_of_a_damaged_file_does_not_depend_on_the_shots_before(tmp_pa
             assert isinstance(later, Frame)
             np.testing.assert_array_equal(later.samples, first.samples)
     # Neither way is hardly ever taken.
-    assert sum(read_here) > 20
-    assert len(read_here) - sum(read_here) > 20
+    assert sum(read_here) > 10
+    assert len(read_here) - sum(read_here) > 10
 
 
 def same(one: Frame | str, other: Frame | str) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rawpy
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -299,6 +300,22 @@ def test_a_camera_that_writes_something_new_into_each_header_is_not_compared_for
         write_lossless_dng(tmp_path / f"{n}.dng", mosaic(*SHAPE), TILE, lossless_jpeg, also=also)
         decode(tmp_path / f"{n}.dng")
     assert len(dng._known) == dng._IN_VAIN
+
+
+@pytest.mark.parametrize("kind", [3, 9, 11, 12], ids=["16 bits", "signed", "float", "double"])
+def test_offsets_of_another_type_are_the_files_fault(tmp_path, kind):
+    """Negative or beyond all files, they would look like a disk that cannot be read."""
+    path = tmp_path / "shot.dng"
+    write_lossless_dng(path, mosaic(*SHAPE), TILE, lossless_jpeg)
+    content = path.read_bytes()
+    with tifffile.TiffFile(path) as file:
+        tag = file.pages.first.tags[324]
+    values = {3: b"\xff" * 16, 9: b"\xff" * 16, 11: np.full(4, 1e38, "<f4").tobytes(), 12: b"\0" * 16}[kind]
+    content = content[: tag.offset + 2] + bytes((kind,)) + content[tag.offset + 3 :]
+    path.write_bytes(content[: tag.valueoffset] + values + content[tag.valueoffset + 16 :])
+    for _ in range(2):
+        with pytest.raises(DecodeError):
+            decode(path)
 
 
 @pytest.mark.parametrize("top", [16, 20, 70])

@@ -42,6 +42,8 @@ _REFUSED = {0xC618, 0xC68E}
 """Tags with which it does more: a table of levels, masked areas."""
 
 _STORED, _JPEG = 1, 7
+_LONG = 4
+"""Type of a tag: numbers of 32 bits, as which LibRaw reads all offsets."""
 
 _LONGEST_VALUE = 1 << 24
 """Bytes of the value of a tag."""
@@ -157,8 +159,11 @@ def find(file: BinaryIO) -> Mosaic | None:
     width, height = int(raw.number(0x0100) or 0), int(raw.number(0x0101) or 0)
     tiled = 0x0142 in raw.entries
     part = raw.numbers(0x0142)[:1] + raw.numbers(0x0143)[:1] if tiled else (width, raw.number(0x0116) or height)
-    starts, counts = raw.numbers(0x0144 if tiled else 0x0111), raw.numbers(0x0145 if tiled else 0x0117)
-    if len(part) != 2 or not 0 < part[0] * part[1] <= 4 * width * height or len(starts) != len(counts) or not starts:
+    where, lengths = (0x0144, 0x0145) if tiled else (0x0111, 0x0117)
+    starts, counts = raw.numbers(where), raw.numbers(lengths)
+    if not starts or len(starts) != len(counts) or raw.entries[where][0] != _LONG:
+        return None
+    if len(part) != 2 or min(part) < 1 or part[0] * part[1] > 4 * width * height:
         return None
     places = tuple((int(start), int(count)) for start, count in zip(starts, counts, strict=True))
     size = int(part[0]), int(part[1] if tiled else min(part[1], height))

@@ -2,7 +2,7 @@
 
 LibRaw reads a file into memory, copies its samples twice and asks for a third
 copy; three quarters of the time that an uncompressed DNG takes. Lossless JPEG it
-decodes four times as slowly as `core.lossless`. What it makes of the samples
+decodes at less than half the speed of `core.lossless`. What it makes of the samples
 depends on a header that is the same for all shots of a camera. So the first shot
 is read both ways, and compared: samples, crop, colours, levels. If all are equal,
 the next shots with that header are read here.

@@ -427,7 +427,8 @@ def _tiff_sides(rng: random.Random, content: bytes) -> bytes | None:
     )
     for entry, value in ((width, across), (height, down)):
         size = _SIZES[entry.kind]
-        packed = value.to_bytes(size, "little" if entry.order == "<" else "big")
+        # Doubled, a side may need more bytes than it has.
+        packed = (value % (1 << 8 * size)).to_bytes(size, "little" if entry.order == "<" else "big")
         content = content[: entry.value_at] + packed + content[entry.value_at + size :]
     return content
 

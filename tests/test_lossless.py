@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from fuzz_seeds import write_lossless_dng
 from conftest import environment
 from hotpixd.core.frame import Frame
 from hotpixd.intake import dng
-from hotpixd.intake.decode import DecodeError, decode
+from hotpixd.intake.decode import DecodeError, _around_libraw, decode
 from hotpixd.intake.decoders import Decoders
 from hotpixd.intake.lossless_jpeg import Reader
 from pictures import FLAT, SKEWED, lossless_jpeg, mosaic
@@ -362,6 +363,22 @@ def test_samples_that_libraw_does_not_decode_are_none_of_another_picture(tmp_pat
         dng._known.clear()
         decode(whole)
         assert not decode(path).samples[TILE[0] :, TILE[1] :].any()
+
+
+def test_no_memory_is_filled_for_samples_that_a_file_cannot_hold(tmp_path, monkeypatch):
+    """LibRaw reserves 1.4 GB for a header that says so; touching all of it could end other processes."""
+    filled = []
+    monkeypatch.setattr(_around_libraw, "_fill", filled.append)
+    write_lossless_dng(tmp_path / "shot.dng", mosaic(*SHAPE), TILE)
+    decode(tmp_path / "shot.dng")
+    assert filled == [1, -1]
+    content = (tmp_path / "shot.dng").read_bytes()
+    sides = struct.pack("<HHII", 256, 4, 1, SHAPE[1]), struct.pack("<HHII", 256, 4, 1, 30000)
+    assert content.count(sides[0]) == 1
+    (tmp_path / "shot.dng").write_bytes(content.replace(*sides))
+    with pytest.raises(DecodeError):
+        decode(tmp_path / "shot.dng")
+    assert filled == [1, -1]
 
 
 # --- in the jail

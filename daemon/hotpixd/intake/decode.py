@@ -514,7 +514,8 @@ def _unpacked(file: BinaryIO, about: Metadata) -> tuple[NDArray[Any], Metadata, 
     try:
         # From memory: LibRaw takes names besides, but a decoder in its jail has none to give. Both take as long.
         raw.open_buffer(file)
-        raw.unpack()
+        with _around_libraw.blank_memory() if _can_hold(file, raw.sizes) else contextlib.nullcontext():
+            raw.unpack()
         if raw.raw_type is not rawpy.RawType.Flat:
             raise DecodeError(
                 "this raw file holds computed colours (linear DNG, sRAW or Foveon), not the sensor's samples;"
@@ -544,6 +545,14 @@ def _unpacked(file: BinaryIO, about: Metadata) -> tuple[NDArray[Any], Metadata, 
         raise DecodeError(_broken("raw")) from error
     visible = sizes.top_margin, sizes.left_margin, samples.shape[1], samples.shape[0]
     return samples, about, Reading(*visible, colours, sum(black) / len(black), white or None)
+
+
+def _can_hold(file: BinaryIO, sizes: Any) -> bool:
+    """Whether a raw file may hold as many samples as it says: a quarter of a byte each is less than any format takes.
+
+    LibRaw reserves memory for them in any case. To fill it takes that memory, gigabytes with a damaged header.
+    """
+    return bool(sizes.raw_width * sizes.raw_height <= 4 * file.seek(0, io.SEEK_END))
 
 
 def _refuse_empty_end(file: BinaryIO) -> None:
@@ -812,7 +821,7 @@ class _AroundLibRaw:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._users = 0
+        self._users = self._blank = 0
         self._variable: ctypes.c_void_p | None = None
         self._real: int | None = None
         # Elsewhere (musl) the variable is constant and writing it would crash.
@@ -834,8 +843,6 @@ class _AroundLibRaw:
                 self._library.rewind(ctypes.c_void_p(self._kept))
                 self._real = self._variable.value
                 self._variable.value = self._kept
-                # Memory is filled with the complement.
-                self._library.mallopt(_M_PERTURB, 0xFF)
             self._users += 1
         try:
             yield lambda: self._library.ftell(ctypes.c_void_p(self._kept)) > 0
@@ -843,8 +850,23 @@ class _AroundLibRaw:
             with self._lock:
                 self._users -= 1
                 if self._users == 0:
-                    self._library.mallopt(_M_PERTURB, 0)
                     self._variable.value = self._real
+
+    @contextlib.contextmanager
+    def blank_memory(self) -> Iterator[None]:
+        """Have the C allocator fill what it gives."""
+        self._fill(1)
+        try:
+            yield
+        finally:
+            self._fill(-1)
+
+    def _fill(self, users: int) -> None:
+        if self._variable is not None:
+            with self._lock:
+                self._blank += users
+                # Memory is filled with the complement.
+                self._library.mallopt(_M_PERTURB, 0xFF if self._blank else 0)
 
 
 _around_libraw = _AroundLibRaw()

@@ -163,6 +163,13 @@ def test_a_dng_whose_tags_contradict_its_samples_is_refused(tmp_path, name, tag,
     assert refusal(tmp_path, with_tag(whole("DNG", name), tag, *values))
 
 
+def test_a_wrong_depth_does_not_hide_wrong_sides(tmp_path):
+    """The sides of a lossless JPEG count whatever depth the DNG says."""
+    content = whole("DNG", "lossless JPEG")
+    (width,) = tag_of(content, 256)
+    assert refusal(tmp_path, with_tag(with_tag(content, 258, 5), 256, width + 8))
+
+
 @pytest.mark.parametrize("tag", [33421, 33422, 262])
 def test_a_dng_that_lost_a_tag_of_its_mosaic_is_refused(tmp_path, tag):
     """LibRaw would take RGGB."""

@@ -250,7 +250,8 @@ def _holds(stored: _Stored, file: BinaryIO, index: int, size: tuple[int, int], n
             return len(inflater.decompress(coded, needed + 1)) == needed
         except zlib.error:
             return False
-    if stored.compression == _JPEG and stored.bits > 8:
+    # With 8 bit they are lossy, and their sides need not be those of the part.
+    if stored.compression == _JPEG and stored.bits != 8:
         across, rows, components = jpeg_sides(coded)
         return across * rows * components == size[0] * size[1]
     if stored.compression in (_LZW, _PACKBITS):

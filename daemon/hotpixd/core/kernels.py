@@ -45,6 +45,14 @@ def _smaller(a, b):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(**_FAST)
+def _window_start(position, step, length):  # type: ignore[no-untyped-def]
+    """Return where the window of a row or column begins: near a border it is shifted inwards, still WINDOW wide."""
+    phase = position % step
+    count = (length - phase + step - 1) // step
+    return min(max(position // step - HALF_WINDOW, 0), count - WINDOW) * step + phase
+
+
+@nb.njit(**_FAST)
 def _extremes_across(x, a, b, c, d, e, f, high_around, high, low_around, low):  # type: ignore[no-untyped-def]
     """Highest and lowest of each column of a row's windows, without and with the row itself.
 
@@ -109,12 +117,9 @@ def _events_at_ends(x, step, high_around, high, low_around, low, out):  # type: 
     edge = HALF_WINDOW * step
     for at in range(2 * edge):
         i = at if at < edge else x.size - 1 - (at - edge)
-        phase = i % step
-        count = (x.size - phase + step - 1) // step
-        start = min(max(i // step - HALF_WINDOW, 0), count - WINDOW)
+        start = _window_start(i, step, x.size)
         own, top, bottom = np.int64(x[i]), np.int64(high_around[i]), np.int64(low_around[i])
-        for k in range(start, start + WINDOW):
-            j = k * step + phase
+        for j in range(start, start + WINDOW * step, step):
             if j != i:
                 top = max(top, np.int64(high[j]))
                 bottom = min(bottom, np.int64(low[j]))
@@ -323,14 +328,11 @@ def find_events(samples, row_step, col_step, lone, events, totals, phases, bits,
     if begin == 0:
         found[2] = 0
     for y in range(begin, end):
-        phase = y % row_step
-        count = (rows - phase + row_step - 1) // row_step
-        middle = y // row_step
-        start = min(max(middle - HALF_WINDOW, 0), count - WINDOW)
+        start = _window_start(y, row_step, rows)
         known = 0
-        for row in range(start, start + WINDOW):
-            if row != middle:
-                others[known] = row * row_step + phase
+        for row in range(start, start + WINDOW * row_step, row_step):
+            if row != y:
+                others[known] = row
                 known += 1
         _extremes_across(
             samples[y],
@@ -338,7 +340,7 @@ def find_events(samples, row_step, col_step, lone, events, totals, phases, bits,
             samples[others[3]], samples[others[4]], samples[others[5]],
             high_around, high, low_around, low,
         )  # fmt: skip
-        inside = start + HALF_WINDOW == middle
+        inside = start + HALF_WINDOW * row_step == y
         out = found[y % 3] if lone else events[y, :cols]
         a, b, c = high[:inner], high[s : s + inner], high[2 * s : 2 * s + inner]
         d, e, f = high[4 * s : 4 * s + inner], high[5 * s : 5 * s + inner], high[6 * s : 6 * s + inner]
@@ -505,13 +507,6 @@ def _outstanding_among(samples, row_step, col_step, events, v, u):  # type: igno
     if 2 * (low - own) > highest - low + 1:
         return LOW_OUTSTANDING
     return 0
-
-
-@nb.njit(**_FAST)
-def _window_start(position, step, length):  # type: ignore[no-untyped-def]
-    phase = position % step
-    count = (length - phase + step - 1) // step
-    return min(max(position // step - HALF_WINDOW, 0), count - WINDOW) * step + phase
 
 
 @nb.njit(**_FAST)

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
 from hotpixd.feed import FeedClient, FeedError, find_sockets
@@ -23,7 +22,7 @@ from hotpixd.intake import usb
 from hotpixd.intake.camera import CameraSettings, ports_at, worker_environ
 from hotpixd.intake.doctor import Finding, camera_findings, error_finding, usb_findings
 from hotpixd.intake.link import Link
-from hotpixd.views.text import printable
+from hotpixd.views.text import plain_console, printable
 
 _HANG_S = 20.0
 _OPEN_WITHIN_S = 60.0
@@ -108,7 +107,7 @@ def _of_folder(settings: CameraSettings) -> Iterator[Finding]:
 
 
 def _print(findings: list[Finding]) -> None:
-    console = Console(highlight=False, emoji=False)
+    console = plain_console()
     for finding in findings:
         style = _STYLES[finding.level]
         console.print(f"[{style}]{finding.level:<7}[/{style}] {escape(printable(finding.text))}", soft_wrap=True)

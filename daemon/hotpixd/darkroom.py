@@ -16,7 +16,7 @@ from rich.markup import escape
 from hotpixd.attached import OwnDaemon
 from hotpixd.feed import FeedClient, FeedError
 from hotpixd.views import tables
-from hotpixd.views.text import printable
+from hotpixd.views.text import plain_console, printable
 
 _LOOK_EVERY_S = 0.25
 _GONE_FOR_S = 30.0
@@ -49,7 +49,7 @@ def run_darks(
     own : starts it
     stop : becomes true when the user wants to stop
     """
-    console = Console(stderr=True, highlight=False, emoji=False)
+    console = plain_console(stderr=True)
     if socket is not None:
         return _shown(_Follower(order, socket, console, stop, may_return=lambda: True), as_json=as_json)
     with contextlib.ExitStack() as stack:

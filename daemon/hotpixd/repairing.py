@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.markup import escape
 
 from hotpixd.core.frame import Frame
@@ -30,7 +29,7 @@ from hotpixd.views import rewriting
 from hotpixd.views.repair import Choice, PictureRefusedError, Plan, Sensor, Wish, WrongSensorError, planned, sensor_of
 from hotpixd.views.rewriting import jpeg
 from hotpixd.views.rewriting.errors import RewriteError
-from hotpixd.views.text import printable, sensor_name
+from hotpixd.views.text import plain_console, printable, sensor_name
 
 _JPEG_REACH = 32
 """Pixels around a changed one that may change with it in a JPEG: a block of subsampled colour, and its smoothing."""
@@ -78,7 +77,7 @@ def run_repair(
     force : replace pictures that are there
     stop : becomes true when the user wants to stop
     """
-    console = Console(stderr=True, highlight=False, emoji=False)
+    console = plain_console(stderr=True)
     sensors = answer["sensors"]
     if not sensors:
         console.print("hotpixd: no sensor is known yet; scan its pictures first")
@@ -254,7 +253,7 @@ def _described(done: Repaired) -> dict[str, Any]:
 def _print(done: Repaired, *, dry_run: bool) -> None:
     # Paths to stdout for the next program, in whole lines.
     if done.refused is not None or done.sensor is None:
-        Console(stderr=True, highlight=False, emoji=False).print(
+        plain_console(stderr=True).print(
             escape(f"{printable(str(done.path))} was refused: {done.refused}"), soft_wrap=True
         )
         return

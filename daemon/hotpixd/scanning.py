@@ -17,7 +17,7 @@ from hotpixd.intake.files import Listing, find_shots
 from hotpixd.monitor import Fate, Monitor, Outcome
 from hotpixd.store.state import State
 from hotpixd.views import answers, tables
-from hotpixd.views.text import printable
+from hotpixd.views.text import plain_console, printable
 
 _REFUSALS_SHOWN = 20
 _DEFECTS_SHOWN = 20
@@ -75,12 +75,12 @@ def run_cluster_scan(
                 state, listing, lambda: ClusterMonitor(state, client, inputs.marks, luma=luma), stop, luma=luma
             )
     except (ClusterError, InputError) as error:
-        _say(Console(stderr=True, highlight=False, emoji=False), str(error))
+        _say(plain_console(stderr=True), str(error))
         return 2
 
 
 def _some_of(listing: Listing, wanted: list[str]) -> Listing | int:
-    console = Console(stderr=True, highlight=False, emoji=False)
+    console = plain_console(stderr=True)
     if listing.missing:
         for text in listing.missing:
             _say(console, f"nothing is at {text}")
@@ -94,7 +94,7 @@ def _some_of(listing: Listing, wanted: list[str]) -> Listing | int:
 
 
 def _scan(state: State, listing: Listing, start: Callable[[], Monitor], stop: Callable[[], bool], *, luma: bool) -> int:
-    console = Console(stderr=True, highlight=False, emoji=False)
+    console = plain_console(stderr=True)
     outcomes: list[Outcome] = []
     changes: Counter[str] = Counter()
     with start() as monitor:

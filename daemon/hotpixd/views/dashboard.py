@@ -28,6 +28,7 @@ from hotpixd.views.drawing import Look, ascii_look, console_look, unicode_look
 from hotpixd.views.panels import Scene, Surroundings
 from hotpixd.views.screen import compose
 from hotpixd.views.terminal import Terminal
+from hotpixd.views.text import plain_console
 
 WRONG_USE = 2
 """Exit code where there is no terminal to draw on."""
@@ -74,7 +75,7 @@ def run_dashboard(
     owned : whether the caller ends the daemon when the user leaves; the words on the screen are then of stopping
     console : on stdout unless given
     """
-    console = console or Console(highlight=False, emoji=False)
+    console = console or plain_console()
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or console.is_dumb_terminal:
         print("hotpixd: the dashboard needs a terminal; `hotpixd status` prints lines instead.", file=sys.stderr)
         return WRONG_USE

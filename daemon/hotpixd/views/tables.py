@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from hotpixd.views.text import agreement, agreement_words, history_words, printable, sensor_name
+from hotpixd.views.text import agreement, agreement_words, history_words, plain_console, printable, sensor_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,7 +34,7 @@ def print_defects(
     most : rows of one table before the rest is only counted
     not_counted : reasons why frames were no new evidence, by sensor id
     """
-    console = _console()
+    console = plain_console()
     if not answer["sensors"]:
         console.print("No sensor is known yet.")
     for sensor in answer["sensors"]:
@@ -81,7 +81,7 @@ _LATEST_CHANGES, _LATEST_SESSIONS = 30, 12
 
 def print_history(answer: Answer, *, everything: bool = False) -> None:
     """Print the answer of `history.history`: the latest sessions and changes, or all."""
-    console = _console()
+    console = plain_console()
     if not answer["sensors"]:
         console.print("No sensor is known yet.")
     since = answer["since"]
@@ -166,7 +166,7 @@ def _range(limits: Sequence[float | None]) -> str:
 
 def print_status(answer: Answer) -> None:
     """Print the answer of `answers.status`."""
-    console = _console()
+    console = plain_console()
     console.print(f"State in {escape(printable(answer['state']))}", soft_wrap=True)
     if "daemon" in answer:
         console.print(escape(printable(answer["daemon"]["activity"])), soft_wrap=True)
@@ -199,7 +199,7 @@ def print_least_variance(answer: Answer) -> None:
     """Print the answer of `answers.least_variance`."""
     from rich.table import Table
 
-    console = _console()
+    console = plain_console()
     if not answer["sensors"]:
         console.print("No sensor is known yet.")
     for sensor in answer["sensors"]:
@@ -218,7 +218,7 @@ def print_verify(answer: Answer) -> None:
     if problems:
         more = len(problems) - 1
         others = f" ({more} more: hotpixd verify --json)" if more else ""
-        _console().print(f"[bold red]damaged:[/bold red] {escape(problems[0])}{others}", soft_wrap=True)
+        plain_console().print(f"[bold red]damaged:[/bold red] {escape(problems[0])}{others}", soft_wrap=True)
         return
     sensors = answer["sensors"]
     frames = sum(sensor["frames"] for sensor in sensors)
@@ -228,19 +228,15 @@ def print_verify(answer: Answer) -> None:
         words += f" ({escape(named)}{'; ...' if len(sensors) > _NAMED else ''})"
     if answer["waiting"]:
         words += f"; {answer['waiting']} shots received but not folded, which the next run folds"
-    _console().print(f"[bold]ok:[/bold] everything that was written can be believed, {words}.", soft_wrap=True)
+    plain_console().print(f"[bold]ok:[/bold] everything that was written can be believed, {words}.", soft_wrap=True)
 
 
 # Texts from outside are printed with soft_wrap: broken by us, they could begin a line with what looks like one of ours.
 
 
-def _console() -> Console:
-    return Console(highlight=False, emoji=False)
-
-
 def _print_table(console: Console, table: Table) -> None:
     """Print a table whole: where the terminal is too narrow it breaks the lines, but no number is lost."""
-    wide = Console(highlight=False, emoji=False, width=_WIDEST_TABLE)
+    wide = plain_console(width=_WIDEST_TABLE)
     wide.width = max(console.width, wide.measure(table).maximum)
     wide.print(table)
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from hotpixd.core.frame import SensorIdentity
 
 _Sensor = TypeVar("_Sensor", bound=Mapping[str, Any])
@@ -14,6 +16,14 @@ _Sensor = TypeVar("_Sensor", bound=Mapping[str, Any])
 def printable(text: str) -> str:
     """Return a text on one line, with control characters and broken UTF-8 written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def plain_console(**settings: Any) -> Console:
+    """Return a console that adds nothing of its own to texts: no colours for numbers, no pictures for words."""
+    # Loaded here: not all that makes texts prints them.
+    from rich.console import Console
+
+    return Console(highlight=False, emoji=False, **settings)
 
 
 def agreement(defects: Iterable[Mapping[str, Any]], declared: Iterable[tuple[int, int]]) -> dict[str, int]:

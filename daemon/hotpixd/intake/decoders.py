@@ -216,22 +216,20 @@ class Decoders:
                     self._drop(worker)
                     self._give_up_loops(str(death))
             quick = [worker for worker in self._idle if worker.with_loops and worker.missing is not None]
+            loading = [worker for worker in self._idle if worker.with_loops and worker.missing is None]
             plain = [worker for worker in self._idle if not worker.with_loops]
             for worker in plain[: len(quick)]:
                 self._drop(worker)
-            # Last those that are still to load their loops.
-            for worker in (*quick, *plain[len(quick) :], *self._idle):
-                if worker in self._idle:
+            for worker in (*quick, *plain[len(quick) :], *loading):
+                if worker.alive:
                     self._idle.remove(worker)
-                    if worker.alive:
-                        return worker
-                    # Not by a file: nobody is to blame.
-                    self._drop(worker)
+                    return worker
+                # Not by a file: nobody is to blame.
+                self._drop(worker)
         return None
 
     def _drop(self, worker: _Worker) -> None:
-        if worker in self._idle:
-            self._idle.remove(worker)
+        self._idle.remove(worker)
         self._all.discard(worker)
         worker.close()
 

@@ -13,12 +13,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 # Before numba is imported: the kernels are compiled once for all tests and all processes that they start.
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"hotpixd-test-kernels-{os.getuid()}"))
 
 import hotpixd
+from hotpixd.core.frame import Frame
+from hotpixd.intake import dng
 from hotpixd.intake.decoders import Decoders
 from hotpixd.intake.files import find_shots
 from hotpixd.monitor import Monitor, Outcome
@@ -61,6 +64,24 @@ def run(
     )
     assert "Traceback" not in (done.stderr or ""), done.stderr
     return done
+
+
+@pytest.fixture
+def no_dng_known() -> Iterator[None]:
+    """Have no header of a DNG be known to this process, before and after."""
+
+    def forget() -> None:
+        dng._known.clear()
+        dng._learned_in_vain = 0
+
+    forget()
+    yield
+    forget()
+
+
+def same(one: Frame, other: Frame) -> bool:
+    """Tell whether two frames are equal in all they hold."""
+    return np.array_equal(one.samples, other.samples) and replace(one, samples=other.samples) == other
 
 
 @cache

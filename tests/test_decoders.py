@@ -10,13 +10,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import Camera, environment, feed, told
+from conftest import Camera, environment, feed, same, told
 from daemons import Daemon, eventually
 from hotpixd.core.frame import Frame, ShotKind
 from hotpixd.intake import decoders as decoders_module
@@ -68,11 +67,6 @@ def order(folder: Path, text: str) -> Path:
     path = folder / f"{text.split()[0]}-{len(list(folder.iterdir()))}.jpg"
     path.write_bytes(f"HOSTILE {text}\n".encode() + os.urandom(64))
     return path
-
-
-def same(one: Frame, other: Frame) -> bool:
-    """Tell whether two frames are equal in all they hold."""
-    return np.array_equal(one.samples, other.samples) and replace(one, samples=other.samples) == other
 
 
 def workers_of(pid: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,7 @@ ONE, ZERO = (1, 1), (0, 1)
 MATRIX = (*ONE, *ZERO, *ZERO, *ZERO, *ONE, *ZERO, *ZERO, *ZERO, *ONE)
 
 
-@pytest.fixture(autouse=True)
-def nothing_known() -> Iterator[None]:
-    dng._known.clear()
-    dng._learned_in_vain = 0
-    yield
-    dng._known.clear()
-    dng._learned_in_vain = 0
+pytestmark = pytest.mark.usefixtures("no_dng_known")
 
 
 def write(path: Path, samples: np.ndarray, pattern: bytes = RGGB, *, byteorder: Any = "<", **more: Any) -> Path:

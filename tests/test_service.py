@@ -179,9 +179,11 @@ def test_a_camera_is_a_source_like_others(pairs: Camera, tmp_path, start):
         daemon = start("run", "--config", config)
         daemon.wait_folded(1)
         eventually(lambda: "companion of" in daemon.log, "the JPEG beside it is seen")
-        (source,) = daemon.ask("status")["sources"]
+        # Until it was asked, and for a moment after that, it goes by its port's name.
+        (source,) = eventually(
+            lambda: [s for s in daemon.ask("status")["sources"] if s["condition"] == "ready"], "the card is fetched"
+        )
         assert source["name"].startswith("Loop EOS Loopback")
-        eventually(lambda: daemon.ask("status")["sources"][0]["condition"] == "ready", "the card is fetched")
         assert f"  {source['name']} ready: " in run("status", "--state", daemon.state, env=daemon.env).stdout
         assert daemon.stop() == 0
         with contextlib.closing(Ledger(daemon.state / "ledger.sqlite")) as ledger:

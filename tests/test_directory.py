@@ -313,6 +313,25 @@ def test_a_file_just_closed_overtakes_the_next_listing(tmp_path, serve):
     assert service.names(1) == ["a.jpg"]
 
 
+def test_a_file_closed_while_the_directory_is_listed_is_not_put_off(tmp_path, serve, monkeypatch):
+    """The listing is older than it, and says nothing against it."""
+    service = serve(tmp_path, scan_every_s=3600.0).watching()
+    real = directory.snapshot_of
+
+    def snapshot_of(*arguments):
+        snapshot = real(*arguments)
+        put(tmp_path, "a.jpg")
+        # Two events: it was made, it was closed.
+        end = time.monotonic() + SOON_S
+        while len(service.source._told) < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+        return snapshot
+
+    monkeypatch.setattr(directory, "snapshot_of", snapshot_of)
+    service.source.hint()
+    assert service.names(1) == ["a.jpg"]
+
+
 @pytest.mark.parametrize("name", ["a.jpg", "a.cr3"])
 def test_without_events_a_file_has_to_settle(tmp_path, serve, name):
     """Listings alone find it; its size and time must not change for the settling time."""

@@ -425,7 +425,7 @@ class DirectorySource:
             # Files that are gone may only have been renamed.
             self._heed_all(known)
         self._snapshot = snapshot
-        found = self._merge(snapshot)
+        found = self._merge(snapshot, began)
         self._listed_at = time.monotonic()
         self._listing_s = self._listed_at - began
         self._list_at = self._listed_at + (self._settings.scan_every_s or self._listing_every_s(place))
@@ -513,16 +513,20 @@ class DirectorySource:
         else:
             self._tell("trouble", f"the directory cannot be listed: {reason}", waiting)
 
-    def _merge(self, snapshot: Snapshot) -> bool:
-        """Take over what a listing says; True if it found a file that was not known."""
+    def _merge(self, snapshot: Snapshot, began: float) -> bool:
+        """Take over what a listing says that began then; True if it found a file that was not known."""
         for below in self._files.keys() - snapshot.pictures.keys():
-            self._drop(self._files[below])
+            # One heard of since then may have come after its folder was listed.
+            if self._files[below].since < began:
+                self._drop(self._files[below])
         now = time.monotonic()
         found = False
         for below, picture in snapshot.pictures.items():
             file = self._files.get(below)
             if file is not None and file.picture.is_same_as(picture):
                 file.picture = picture
+                continue
+            if file is not None and file.since >= began:
                 continue
             found = found or file is None
             self._put(below, picture, now)

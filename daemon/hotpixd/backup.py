@@ -45,6 +45,7 @@ from hotpixd.store.durable import (
     full_disk_as_state_full,
     make_folder,
     replace_durably,
+    require_place,
     write_all,
 )
 from hotpixd.store.outbox import Outbox
@@ -288,7 +289,7 @@ def save(
     advance : told how many bytes of how many are there
     tell : told in a sentence what of the state is damaged, and so not in it
     """
-    _refuse_existing(file, force)
+    require_place(file, force=force)
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     begun = ask("backup")
     size = int(begun["size"])
@@ -309,7 +310,7 @@ def save(
                 os.close(fd)
             with part.open("rb") as written:
                 _checked(written, file)
-            _refuse_existing(file, force)
+            require_place(file, force=force)
             part.rename(file)
             fsync_folder(file.parent)
     except BaseException:
@@ -321,13 +322,6 @@ def save(
     for sentence in begun.get("lacking", ()):
         tell(f"{sentence} It is not in the backup.")
     return size
-
-
-def _refuse_existing(file: Path, force: bool) -> None:
-    if file.is_dir():
-        raise BackupError(f"{file} is a folder; name a file.")
-    if os.path.lexists(file) and not force:
-        raise BackupError(f"{file} is there already; name another file, or replace it with --force.")
 
 
 # --- reading one, which may be anything

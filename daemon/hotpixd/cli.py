@@ -131,7 +131,7 @@ def main() -> None:
     # NumPy's linear algebra, which nothing here uses, would take 32 MB per core, and asks for them without end.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _prepare_streams()
-    from hotpixd.store.durable import StateError
+    from hotpixd.store.durable import StateError, WrongUse
 
     # Before memory may be short: what says so needs it.
     from hotpixd.views.text import printable  # noqa: F401
@@ -148,6 +148,8 @@ def main() -> None:
         if _amiss and not end.code:
             _fail("\n".join(_amiss), STATE_UNUSABLE)
         raise
+    except WrongUse as error:
+        _fail(str(error), WRONG_USE)
     except StateError as error:
         _fail(str(error), STATE_UNUSABLE)
     except OSError as error:
@@ -862,13 +864,10 @@ def _state_dir(state: Path | None) -> Path:
 
 def _exchanged(state: Path | None, work: Callable[[_Ask], object]) -> None:
     """Do something for one of the commands of `exchange`, whoever has the state open."""
-    from hotpixd.exchange import ExchangeError, ask_of
+    from hotpixd.exchange import ask_of
 
-    try:
-        with _asking(state, ask_of) as ask:
-            work(ask)
-    except ExchangeError as error:
-        _fail(str(error), WRONG_USE)
+    with _asking(state, ask_of) as ask:
+        work(ask)
 
 
 def _asked(state: Path | None, question: str, **arguments: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from hotpixd.declaring import MOST_DECLARED, POINTS_AT_A_TIME, QUESTIONS, Declaring
 from hotpixd.store import checkpoint
-from hotpixd.store.durable import StateError, written_beside
+from hotpixd.store.durable import StateError, WrongUse, require_place, written_beside
 from hotpixd.store.state import State
 from hotpixd.views import answers
 from hotpixd.views.exports import FORMATS, ExportError, Extras, Format, rawtherapee_name
@@ -30,10 +30,6 @@ _TRIES = 5
 """Times that a generation which was replaced while it was to be read is asked for anew."""
 
 _FITS_NAMES = (".fits", ".fit", ".fts", ".fits.fz")
-
-
-class ExchangeError(Exception):
-    """What was asked for cannot be done as it was asked; a sentence."""
 
 
 def ask_of(state: State) -> Ask:
@@ -86,17 +82,17 @@ def run_export(ask: Ask, order: ExportOrder) -> None:
 
     Raises
     ------
-    ExchangeError
+    WrongUse
         If the order is not one that can be obeyed.
     """
     wanted = FORMATS.get(order.format)
     if wanted is None:
-        raise ExchangeError(f"there is no format {order.format!r}; these are: {', '.join(FORMATS)}")
+        raise WrongUse(f"there is no format {order.format!r}; these are: {', '.join(FORMATS)}")
     unknown = set(order.states) - set(STATES)
     if unknown or not order.states:
-        raise ExchangeError(f"--which takes some of {', '.join(STATES)}, not {','.join(order.states)!r}")
+        raise WrongUse(f"--which takes some of {', '.join(STATES)}, not {','.join(order.states)!r}")
     if order.out is None and not wanted.text:
-        raise ExchangeError(f"{wanted.name} is no text: name a file with -o")
+        raise WrongUse(f"{wanted.name} is no text: name a file with -o")
     more = not set(order.states) <= {"stable", "warm"}
     answer = ask("defects", candidates=more)
     sensor = choose_sensor(answer["sensors"], order.sensor)
@@ -123,14 +119,14 @@ def run_export(ask: Ask, order: ExportOrder) -> None:
             if wanted.beside is not None:
                 contents[_beside(out)] = wanted.beside(about, extras)
             for path in contents:
-                _refuse_existing(path, force=order.force)
+                require_place(path, force=order.force)
             for path, content in contents.items():
                 write_anew(path, content, force=order.force)
                 print(f"{path}: {_said(about.pixels, wanted)}")
     except ExportError as error:
-        raise ExchangeError(str(error)) from error
+        raise WrongUse(str(error)) from error
     except ModuleNotFoundError as error:
-        raise ExchangeError(_needs(error)) from error
+        raise WrongUse(_needs(error)) from error
     if wanted.name == "rawtherapee":
         names = f"{rawtherapee_name(sensor)!r}, then for {rawtherapee_name({**sensor, 'serial': None})!r}"
         print(
@@ -145,7 +141,7 @@ def _shift(order: ExportOrder, wanted: Format) -> tuple[int, int]:
     """Return what is added to x and y of the visible area where a picture begins elsewhere in the raw frame."""
     left, _, top = (order.raw_crop or "").partition(",")
     if wanted.name != "rawtherapee" or order.like is None or not (left.isdecimal() and top.isdecimal()):
-        raise ExchangeError(
+        raise WrongUse(
             "--raw-crop takes the first two numbers of raw_crop in RawTherapee's camconst.json, as 72,38; it is for"
             " the format rawtherapee, and needs a raw file of the camera (--like)"
         )
@@ -155,7 +151,7 @@ def _shift(order: ExportOrder, wanted: Format) -> tuple[int, int]:
         with rawpy.imread(os.fspath(order.like)) as raw:
             return raw.sizes.left_margin - int(left), raw.sizes.top_margin - int(top)
     except (rawpy.LibRawError, OSError) as error:
-        raise ExchangeError(f"{order.like} is no raw file that LibRaw can read: {error}") from error
+        raise WrongUse(f"{order.like} is no raw file that LibRaw can read: {error}") from error
 
 
 def _said(pixels: Sequence[object], wanted: Format) -> str:
@@ -174,7 +170,7 @@ def _place(out: Path, wanted: Format, sensor: Mapping[str, Any]) -> Path:
     if not out.is_dir():
         return out
     if wanted.name != "rawtherapee":
-        raise ExchangeError(f"{out} is a folder; name a file")
+        raise WrongUse(f"{out} is a folder; name a file")
     return out / rawtherapee_name(sensor)
 
 
@@ -189,18 +185,18 @@ def choose_sensor(sensors: Sequence[Mapping[str, Any]], wanted: str | None) -> M
 
     Raises
     ------
-    ExchangeError
+    WrongUse
         If that is none, or several.
     """
     if not sensors:
-        raise ExchangeError("no sensor is known yet: no shot was ever folded")
+        raise WrongUse("no sensor is known yet: no shot was ever folded")
     found = list(sensors) if wanted is None else called(sensors, wanted)
     if len(found) == 1:
         return found[0]
     listed = "\n".join(f"  --sensor {sensor['id']}   {sensor_name(sensor)}" for sensor in found or sensors)
     if not found:
-        raise ExchangeError(f"no sensor is called {wanted!r}; these are known:\n{listed}")
-    raise ExchangeError(f"{len(found)} sensors may be meant; say which:\n{listed}")
+        raise WrongUse(f"no sensor is called {wanted!r}; these are known:\n{listed}")
+    raise WrongUse(f"{len(found)} sensors may be meant; say which:\n{listed}")
 
 
 def rows_of(ask: Ask, sensor: Mapping[str, Any], like: Path | None) -> Rows:
@@ -208,7 +204,7 @@ def rows_of(ask: Ask, sensor: Mapping[str, Any], like: Path | None) -> Rows:
 
     Raises
     ------
-    ExchangeError
+    WrongUse
         If there is none, though its files are FITS: of these some count from the top and others from the bottom.
     """
     if like is not None:
@@ -216,7 +212,7 @@ def rows_of(ask: Ask, sensor: Mapping[str, Any], like: Path | None) -> Rows:
     for known in ask("status")["sensors"]:
         shot = known["last_shot"]
         if known["id"] == sensor["id"] and shot is not None and shot["name"].lower().endswith(_FITS_NAMES):
-            raise ExchangeError(
+            raise WrongUse(
                 "the pictures of this sensor are FITS, of which some begin with the top row and others with the bottom"
                 " row, and this format counts rows as they come: name one of them with --like"
             )
@@ -235,9 +231,9 @@ def _rows_in(path: Path) -> Rows:
             header: Mapping[str, object] = next((unit.header for unit in pictures), {})
             top_down = str(header.get("ROWORDER", "")).strip().upper() == "TOP-DOWN"
     except ModuleNotFoundError as error:
-        raise ExchangeError(_needs(error)) from error
+        raise WrongUse(_needs(error)) from error
     except (OSError, ValueError, TypeError) as error:
-        raise ExchangeError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise WrongUse(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     return Rows.FITS_TOP_DOWN if top_down else Rows.FITS
 
 
@@ -285,11 +281,11 @@ def run_import(
 
     Raises
     ------
-    ExchangeError
+    WrongUse
         If a list is not understood, or not of this sensor.
     """
     if format_name is not None and format_name not in READERS:
-        raise ExchangeError(f"there is no format {format_name!r} to read; these are: {', '.join(READERS)}")
+        raise WrongUse(f"there is no format {format_name!r} to read; these are: {', '.join(READERS)}")
     chosen = choose_sensor(ask("defects")["sensors"], sensor)
     width, height = int(chosen["width"]), int(chosen["height"])
     said: dict[str, tuple[tuple[int, int], ...]] = {}
@@ -304,9 +300,9 @@ def run_import(
             said[source] = (*said.get(source, ()), *listing.pixels)
             read.append(f"{path}: {len(listing.pixels)} pixels, read as {listing.format}")
     except ListError as error:
-        raise ExchangeError(str(error)) from error
+        raise WrongUse(str(error)) from error
     except ModuleNotFoundError as error:
-        raise ExchangeError(_needs(error)) from error
+        raise WrongUse(_needs(error)) from error
     answer = declare(ask, chosen["id"], said)
     print(*read, sep="\n")
     known = f", {answer['known']} were declared already" if answer["known"] else ""
@@ -317,7 +313,7 @@ def declare(ask: Ask, sensor_id: str, said: Mapping[str, Sequence[tuple[int, int
     """Declare pixels by source, in as many questions as it takes; all at once with the last one."""
     total = sum(map(len, said.values()))
     if total > MOST_DECLARED:
-        raise ExchangeError(f"{total} pixels are no list of defects; at most {MOST_DECLARED} are declared of a sensor")
+        raise WrongUse(f"{total} pixels are no list of defects; at most {MOST_DECLARED} are declared of a sensor")
     upload = secrets.token_hex(8)
     answer: Mapping[str, Any] = {"added": 0, "known": 0}
     offset = 0
@@ -362,7 +358,7 @@ def run_unmark_source(ask: Ask, source: str, *, sensor: str | None) -> bool:
     chosen = choose_sensor(answer["sensors"], sensor)
     known = sorted({entry["source"] for entry in chosen.get("declared", [])})
     if source not in known:
-        raise ExchangeError(f"nothing is declared by {source!r}; there is: {', '.join(known) or 'nothing'}")
+        raise WrongUse(f"nothing is declared by {source!r}; there is: {', '.join(known) or 'nothing'}")
     removed = ask("undeclare", sensor=chosen["id"], source=source)["removed"]
     print(f"{removed} pixels of {sensor_name(chosen)} are not declared any more.")
     return bool(removed)
@@ -371,7 +367,7 @@ def run_unmark_source(ask: Ask, source: str, *, sensor: str | None) -> bool:
 def _with_pixel(ask: Ask, x: int, y: int, sensor: str | None) -> Mapping[str, Any]:
     chosen = choose_sensor(ask("defects")["sensors"], sensor)
     if not (0 <= x < chosen["width"] and 0 <= y < chosen["height"]):
-        raise ExchangeError(
+        raise WrongUse(
             f"({x}, {y}) is outside of the sensor, which has {chosen['width']}x{chosen['height']} pixels; x and y are"
             " 0-based, from the top left"
         )
@@ -386,22 +382,13 @@ def write_anew(path: Path, content: bytes, *, force: bool) -> None:
 
     Raises
     ------
-    ExchangeError
+    WrongUse
         If something of that name is there and `force` is not given.
     """
-    _refuse_existing(path, force=force)
+    require_place(path, force=force)
     try:
         with written_beside(path, content, replace=force):
             pass
     except FileExistsError:
-        _refuse_existing(path, force=False)
+        require_place(path, force=False)
         raise
-
-
-def _refuse_existing(path: Path, *, force: bool) -> None:
-    if path.is_dir():
-        raise ExchangeError(f"{path} is a folder; name a file")
-    if not path.parent.is_dir():
-        raise ExchangeError(f"there is no folder {path.parent}")
-    if os.path.lexists(path) and not force:
-        raise ExchangeError(f"{path} is there already; name another file, or replace it with --force")

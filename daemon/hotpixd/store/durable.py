@@ -27,6 +27,10 @@ class StateError(Exception):
     """The state directory cannot be used. The message is a sentence for people."""
 
 
+class WrongUse(Exception):  # noqa: N818 - not a fault of ours
+    """What is asked for cannot be, and nothing was done; the message says how to ask."""
+
+
 class StateDamaged(StateError):  # noqa: N818 - a condition, not a fault
     """The ledger can no longer be believed. It is left as it is; the message says what is wrong and what to do.
 
@@ -190,6 +194,16 @@ def written_beside(path: Path, content: bytes, *, replace: bool, mode: int = 0o6
             fsync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def require_place(path: Path, *, force: bool) -> None:
+    """Raise `WrongUse` if a file that the user names is there and `force` is not given, or cannot be there."""
+    if path.is_dir():
+        raise WrongUse(f"{path} is a folder; name a file.")
+    if not path.parent.is_dir():
+        raise WrongUse(f"There is no folder {path.parent}.")
+    if os.path.lexists(path) and not force:
+        raise WrongUse(f"{path} is there already; name another file, or replace it with --force.")
 
 
 def rename_to_new(part: Path, path: Path) -> None:

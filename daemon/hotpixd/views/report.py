@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hotpixd import __version__
-from hotpixd.store.durable import StateError, written_beside
+from hotpixd.store.durable import StateError, WrongUse, written_beside
 from hotpixd.views.answers import now
 from hotpixd.views.evidence import REACH, unpacked
 from hotpixd.views.history import moment_s
@@ -44,7 +44,7 @@ _MARK = '<meta name="generator" content="hotpixd">'
 
 
 class ReportError(StateError):
-    """The report cannot be made or written; a sentence for people."""
+    """The disk does not take the report; a sentence for people."""
 
 
 def gathered(ask: Callable[..., dict[str, Any]], sensor: str | None, gap_h: float) -> dict[str, Any]:
@@ -57,21 +57,21 @@ def gathered(ask: Callable[..., dict[str, Any]], sensor: str | None, gap_h: floa
 
 
 def look_at(path: Path, *, force: bool) -> None:
-    """Raise `ReportError` if something stands at `path` that must not be replaced, or nothing can be written there."""
+    """Raise `WrongUse` if something stands at `path` that must not be replaced, or nothing can be written there."""
     try:
         found = path.stat()
     except FileNotFoundError:
         if not path.parent.is_dir():
-            raise ReportError(f"There is no folder {path.parent} for the report.") from None
+            raise WrongUse(f"There is no folder {path.parent} for the report.") from None
         return
     except OSError as error:
         raise ReportError(f"The report {path} cannot be written: {error.strerror}.") from error
     if not stat.S_ISREG(found.st_mode):
-        raise ReportError(f"{path} is no file that a report could replace. Name another with -o.")
+        raise WrongUse(f"{path} is no file that a report could replace. Name another with -o.")
     with path.open("rb") as file:
         ours = _MARK.encode() in file.read(1024)
     if not ours and not force:
-        raise ReportError(f"{path} is not an earlier report, so it stays. Name another with -o, or say --force.")
+        raise WrongUse(f"{path} is not an earlier report, so it stays. Name another with -o, or say --force.")
 
 
 def write(path: Path, page: str) -> int:
@@ -90,15 +90,13 @@ def page_of(told: Answer) -> str:
 
     Raises
     ------
-    ReportError
+    WrongUse
         If the library that draws is not installed.
     """
     try:
         from bokeh.resources import Resources
     except ImportError:
-        raise ReportError(
-            "Reports are drawn with Bokeh, which is not installed: pip install 'hotpixd[report]'"
-        ) from None
+        raise WrongUse("Reports are drawn with Bokeh, which is not installed: pip install 'hotpixd[report]'") from None
     library = "\n".join(Resources(mode="inline", components=["bokeh"]).js_raw)
     pairs = list(zip(told["sensors"], told["shown"], strict=True))
     parts = {

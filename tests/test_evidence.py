@@ -17,6 +17,7 @@ from hotpixd.core.evidence import (
     PRIOR,
     WITNESSES,
     NullRates,
+    Pattern,
     SceneGate,
     combined_log_e,
     count_limits,
@@ -28,6 +29,11 @@ RATES = ((1e-6, 1 / 49), (1e-4, 1 / 49), (2e-3, 2 / 49), (0.02, 0.05), (0.3, 0.4
 """Null rates (outstanding, extreme): calm, usual, either side, crowded, absurd."""
 
 LAYOUT = SensorLayout(300, 200, "RGGB")
+
+
+def of(rates: NullRates, witness: int) -> tuple[float, float]:
+    """Return a witness's null rates (outstanding, extreme)."""
+    return float(rates.outstanding[witness]), float(rates.extreme[witness])
 
 
 def outcomes(n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -147,7 +153,7 @@ def test_limits_are_those_of_trying_all_counts(level: float, rates: tuple[float,
         k2, extreme = np.indices((columns if n > 60 else n + 1, n + 1))
         for i in range(WITNESSES):
             possible = extreme >= k2
-            enough = (log_e(n, k2, np.maximum(extreme, k2), null.of(i)) >= level) & possible
+            enough = (log_e(n, k2, np.maximum(extreme, k2), of(null, i)) >= level) & possible
             least = np.where(enough.any(axis=1), enough.argmax(axis=1), n + 1)
             expected = np.minimum.accumulate(least)
             found = limits[i, np.minimum(np.arange(len(k2)), columns - 1)]
@@ -162,9 +168,9 @@ def test_the_combined_e_value_is_the_mean_of_three_witnesses():
     counts = np.array([[9, 0, 5, 0], [0, 8, 5, 0], [4, 0, 1, 0], [0, 3, 1, 0]])
     high, low, high_out, low_out = counts
     each = [
-        np.exp(log_e(20, high_out, high, rates.of(0))),
-        np.exp(log_e(20, low_out, low, rates.of(1))),
-        np.exp(log_e(20, high_out + low_out, high + low, rates.of(2))),
+        np.exp(log_e(20, high_out, high, of(rates, 0))),
+        np.exp(log_e(20, low_out, low, of(rates, 1))),
+        np.exp(log_e(20, high_out + low_out, high + low, of(rates, 2))),
     ]
     np.testing.assert_allclose(combined_log_e(20, counts, rates), np.log(np.mean(each, axis=0)))
     np.testing.assert_array_equal(combined_log_e(0, 0 * counts, rates), 0.0)
@@ -181,19 +187,19 @@ def test_null_rates_are_the_largest_seen_and_never_below_the_floor():
     rates = NullRates()
     n = LAYOUT.size
     rates.include(events_with((0, 0, 0, 0)), LAYOUT)
-    assert rates.of(0) == (OUTSTANDING_FLOOR, EXTREME_FLOORS[0])
-    assert rates.of(2) == (OUTSTANDING_FLOOR, 2 / 49)
+    assert of(rates, 0) == (OUTSTANDING_FLOOR, EXTREME_FLOORS[0])
+    assert of(rates, 2) == (OUTSTANDING_FLOOR, 2 / 49)
     rates.include(events_with((3000, 600, 60, 30)), LAYOUT)
     rates.include(events_with((600, 2400, 30, 120)), LAYOUT)
-    assert rates.of(0) == (60 / n, 3000 / n)
-    assert rates.of(1) == (120 / n, 2400 / n)
-    assert rates.of(2) == pytest.approx((150 / n, 3600 / n))
+    assert of(rates, 0) == (60 / n, 3000 / n)
+    assert of(rates, 1) == (120 / n, 2400 / n)
+    assert of(rates, 2) == pytest.approx((150 / n, 3600 / n))
 
 
-def light(seed: int, accumulator: Accumulator) -> FrameEvents:
+def light(seed: int, accumulator: Accumulator) -> Pattern:
     """Fold a scene's frame of noise; the same seed is the same scene."""
     scene = np.random.default_rng(seed).normal(1000, 100, LAYOUT.shape)
-    return accumulator.fold(scene.astype(np.uint16), lone=True)
+    return SceneGate(LAYOUT, 1).pattern(accumulator.fold(scene.astype(np.uint16), lone=True))
 
 
 @pytest.fixture
@@ -229,12 +235,12 @@ def test_the_prediction_is_made_by_position_in_the_grid(accumulator: Accumulator
     gate = SceneGate(LAYOUT, 8)
     rng = np.random.default_rng(5)
 
-    def blocky() -> FrameEvents:
+    def blocky() -> Pattern:
         samples = np.full(LAYOUT.shape, 1000)
         # Only the first two columns of each block vary, so every extreme lies there.
         for offset in range(2):
             samples[:, offset::16] += rng.integers(1, 200, samples[:, offset::16].shape)
-        return accumulator.fold(samples.astype(np.uint16), lone=False)
+        return gate.pattern(accumulator.fold(samples.astype(np.uint16), lone=False))
 
     gate.remember(blocky())
     lift = gate.lift(blocky())

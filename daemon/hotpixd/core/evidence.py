@@ -44,6 +44,9 @@ OUTSTANDING_FLOOR = 1e-6
 """Least null rate of outstanding assumed: fewer were not seen in what a frame can show."""
 
 
+_Rates = tuple[float, float] | tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
 class _LogFactorials:
     """ln(n!) for n = 0, 1, ...; grows as needed."""
 
@@ -60,10 +63,8 @@ class _LogFactorials:
 _LOG_FACTORIALS = _LogFactorials()
 
 
-def log_e(
-    n: int, outstanding: NDArray[np.int64], extreme: NDArray[np.int64], rates: tuple[float, float]
-) -> NDArray[np.float64]:
-    """Return ln of the mixture e-value of one witness.
+def log_e(n: int, outstanding: NDArray[np.int64], extreme: NDArray[np.int64], rates: _Rates) -> NDArray[np.float64]:
+    """Return ln of the mixture e-value of a witness.
 
     In each frame a sample is outstanding, merely extreme, or neither. Under the null the first two happen with at
     most the null rates p2 and p1, under the alternative with rates q that have a Dirichlet prior a:
@@ -75,7 +76,7 @@ def log_e(
     n : frames counted
     outstanding : frames in which the sample was outstanding, k2
     extreme : frames in which it was extreme, outstanding or not: k1 + k2, at most n
-    rates : null rates (outstanding p2, extreme p1)
+    rates : null rates (outstanding p2, extreme p1), of one witness or of several that all is broadcast to
 
     References
     ----------
@@ -90,7 +91,7 @@ def log_e(
 
 
 def _largest_null_log_likelihood(
-    k2: NDArray[np.int64], k1: NDArray[np.int64], k0: NDArray[np.int64], rates: tuple[float, float]
+    k2: NDArray[np.int64], k1: NDArray[np.int64], k0: NDArray[np.int64], rates: _Rates
 ) -> NDArray[np.float64]:
     p2, p1 = rates
     q2 = np.minimum(p2, k2 / np.maximum(k2 + k1 + k0, 1))
@@ -113,8 +114,8 @@ def combined_log_e(n: int, counts: NDArray[np.int64], rates: NullRates) -> NDArr
     if n == 0:
         return np.zeros(counts.shape[1])
     high, low, high_out, low_out = counts
-    witnesses = ((high_out, high), (low_out, low), (high_out + low_out, high + low))
-    each = [log_e(n, *witness, rates.of(i)) for i, witness in enumerate(witnesses)]
+    outstanding, extreme = np.stack((high_out, low_out, high_out + low_out)), np.stack((high, low, high + low))
+    each = log_e(n, outstanding, extreme, rates.columns())
     return np.asarray(np.logaddexp.reduce(each, axis=0) - math.log(WITNESSES))
 
 
@@ -129,35 +130,28 @@ def count_limits(n: int, rates: NullRates, level: float) -> NDArray[np.int64]:
         For witness i and k = 0..K-1; n + 1 where it cannot be reached. More outstanding ones than K - 1 need no
         extremes beyond themselves.
     """
-    needs = [_needs(n, rates.of(i), level) for i in range(WITNESSES)]
-    longest = max(2, *(need.size for need in needs))
-    limits = np.zeros((WITNESSES, longest), np.int64)
-    for i, need in enumerate(needs):
-        limits[i, : need.size] = need
-    return limits
-
-
-def _needs(n: int, rates: tuple[float, float], level: float) -> NDArray[np.int64]:
     k2 = np.arange(n + 1)
-    enough = log_e(n, k2, k2, rates) >= level
+    short = log_e(n, k2, k2, rates.columns()) < level
     # From here on outstanding events alone suffice.
-    last = int(np.flatnonzero(~enough)[-1]) + 1 if not enough.all() else 0
-    k2 = k2[:last]
+    last = np.where(short.any(axis=1), n + 1 - np.argmax(short[:, ::-1], axis=1), 0)
+    k2 = k2[: max(last.max(), 1)]
     # Above n p1 ln e grows with k1; up to there it may rise and fall, so all are tried.
-    usual = min(math.ceil(n * rates[1]), n)
+    usual = min(math.ceil(n * rates.extreme.max()), n)
     tried = k2[:, None] + np.arange(usual + 1)
-    reached = (log_e(n, k2[:, None], np.minimum(tried, n), rates) >= level) & (tried <= n)
-    first = k2 + np.argmax(reached, axis=1)
-    high = np.where(reached.any(axis=1), first, n + 1)
-    low = np.where(reached.any(axis=1), first, np.minimum(k2 + usual, n + 1))
+    p2, p1 = rates.columns()
+    reached = (log_e(n, k2[:, None], np.minimum(tried, n), (p2[:, None], p1[:, None])) >= level) & (tried <= n)
+    first = k2 + np.argmax(reached, axis=2)
+    high = np.where(reached.any(axis=2), first, n + 1)
+    low = np.where(reached.any(axis=2), first, np.minimum(k2 + usual, n + 1))
     while (low < high).any():
         middle = (low + high) // 2
-        reached = log_e(n, k2, np.minimum(middle, n), rates) >= level
-        reached |= middle > n
-        high = np.where(reached, middle, high)
-        low = np.where(reached, low, np.minimum(middle + 1, high))
+        enough = log_e(n, k2, np.minimum(middle, n), (p2, p1)) >= level
+        enough |= middle > n
+        high = np.where(enough, middle, high)
+        low = np.where(enough, low, np.minimum(middle + 1, high))
+    high[k2 >= last[:, None]] = 0
     # Falling, as the kernel wants it: where a rare crowd of events makes it rise, some are named that need not be.
-    return np.minimum.accumulate(np.append(high, 0)).astype(np.int64)
+    return np.minimum.accumulate(np.pad(high, ((0, 0), (0, 1))), axis=1).astype(np.int64)
 
 
 class NullRates:
@@ -175,9 +169,9 @@ class NullRates:
         self.outstanding = np.maximum(self.outstanding, [high_out, low_out, high_out + low_out])
         self.extreme = np.maximum(self.extreme, [high, low, high + low])
 
-    def of(self, witness: int) -> tuple[float, float]:
-        """Return the null rates (outstanding, extreme) of a witness."""
-        return float(self.outstanding[witness]), float(self.extreme[witness])
+    def columns(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the null rates (outstanding, extreme) of the witnesses, each (3, 1)."""
+        return self.outstanding[:, None], self.extreme[:, None]
 
 
 _COMPARED = 6_000_000
@@ -185,8 +179,8 @@ _COMPARED = 6_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class _Pattern:
-    """What the gate remembers of a counted light frame."""
+class Pattern:
+    """Where a light frame has extremes, as far as the gate looks."""
 
     bits: NDArray[np.uint64]
     """One bit per sample of the rows compared: was extreme."""
@@ -205,26 +199,26 @@ class SceneGate:
     """
 
     def __init__(self, layout: SensorLayout, depth: int) -> None:
-        self._patterns: deque[_Pattern] = deque(maxlen=depth)
+        self._patterns: deque[Pattern] = deque(maxlen=depth)
         self._samples_per_phase = _samples_per_phase(layout)
         bands = np.arange(layout.height) // PHASE_ROWS
         self._rows = np.flatnonzero(bands % max(1, layout.size // _COMPARED) == 0)
         self._share = len(self._rows) / layout.height
 
-    def lift(self, frame: FrameEvents) -> float | None:
+    def pattern(self, frame: FrameEvents) -> Pattern:
+        """Return what is compared of a light frame's extremes."""
+        rates = frame.phases / self._samples_per_phase
+        return Pattern(_as_words(frame.pattern_bits[self._rows]), rates)
+
+    def lift(self, new: Pattern) -> float | None:
         """Return the largest lift against the frames remembered; None if there are none."""
-        new = self._pattern(frame)
         return max((self._lift(new, old) for old in self._patterns), default=None)
 
-    def remember(self, frame: FrameEvents) -> None:
-        """Keep a counted light frame's extremes; the oldest one goes."""
-        self._patterns.append(self._pattern(frame))
+    def remember(self, new: Pattern) -> None:
+        """Keep the extremes of a frame that is counted; the oldest ones go."""
+        self._patterns.append(new)
 
-    def _pattern(self, frame: FrameEvents) -> _Pattern:
-        rates = frame.phases / self._samples_per_phase
-        return _Pattern(_as_words(frame.pattern_bits[self._rows]), rates)
-
-    def _lift(self, a: _Pattern, b: _Pattern) -> float:
+    def _lift(self, a: Pattern, b: Pattern) -> float:
         expected = float((a.rates * b.rates * self._samples_per_phase).sum()) * self._share
         # Fewer than a handful expected: a chance meeting must not look like a pattern.
         return int(core.kernels.overlap(a.bits, b.bits)) / max(expected, 25.0)
@@ -242,7 +236,7 @@ class SceneGate:
         """Take over what `arrays` once returned."""
         self._patterns.clear()
         for bits, rates in zip(arrays["gate_bits"], arrays["gate_rates"], strict=True):
-            self._patterns.append(_Pattern(bits, rates))
+            self._patterns.append(Pattern(bits, rates))
 
 
 def _as_words(bits: NDArray[np.uint8]) -> NDArray[np.uint64]:

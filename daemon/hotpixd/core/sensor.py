@@ -135,7 +135,7 @@ _RESTUDY = 8
 _AROUND_ROWS, _AROUND_PIXELS = 16, 32
 """Reach of the surroundings in which the null rate of outstanding is measured once more: 33x65 pixels."""
 
-_ADJACENT = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx)
+_ADJACENT = np.array([(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx])
 
 _STANDS_OUT = 2.0
 """Mean excess of the adjacent sites in robust deviations of their neighbourhood. Tracked stars have 3 to 1000."""
@@ -300,12 +300,13 @@ class Sensor:
         running.black_level_adu = frame.black_level_adu
         running.white_level_adu = frame.white_level_adu
         self._noise_squares += noise**2
-        lift = self._gate.lift(events) if light else None
+        pattern = self._gate.pattern(events) if light else None
+        lift = None if pattern is None else self._gate.lift(pattern)
         if lift is not None and lift > self._lift_limit:
             why = f"the scene does not move: it repeats an earlier frame {lift:.1f} times as often as chance"
             return FoldReport(False, why, lift, (), *_NO_OBSERVATIONS, events.fingerprint)
-        if light:
-            self._gate.remember(events)
+        if pattern is not None:
+            self._gate.remember(pattern)
         if not self._rendered:
             # A rendered picture smears a defect over its neighbours, which then are no others of its kind.
             rows = self._tracks.rows
@@ -440,17 +441,15 @@ class Sensor:
         sites = rows["site"][positions]
         y, x = np.divmod(sites, self.layout.shape[1])
         own = self._mean_excess(sites)
-        around = np.full((8, len(sites)), np.nan)
-        clear = np.full((8, len(sites)), np.nan)
-        for k, (dy, dx) in enumerate(_ADJACENT):
-            ny, nx = y + dy, x + dx
-            there = (ny >= 0) & (nx >= 0) & (ny < self.layout.shape[0]) & (nx < self.layout.shape[1])
-            neighbour = np.where(there, ny * self.layout.shape[1] + nx, 0)
-            # An adjacent defect is no sign of a star.
-            there &= ~np.isin(neighbour, rows["site"])
-            excess, spread = self._mean_excess_and_spread(neighbour[there])
-            around[k, there] = excess
-            clear[k, there] = excess / spread
+        ny, nx = y + _ADJACENT[:, :1], x + _ADJACENT[:, 1:]
+        there = (ny >= 0) & (nx >= 0) & (ny < self.layout.shape[0]) & (nx < self.layout.shape[1])
+        neighbour = np.where(there, ny * self.layout.shape[1] + nx, 0)
+        # An adjacent defect is no sign of a star.
+        there &= ~np.isin(neighbour, rows["site"])
+        around, clear = np.full((2, *there.shape), np.nan)
+        excess, spread = self._mean_excess_and_spread(neighbour[there])
+        around[there] = excess
+        clear[there] = excess / spread
         n = np.maximum(np.isfinite(around).sum(axis=0), 1)
         ratio = np.nansum(around, axis=0) / n / np.maximum(own, 1e-9)
         # After few frames of moving scenes the mean frame is uneven everywhere, not only here.
@@ -538,6 +537,8 @@ class Sensor:
         )
 
     def _transitions(self, change: Change, positions: NDArray[np.int64]) -> list[Transition]:
+        if not positions.size:
+            return []
         rows = self._tracks.rows[positions]
         sigma = self._mean_excess(rows["site"]) / self._noise()[self.layout.planes_of(rows["site"])]
         return [

@@ -107,6 +107,8 @@ class Tracks:
     def add(self, sites: NDArray[np.int64], log_e: NDArray[np.float64], seq: int) -> NDArray[np.int64]:
         """Follow new sites, as far as there is room; return the positions of their rows."""
         sites, log_e = sites[: MOST - len(self)], log_e[: MOST - len(self)]
+        if not sites.size:
+            return np.empty(0, np.int64)
         new = np.zeros(len(sites), TRACK)
         new["site"], new["log_e"], new["first_seq"] = sites, log_e, seq
         new["slot"] = -1
@@ -124,6 +126,8 @@ class Tracks:
 
     def drop(self, positions: NDArray[np.int64]) -> None:
         """Forget rows."""
+        if not positions.size:
+            return
         keep = np.ones(len(self.rows), bool)
         keep[positions] = False
         self.rows, self.neighbours = self.rows[keep], self.neighbours[keep]

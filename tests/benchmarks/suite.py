@@ -36,6 +36,7 @@ COLUMNS = {
     "kernel / copy": "kernel / copy",
     "scan, steady": "scan",
     "steady / allowed": "of what decoding and kernel allow",
+    "steady / all cores busy": "of what they allow when all cores are busy",
     "textbook": "textbook",
     "steady / textbook": "scan / textbook",
     "steady / rawpy.enhance": "scan / rawpy.enhance",

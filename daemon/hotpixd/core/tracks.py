@@ -112,7 +112,9 @@ class Tracks:
         new = np.zeros(len(sites), TRACK)
         new["site"], new["log_e"], new["first_seq"] = sites, log_e, seq
         new["slot"] = -1
-        free = np.setdiff1d(np.arange(MOST_OBSERVED), self.rows["slot"], assume_unique=False)
+        taken = np.zeros(MOST_OBSERVED + 1, bool)
+        taken[self.rows["slot"]] = True  # of those without a slot the last one, which none has
+        free = np.flatnonzero(~taken[:-1])
         n = min(len(new), len(free))
         new["slot"][:n] = free[:n]
         if n and free[n - 1] >= len(self.recent):

@@ -45,6 +45,7 @@ OUTSTANDING_FLOOR = 1e-6
 
 
 _Rates = tuple[float, float] | tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Null rates (outstanding, extreme), of one witness or of several."""
 
 
 class _LogFactorials:

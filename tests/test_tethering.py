@@ -247,6 +247,13 @@ def test_a_checkup_says_whether_a_camera_can_be_used(tmp_path, start: Start, cam
     code, findings = checked()
     assert code == 0
     assert "tethered by a running hotpixd" in findings[0]["text"]
+    camera.shoot()
+    # Its worker lets go of it to see the card as it is, and takes it again.
+    eventually(lambda: not asked(daemon, "cameras")["cameras"], "the card is listed anew")
+    assert list(asked(daemon, "cameras")["held"]) == [camera.port]
+    code, findings = checked()
+    assert code == 0
+    assert "tethered by a running hotpixd" in findings[0]["text"]
     daemon.stop()
     camera.unplug()
     code, findings = checked()

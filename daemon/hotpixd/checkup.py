@@ -49,27 +49,32 @@ def _findings(settings: CameraSettings) -> Iterator[Finding]:
         devices = usb.cameras()
         if settings.port != "auto":
             devices = [device for device in devices if device.port == settings.port]
-    # A daemon that has a camera open knows best how it is, and nobody else can open it.
-    open_elsewhere = {facts["port"]: facts for facts in _of_daemons()}
-    if by_usb and (devices or not open_elsewhere):
+    # A daemon that has a camera knows best how it is, and nobody else can open it: it may be listing the card anew.
+    held, known = _of_daemons()
+    if by_usb and (devices or not held):
         # Claimed by that daemon, as it should be.
-        expected = ("ok", "claimed") if open_elsewhere else ("ok",)
+        expected = ("ok", "claimed") if held else ("ok",)
         found = usb_findings(devices, seen=usb.devices_seen())
         yield from (finding for finding in found if finding.what not in expected)
     for port in ports_at(settings.port, os.environ):
-        if port in open_elsewhere:
-            name = open_elsewhere[port].get("name") or port
-            yield Finding("ok", "ok", f"{name} is tethered by a running hotpixd.")
-            yield from camera_findings(open_elsewhere[port])
+        if port in held:
+            yield Finding("ok", "ok", f"{held[port]} is tethered by a running hotpixd.")
+            yield from camera_findings(known[port]) if port in known else ()
         else:
             yield from _of_port(port, devices)
     yield from _of_folder(settings)
 
 
-def _of_daemons() -> Iterator[Mapping[str, Any]]:
+def _of_daemons() -> tuple[dict[str, str], dict[str, Mapping[str, Any]]]:
+    """Return the names of the cameras that daemons have, and what they know of those they have listed, by port."""
+    held: dict[str, str] = {}
+    known: dict[str, Mapping[str, Any]] = {}
     for path in find_sockets(os.environ):
         with contextlib.suppress(FeedError), contextlib.closing(FeedClient(path)) as client:
-            yield from client.ask("cameras", timeout_s=10.0)["cameras"]
+            answer = client.ask("cameras", timeout_s=10.0)
+            held |= answer.get("held", {})
+            known |= {facts["port"]: facts for facts in answer["cameras"]}
+    return held, known
 
 
 def _of_port(port: str, devices: list[usb.UsbDevice]) -> Iterator[Finding]:

@@ -836,7 +836,10 @@ class _Service:
 
     def _answer_to(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         if name == "cameras":
-            return {"cameras": [camera for source in self._tethers() for camera in source.cameras()]}
+            return {
+                "cameras": [camera for source in self._tethers() for camera in source.cameras()],
+                "held": {port: name for source in self._tethers() for port, name in source.held().items()},
+            }
         if name in ("darks", "series", "end-series"):
             return self._series_answer(name, arguments)
         if name == "around":

@@ -266,7 +266,7 @@ class _Body:
 class CameraSource:
     """All cameras of one setting, and their shots.
 
-    The methods for the service are to be called from one thread; `call` and `cameras` from any.
+    The methods for the service are to be called from one thread; `call`, `cameras` and `held` from any.
 
     Parameters
     ----------
@@ -457,6 +457,12 @@ class CameraSource:
             for body in list(self._bodies)
             if body.listed and not body.leaving
         ]
+
+    def held(self) -> dict[str, str]:
+        """Return the cameras that are open here or about to be, though not listed perhaps: their names by port."""
+        return {
+            body.port: body.name for body in list(self._bodies) if _STATUS[body.condition] in ("starting", "watching")
+        }
 
     def call(self, do: str, timeout_s: float, camera: str | None = None, **arguments: Any) -> dict[str, Any]:
         """Have a camera do something, and return what came of it; see `camera_worker`.

@@ -136,6 +136,17 @@ def test_a_sensor_without_defects_has_none(scene: Scene, rendered: bool):
     assert {d.kind for d in sensor.defects()} <= {"warm"}
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_flat_fields_tell_defects_from_samples_that_respond_a_little_differently(seed: int):
+    """These are brighter than all around them in every flat, by the same share of the light; defects are not."""
+    healthy, ill = VirtualSensor(900, 600, hot=0, stuck=0, dead=0, seed=seed), VirtualSensor(900, 600, seed=seed)
+    assert found(folded(shots(healthy, "flat", range(20)))) == set()
+    stable = found(folded(shots(ill, "flat", range(20))))
+    planted = {defect.y * 900 + defect.x for defect in ill.defects}
+    assert stable <= planted
+    assert len(stable) > 0.8 * len(planted)
+
+
 @pytest.mark.parametrize("rendered", [False, True], ids=["raw", "rendered"])
 def test_a_scene_that_stands_still_is_one_frame_of_evidence(rendered: bool):
     """On a tripod details are extreme again and again: said, folded into the sums, and not counted."""

@@ -28,6 +28,17 @@ _ENOUGH = 4
 QUANTISATION_ADU = 0.3
 """Deviation of a value rounded to whole ADU, 1/sqrt(12): no noise is believed to be smaller."""
 
+_BY_CHANCE = 6.0
+"""Standard deviations of chi-square by which a fit may be worse than its mean by chance.
+
+Measured on 112 sensors without defects and with 1 % PRNU, 20 and 80 raw flats: at 4, of 26 sensors one had a false
+defect; at 6 and 9, none. Hot samples of 60 found in 5, 10, 20, 50 moving scenes: at 6, 39.75, 50.5, 56, 59.5; at 9,
+39.75, 50.5, 55.5, 59.25; without this 40, 50.75, 56, 59.75.
+"""
+
+_SPREAD_FREEDOM = 9.0
+"""Degrees of freedom of a robust deviation of 24 neighbours: a median deviation tells as much as 37 % of them do."""
+
 
 @dataclass(frozen=True, slots=True)
 class Defect:
@@ -150,6 +161,27 @@ def weigh(
         telling = lit > 3 * plane_noise
         response[telling] = (mean[telling] - black_level_adu) / lit[telling]
     return Suspects(excess, excess / plane_noise, still, response)
+
+
+def follows_light(tracks: Tracks, positions: NDArray[np.int64], black_level_adu: float | None) -> NDArray[np.bool_]:
+    """Whether what was observed at tracks can be an excess in proportion to the light: a sample's own response.
+
+    Least squares of excess_i = r light_i, with the neighbours' deviations as errors. These are measured, too, so what
+    is left is weighed as Student's t has it, not as a normal distribution. True as well where nothing was observed.
+
+    Returns
+    -------
+    (K,) bool
+    """
+    recent, held = tracks.recent_of(positions)
+    excess, spread = (np.where(held, recent[name], 0.0).astype(np.float64) for name in ("excess", "spread"))
+    light = np.where(held, recent["value"] - recent["excess"] - (black_level_adu or 0.0), 0.0).astype(np.float64)
+    weight = np.where(held, 1 / np.maximum(spread, QUANTISATION_ADU) ** 2, 0.0)
+    response = (weight * excess * light).sum(axis=1) / np.maximum((weight * light**2).sum(axis=1), 1e-9)
+    square = weight * (excess - response[:, None] * light) ** 2
+    misfit = (_SPREAD_FREEDOM * np.log1p(square / _SPREAD_FREEDOM)).sum(axis=1)
+    free = np.maximum(held.sum(axis=1) - 1, 0)
+    return np.asarray(misfit < free + _BY_CHANCE * np.sqrt(2 * free + 1))
 
 
 def classify(

@@ -127,7 +127,7 @@ _RESPONSE_RANGE = 0.15
 """
 
 _OUTSTANDING_AT_LEAST = 2
-"""Outstanding events that tell a weak defect from such a sample, which hardly ever has one."""
+"""Outstanding events that tell a weak defect from such a sample, which hardly ever has one but in flat fields."""
 
 _RESTUDY = 8
 """Counted frames between two looks at the kinds of all tracks."""
@@ -485,6 +485,7 @@ class Sensor:
         excess = self._mean_excess(rows["site"])
         light = self.accumulator.mean(rows["site"]) - excess - (self._running.black_level_adu or 0.0)
         few = np.maximum(counts[2], counts[3]) < _OUTSTANDING_AT_LEAST
+        few |= defects.follows_light(self._tracks, positions, self._running.black_level_adu)
         return np.asarray(few & (np.abs(excess) < _RESPONSE_RANGE * light))
 
     def _log_e_here(self, positions: NDArray[np.int64]) -> NDArray[np.float64]:

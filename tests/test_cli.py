@@ -381,6 +381,13 @@ def test_1_when_a_file_cannot_be_read(camera, tmp_path, like_everyone):
         ["least-variance", "-k", "ten"],
         ["simulate", "OUT", "--frames", "0"],
         ["simulate", "OUT", "--format", "gif"],
+        ["simulate", "OUT", "--exposure", "nan"],
+        ["simulate", "OUT", "--iso", "0"],
+        ["darks", "--exposure", "nan"],
+        ["darks", "--cooldown", "nan"],
+        ["history", "--gap", "nan"],
+        ["export", "dcraw", "--min-excess", "nan"],
+        ["dashboard", "--picture", "photo.jpg", "--socket", "none"],
     ],
 )
 def test_2_when_used_wrongly(arguments, tmp_path):

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -169,6 +170,13 @@ def _lacks_memory(error: Exception) -> bool:
         return True
     words = ("can't start new thread", "failed to map segment", "Cannot allocate memory")
     return any(word in str(error) for word in words)
+
+
+def _finite(value: float | None) -> float | None:
+    """Refuse what Python takes for a number, and no range keeps out."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number to go by")
+    return value
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -375,10 +383,13 @@ def tether(
 def darks(
     frames: Annotated[int, typer.Option(min=1, max=10_000, help="Number of darks.")] = 30,
     exposure: Annotated[
-        float | None, typer.Option(min=0.0001, max=7200, help="Exposure time, s. [default: as the camera is set]")
+        float | None,
+        typer.Option(min=0.0001, max=7200, callback=_finite, help="Exposure time, s. [default: as the camera is set]"),
     ] = None,
     iso: Annotated[int | None, typer.Option(min=1, help="[default: as the camera is set]")] = None,
-    cooldown: Annotated[float, typer.Option(min=0, max=3600, help="Pause between two darks, s.")] = 0.0,
+    cooldown: Annotated[
+        float, typer.Option(min=0, max=3600, callback=_finite, help="Pause between two darks, s.")
+    ] = 0.0,
     bulb: Annotated[bool, typer.Option("--bulb", help="Hold the shutter open from here.")] = False,
     until_stable: Annotated[
         int | None, typer.Option(min=2, metavar="N", help="End early when N darks in a row change nothing on the map.")
@@ -447,6 +458,8 @@ def dashboard(
     where = socket or _socket(state)
     if picture is None:
         raise typer.Exit(run_attached(where))
+    if picture.suffix.lower() != ".svg":
+        _fail(f"the picture is SVG: end its name in .svg, {picture} does not", WRONG_USE)
     width, _, height = size.partition("x")
     if not (width.isdecimal() and height.isdecimal() and 80 <= int(width) <= 500 and 24 <= int(height) <= 200):
         _fail(f"--size is given as 120x36, from 80x24 to 500x200, not {size!r}", WRONG_USE)
@@ -516,7 +529,8 @@ def history(
         str | None, typer.Option(metavar="DATE", help="Only what changed since, such as 2026-01-31.")
     ] = None,
     gap: Annotated[
-        float, typer.Option(min=0.01, max=8784, metavar="HOURS", help="Pause that parts two sessions.")
+        float,
+        typer.Option(min=0.01, max=8784, callback=_finite, metavar="HOURS", help="Pause that parts two sessions."),
     ] = 6.0,
     everything: Annotated[bool, typer.Option("--all", help="All changes, not only the latest.")] = False,
     as_json: JsonOption = False,
@@ -654,7 +668,7 @@ def export(
     sensor: OneSensorOption = None,
     states: Annotated[str, typer.Option("--which", help="Some of stable, warm, candidate, recovered.")] = "stable,warm",
     least_sigma: Annotated[
-        float, typer.Option("--min-excess", metavar="SIGMA", min=0, help="Leave weaker ones out.")
+        float, typer.Option("--min-excess", metavar="SIGMA", min=0, callback=_finite, help="Leave weaker ones out.")
     ] = 0.0,
     like: LikeOption = None,
     no_declared: Annotated[bool, typer.Option("--no-declared", help="Leave declared defects out.")] = False,
@@ -811,8 +825,13 @@ def simulate(
     stuck: Annotated[int, typer.Option(min=0, help="Stuck samples to plant.")] = 10,
     dead: Annotated[int, typer.Option(min=0, help="Dead samples to plant.")] = 15,
     unstable: Annotated[int, typer.Option(min=0, help="Samples that come and go to plant.")] = 0,
-    exposure: Annotated[float | None, typer.Option(help="Shutter time of all shots, s. [default: 0.3 to 2]")] = None,
-    iso: Annotated[float | None, typer.Option(help="ISO of all shots. [default: 50 to 200]")] = None,
+    exposure: Annotated[
+        float | None,
+        typer.Option(min=1e-4, max=7200, callback=_finite, help="Shutter time of all shots, s. [default: 0.3 to 2]"),
+    ] = None,
+    iso: Annotated[
+        float | None, typer.Option(min=1, max=1e7, callback=_finite, help="ISO of all shots. [default: 50 to 200]")
+    ] = None,
 ) -> None:
     """Write shots of a virtual sensor with known defects, and truth.json that says which."""
     from hotpixd.scanning import progress

@@ -167,15 +167,15 @@ def follows_light(tracks: Tracks, positions: NDArray[np.int64], black_level_adu:
     """Whether what was observed at tracks can be an excess in proportion to the light: a sample's own response.
 
     Least squares of excess_i = r light_i, with the neighbours' deviations as errors. These are measured, too, so what
-    is left is weighed as Student's t has it, not as a normal distribution. True as well where nothing was observed.
+    is left is weighed as Student's t has it, not as a normal distribution.
 
     Returns
     -------
     (K,) bool
     """
     recent, held = tracks.recent_of(positions)
-    excess, spread = (np.where(held, recent[name], 0.0).astype(np.float64) for name in ("excess", "spread"))
-    light = np.where(held, recent["value"] - recent["excess"] - (black_level_adu or 0.0), 0.0).astype(np.float64)
+    excess, spread = recent["excess"].astype(np.float64), recent["spread"].astype(np.float64)
+    light = (recent["value"] - recent["excess"] - (black_level_adu or 0.0)).astype(np.float64)
     weight = np.where(held, 1 / np.maximum(spread, QUANTISATION_ADU) ** 2, 0.0)
     response = (weight * excess * light).sum(axis=1) / np.maximum((weight * light**2).sum(axis=1), 1e-9)
     square = weight * (excess - response[:, None] * light) ** 2

@@ -484,9 +484,12 @@ class Sensor:
         counts = self.accumulator.counts_at(rows["site"]) - rows["base"].T
         excess = self._mean_excess(rows["site"])
         light = self.accumulator.mean(rows["site"]) - excess - (self._running.black_level_adu or 0.0)
-        few = np.maximum(counts[2], counts[3]) < _OUTSTANDING_AT_LEAST
-        few |= defects.follows_light(self._tracks, positions, self._running.black_level_adu)
-        return np.asarray(few & (np.abs(excess) < _RESPONSE_RANGE * light))
+        may_be = np.asarray(np.abs(excess) < _RESPONSE_RANGE * light)
+        # Of those not observed, which may be many times as many, nothing more can tell.
+        outstanding = np.maximum(counts[2], counts[3]) >= _OUTSTANDING_AT_LEAST
+        asked = may_be & outstanding & (rows["slot"] >= 0)
+        may_be[asked] = defects.follows_light(self._tracks, positions[asked], self._running.black_level_adu)
+        return may_be
 
     def _log_e_here(self, positions: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return ln e with the null rate of outstanding around each site, where that is larger than the sensor's.

@@ -59,7 +59,8 @@ def _findings(settings: CameraSettings) -> Iterator[Finding]:
     for port in ports_at(settings.port, os.environ):
         if port in held:
             yield Finding("ok", "ok", f"{held[port]} is tethered by a running hotpixd.")
-            yield from camera_findings(known[port]) if port in known else ()
+            if port in known:
+                yield from camera_findings(known[port])
         else:
             yield from _of_port(port, devices)
     yield from _of_folder(settings)

@@ -163,11 +163,7 @@ def alone(files: Sequence[Path], _: Path, *, luma: bool) -> dict[str, float]:
             began = time.perf_counter()
             frames.append(decode(path, luma=luma))
             decoding.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        for frame in frames:
-            fold(frame)
-        accumulator.sum_up()
-        passes.append((time.perf_counter() - began) / len(frames))
+        passes.append(_pass(accumulator, fold, frames))
     held = [frames[0].samples, *accumulator.held()]
     sums = [accumulator.total, accumulator.squares]
     # The first shots still get their memory.
@@ -192,13 +188,7 @@ def busy(files: Sequence[Path], _: Path, *, luma: bool) -> dict[str, float]:
         frames = [decode(path, luma=luma) for path in files[:4]]
         accumulator, fold = _folder(frames[0], cores, pool.map)
         accumulator.sum_up()
-        passes = []
-        for _ in range(4):
-            began = time.perf_counter()
-            for frame in frames:
-                fold(frame)
-            accumulator.sum_up()
-            passes.append((time.perf_counter() - began) / len(frames))
+        passes = [_pass(accumulator, fold, frames) for _ in range(4)]
     return {"busy_per_s": 1 / (decode_s + _typical(passes[1:]))}
 
 
@@ -233,6 +223,15 @@ def bare(files: Sequence[Path], _: Path, *, luma: bool) -> dict[str, float]:
             fold(frame)
             del frame
         return {"bare_per_s": len(files) / (time.perf_counter() - start)}
+
+
+def _pass(accumulator: Any, fold: Callable[[Any], None], frames: Sequence[Any]) -> float:
+    """Fold frames and add them to the sums together, s per frame."""
+    began = time.perf_counter()
+    for frame in frames:
+        fold(frame)
+    accumulator.sum_up()
+    return (time.perf_counter() - began) / len(frames)
 
 
 def _folder(frame: Any, slabs: int, each_slab: Any) -> tuple[Any, Callable[[Any], None]]:

@@ -131,15 +131,15 @@ def count_limits(n: int, rates: NullRates, level: float) -> NDArray[np.int64]:
         For witness i and k = 0..K-1; n + 1 where it cannot be reached. More outstanding ones than K - 1 need no
         extremes beyond themselves.
     """
+    p2, p1 = rates.columns()
     k2 = np.arange(n + 1)
-    short = log_e(n, k2, k2, rates.columns()) < level
+    short = log_e(n, k2, k2, (p2, p1)) < level
     # From here on outstanding events alone suffice.
     last = np.where(short.any(axis=1), n + 1 - np.argmax(short[:, ::-1], axis=1), 0)
     k2 = k2[: max(last.max(), 1)]
     # Above n p1 ln e grows with k1; up to there it may rise and fall, so all are tried.
     usual = min(math.ceil(n * rates.extreme.max()), n)
     tried = k2[:, None] + np.arange(usual + 1)
-    p2, p1 = rates.columns()
     reached = (log_e(n, k2[:, None], np.minimum(tried, n), (p2[:, None], p1[:, None])) >= level) & (tried <= n)
     first = k2 + np.argmax(reached, axis=2)
     high = np.where(reached.any(axis=2), first, n + 1)

@@ -354,7 +354,8 @@ def test_a_camera_that_stays_busy_ends_it(
     """What could not be set back then is set back by the next series."""
     monkeypatch.setattr(darks, "_BUSY_S", 0.5)
     before = set_to(camera)
-    series = darkroom.begin(frames=10)
+    # Between two darks: one that was exposed and cannot be fetched is waited for, much longer.
+    series = darkroom.begin(frames=10, cooldown_s=2.0)
     darkroom.wait(lambda: series.state()["taken"] == 1, series)
     camera.behave(busy_operations=1_000_000)
     state = darkroom.end(series)

@@ -56,7 +56,7 @@ SHOT = {
     "exposure_s": (int, float, NULL), "iso": (int, float, NULL), "sensor_temp_c": (int, float, NULL),
 }  # fmt: skip
 TALLY = {"received": int, "folded": int, "counted": int, "refused": int, "companion": int}
-DECLARED = {"x": int, "y": int, "source": str, "declared_at": str}
+DECLARED = {"x": int, "y": int, "source": str, "declared_at": str, "sources": [str]}
 REFUSED = {"name": str, "path": str, "reason": str}
 
 

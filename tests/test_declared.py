@@ -39,7 +39,7 @@ def root(scanned: Path, tmp_path: Path) -> Path:
 DEFECTS = st.lists(
     st.builds(DeclaredDefect, st.integers(0, 9999), st.integers(0, 9999), st.text(max_size=20), st.text(max_size=20)),
     max_size=20,
-    unique_by=lambda d: (d.x, d.y),
+    unique_by=lambda d: (d.x, d.y, d.source),
 )
 
 

@@ -62,9 +62,28 @@ def test_lists_are_imported_as_a_whole_or_not_at_all(root, tmp_path):
         (3, 4, "dcraw:good"),
         (5, 6, "siril:bad"),
     ]
-    assert "2 pixels" in command("unmark", "--source", "dcraw:good", state=root)
+    assert "there is: dcraw:good, siril:bad" in command("unmark", "--source", "nonsense", state=root, code=2)
+
+
+def test_what_several_declare_stays_until_all_of_them_take_it_back(root, tmp_path):
+    """Imported at once, one after the other, or marked by hand."""
+    (tmp_path / "a").write_text("1 2 0\n3 4 0\n")
+    (tmp_path / "b").write_text("P 5 6 H\nP 1 2 H\n")
+    command("import", tmp_path / "a", tmp_path / "b", state=root)
+    first = only(root)["declared"][0]
+    assert (first["source"], first["sources"]) == ("dcraw:a", ["dcraw:a", "siril:b"])
+    assert "1 pixels of" in (said := command("unmark", "--source", "dcraw:a", state=root))
+    assert "1 stay, as others declare them too" in said
+    assert declared(root) == [(1, 2), (5, 6)]
+    command("import", tmp_path / "a", state=root)
+    assert "was declared already" in command("mark", 1, 2, state=root)
+    assert only(root)["declared"][0]["sources"] == ["siril:b", "dcraw:a", "mark"]
+    for source in ("siril:b", "dcraw:a"):
+        command("unmark", "--source", source, state=root)
+    assert declared(root) == [(1, 2)]
+    command("import", tmp_path / "b", state=root)
+    assert "mark, siril:b did" in command("unmark", 1, 2, state=root)
     assert declared(root) == [(5, 6)]
-    assert "there is: siril:bad" in command("unmark", "--source", "nonsense", state=root, code=2)
 
 
 def test_of_several_sensors_one_must_be_named(root, other_camera: Camera):

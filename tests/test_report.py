@@ -225,8 +225,8 @@ def test_texts_of_cameras_and_files_are_no_html(state, tmp_path):
     x, y = shown["defects"]["x"][0], shown["defects"]["y"][0]
     when = "2025-01-01T00:00:00Z"
     shown["declared"] = [
-        {"x": x, "y": y, "source": f"siril:{evil}", "declared_at": when},
-        {"x": 1, "y": 1, "source": evil, "declared_at": when},
+        {"x": x, "y": y, "source": f"siril:{evil}", "declared_at": when, "sources": [f"siril:{evil}", evil]},
+        {"x": 1, "y": 1, "source": evil, "declared_at": when, "sources": [evil]},
     ]
     path = tmp_path / "report.html"
     report.write(path, report.page_of(told))
@@ -243,13 +243,14 @@ def test_declared_defects_are_compared_with_those_found(state, tmp_path):
     defects = told["shown"][0]["defects"]
     stable = [(x, y) for x, y, s in zip(defects["x"], defects["y"], defects["state"], strict=True) if s == "stable"]
     told["shown"][0]["declared"] = [
-        {"x": x, "y": y, "source": "mark", "declared_at": "2025-01-01T00:00:00Z"} for x, y in [*stable[:3], (1, 1)]
+        {"x": x, "y": y, "source": "mark", "declared_at": "2025-01-01T00:00:00Z", "sources": ["mark", "dcraw:a"][:n]}
+        for n, (x, y) in enumerate([*stable[:3], (1, 1)], 1)
     ]
     path = tmp_path / "report.html"
     report.write(path, report.page_of(told))
     text = " ".join(path.read_text().split())
     assert f"3 of 4 declared defects are found stable, 1 are not; {len(stable) - 3} found ones" in text
-    assert "<tr><td>mark<td>4<td>3<td>1</tr>" in text
+    assert "<tr><td>dcraw:a<td>3<td>2<td>1</tr><tr><td>mark<td>4<td>3<td>1</tr>" in text
     with opened(path) as browser:
         browser.page.fill(".filter input", "mark")
         assert {(int(row[1]), int(row[2])) for row in browser.rows()} == set(stable[:3])

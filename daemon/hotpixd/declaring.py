@@ -18,7 +18,8 @@ POINTS_AT_A_TIME = 3_000
 """Pixels in one question: a line to the daemon has at most 64 KiB."""
 
 MOST_DECLARED = 200_000
-"""Pixels declared of one sensor: more are no defects, but a mask upside down or the wrong file."""
+"""Pixels declared of one sensor, each counted once per source: more are no defects, but a mask upside down or the
+wrong file."""
 
 _LONGEST_SOURCE = 200
 
@@ -33,7 +34,7 @@ class Declaring:
     def __init__(self, state: State) -> None:
         self._state = state
         self._upload: tuple[str, str] | None = None
-        self._points: dict[tuple[int, int], str] = {}
+        self._points: dict[tuple[int, int, str], None] = {}
         self._received = 0
 
     def answer(self, question: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,30 +66,41 @@ class Declaring:
             self._upload, self._points, self._received = upload, {}, 0
         if upload != self._upload or offset != self._received:
             raise DeclareError("Another list was imported meanwhile; import this one again.")
-        for point in points:
-            self._points.setdefault(point, source)
+        self._points.update(dict.fromkeys((x, y, source) for x, y in points))
         self._received += len(points)
         if self._received < total:
             return {"received": self._received}
         wanted, self._upload, self._points = self._points, None, {}
         now = answers.now()
-        known = {(d.x, d.y): d for d in self._state.declared.of(id_)}
-        # What was declared first stays: it says since when, and by whom.
-        new = [DeclaredDefect(x, y, source, now) for (x, y), source in wanted.items() if (x, y) not in known]
-        if len(known) + len(new) > MOST_DECLARED:
-            raise DeclareError(f"At most {MOST_DECLARED} pixels are declared of a sensor; {len(known)} are already.")
+        before = self._state.declared.of(id_)
+        # What was declared first stays: it says since when. What another source says stays when one is taken back.
+        known = {(d.x, d.y, d.source) for d in before}
+        new = [DeclaredDefect(x, y, source, now) for x, y, source in wanted if (x, y, source) not in known]
+        if len(before) + len(new) > MOST_DECLARED:
+            raise DeclareError(
+                f"At most {MOST_DECLARED} pixels are declared of a sensor, by all lists together; {len(before)} are"
+                " already."
+            )
         if new:
-            self._state.declared.replace(id_, [*known.values(), *new])
-        return {"received": self._received, "added": len(new), "known": len(wanted) - len(new)}
+            self._state.declared.replace(id_, [*before, *new])
+        pixels, pixels_before = {(x, y) for x, y, _ in wanted}, {(d.x, d.y) for d in before}
+        added = len(pixels - pixels_before)
+        return {"received": self._received, "added": added, "known": len(pixels) - added}
 
     def _undeclare(self, id_: str, layout: SensorLayout, arguments: Mapping[str, Any]) -> dict[str, Any]:
         points = set(_points(arguments.get("points", []), layout))
         source = arguments.get("source")
         declared = self._state.declared.of(id_)
         gone = {d for d in declared if (d.x, d.y) in points or (source is not None and d.source == source)}
+        left = [d for d in declared if d not in gone]
         if gone:
-            self._state.declared.replace(id_, [d for d in declared if d not in gone])
-        return {"removed": len(gone), "sources": sorted({d.source for d in gone})}
+            self._state.declared.replace(id_, left)
+        pixels, pixels_left = {(d.x, d.y) for d in gone}, {(d.x, d.y) for d in left}
+        return {
+            "removed": len(pixels - pixels_left),
+            "kept": len(pixels & pixels_left),
+            "sources": sorted({d.source for d in gone}),
+        }
 
     def _layout(self, id_: str) -> SensorLayout:
         description = self._state.ledger.sensors().get(id_)

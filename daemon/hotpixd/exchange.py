@@ -356,12 +356,13 @@ def run_unmark_source(ask: Ask, source: str, *, sensor: str | None) -> bool:
     """Take back what one list declares; tell whether anything was."""
     answer = ask("defects")
     chosen = choose_sensor(answer["sensors"], sensor)
-    known = sorted({entry["source"] for entry in chosen.get("declared", [])})
+    known = sorted({name for entry in chosen.get("declared", []) for name in entry["sources"]})
     if source not in known:
         raise WrongUse(f"nothing is declared by {source!r}; there is: {', '.join(known) or 'nothing'}")
-    removed = ask("undeclare", sensor=chosen["id"], source=source)["removed"]
-    print(f"{removed} pixels of {sensor_name(chosen)} are not declared any more.")
-    return bool(removed)
+    answer = ask("undeclare", sensor=chosen["id"], source=source)
+    kept = f"; {answer['kept']} stay, as others declare them too" if answer["kept"] else ""
+    print(f"{answer['removed']} pixels of {sensor_name(chosen)} are not declared any more{kept}.")
+    return bool(answer["sources"])
 
 
 def _with_pixel(ask: Ask, x: int, y: int, sensor: str | None) -> Mapping[str, Any]:

@@ -28,7 +28,7 @@ class DeclaredError(StateError):
 
 @dataclass(frozen=True, slots=True)
 class DeclaredDefect:
-    """A pixel that somebody says is defective."""
+    """A pixel that somebody says is defective. Who says the same of it has an entry of their own."""
 
     x: int
     """Column, 0-based, of the visible area."""
@@ -52,7 +52,7 @@ class DeclaredLists:
         self._known: dict[str, tuple[DeclaredDefect, ...]] = {}
 
     def of(self, sensor_id: str) -> tuple[DeclaredDefect, ...]:
-        """Return the declared defects of a sensor, by position.
+        """Return the declared defects of a sensor, by position; of one pixel, who declared it first comes first.
 
         Raises
         ------

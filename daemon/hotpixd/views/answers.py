@@ -114,13 +114,20 @@ def defects(state: State, *, candidates: bool = False, sensors: Sensors | None =
 
 
 def declared(state: State, id_: str) -> Answer:
-    """Return what users and other programs' lists declare of a sensor, by position; why not, if that is damaged."""
+    """Return what users and other programs' lists declare of a sensor, by position; why not, if that is damaged.
+
+    Each pixel once: since when and by whom it was declared first, and by all who did.
+    """
     try:
         known = state.declared.of(id_)
     except DeclaredError as error:
         # What was found can be believed all the same.
         return {"declared": [], "declared_unusable": str(error)}
-    return {"declared": [{"x": d.x, "y": d.y, "source": d.source, "declared_at": d.declared_at} for d in known]}
+    pixels: dict[tuple[int, int], Answer] = {}
+    for d in known:
+        first = {"x": d.x, "y": d.y, "source": d.source, "declared_at": d.declared_at, "sources": []}
+        pixels.setdefault((d.x, d.y), first)["sources"].append(d.source)
+    return {"declared": list(pixels.values())}
 
 
 def generation(state: State, id_: str) -> str | None:

@@ -242,8 +242,8 @@ def _agreement(shown: Answer) -> str:
     found = _positions(shown, "stable")
     wanted = {(d["x"], d["y"]) for d in declared}
     rows = []
-    for source in sorted({str(d["source"]) for d in declared}):
-        own = {(d["x"], d["y"]) for d in declared if str(d["source"]) == source}
+    for source in sorted({name for d in declared for name in d["sources"]}):
+        own = {(d["x"], d["y"]) for d in declared if source in d["sources"]}
         rows.append(f"<tr><td>{_said(source)}<td>{len(own):,}<td>{len(own & found):,}<td>{len(own - found):,}</tr>")
     return f"""<h3>Declared defects</h3>
 <p>{len(wanted & found):,} of {_count(list(wanted), "declared defect")} are found stable,
@@ -287,7 +287,7 @@ def _data(history: Answer, shown: Answer) -> dict[str, Any]:
     """Return what the script needs of a sensor."""
     defects = {key: list(column) for key, column in shown["defects"].items()}
     evidence = defects.pop("evidence", [])
-    declared: dict[tuple[int, int], str] = {(d["x"], d["y"]): str(d["source"]) for d in shown.get("declared") or []}
+    declared = {(d["x"], d["y"]): ", ".join(d["sources"]) for d in shown.get("declared") or []}
     places = list(zip(defects.get("x", []), defects.get("y", []), strict=True))
     crops = unpacked(shown["crops"], "u1").reshape(-1, 2 * REACH + 1, 2 * REACH + 1)
     atlas, columns = _atlas(crops)

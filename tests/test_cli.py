@@ -230,6 +230,23 @@ def test_simulate_writes_shots_and_the_truth(tmp_path):
     assert all(sensor[key] == truth[key] for key in ("make", "model", "serial", "width", "height"))
 
 
+def test_simulated_shots_are_not_mixed_with_those_of_another_run(tmp_path):
+    """Truth.json would not be true of them. The same run may be given again, or in the other format."""
+    few = ["simulate", tmp_path, "--width", 64, "--height", 48, "--hot", 2, "--stuck", 1, "--dead", 1]
+    run(*few, "--frames", 2).check_returncode()
+    held = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for change in (["--frames", 1], ["--frames", 2, "--seed", 1], ["--frames", 2, "--kind", "dark"]):
+        done = run(*few, *change)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"{tmp_path} holds shots of another run; name another folder" in done.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == held
+    assert run(*few, "--frames", 2, "--format", "jpg").returncode == 0
+    assert run(*few, "--frames", 2).returncode == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".jpg"} == held
+    (tmp_path / "truth.json").unlink()
+    assert run(*few, "--frames", 2).returncode == 2
+
+
 def test_another_seed_is_another_camera(tmp_path):
     """Or their shots would be folded together."""
     serials = set()

@@ -725,8 +725,13 @@ def write_series(
 ) -> Iterator[Path]:
     """Write truth.json and then the shots, yielding each shot's path once the file is whole.
 
+    A folder with the same truth is written again, or in the other format: so a run that was interrupted is completed,
+    and shots become pairs of raw and JPEG.
+
     Raises
     ------
+    FileExistsError
+        If the folder holds shots of another truth: mixed with these, truth.json would not be true of them.
     ValueError
         If the format is not "dng" or "jpg".
     """
@@ -747,9 +752,13 @@ def write_series(
         "white_level_adu": WHITE_LEVEL_ADU,
         "defects": [asdict(defect) for defect in sensor.defects],
     }
-    part = _part_of(out / "truth.json")
-    part.write_text(json.dumps(truth, indent=1) + "\n", encoding="utf-8")
-    part.replace(out / "truth.json")
+    text, place = json.dumps(truth, indent=1) + "\n", out / "truth.json"
+    holds_others = place.read_bytes() != text.encode() if place.exists() else any(out.glob("frame_*"))
+    if holds_others:
+        raise FileExistsError(f"{out} holds shots of another run; name another folder, or remove this one first")
+    part = _part_of(place)
+    part.write_text(text, encoding="utf-8")
+    part.replace(place)
     for index in range(frames):
         path = out / f"frame_{index + 1:04d}.{format}"
         shot = sensor.shot(index, scene, exposure_s=exposure_s, iso=iso)

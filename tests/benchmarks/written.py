@@ -156,7 +156,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hpx") as temporary:
         work = given.work or Path(temporary)
-        pictures = list(_pictures(work / "pictures", given.shots, tuple(given.size)))
+        pictures = list(_pictures(work / f"pictures-{given.shots}", given.shots, tuple(given.size)))
         print("| | spool | shots | MB per shot | MB written per shot | of its size | generations | MB each |")
         print("|---|---|---|---|---|---|---|---|")
         for way in given.ways.split(","):

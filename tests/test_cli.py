@@ -413,6 +413,15 @@ def test_2_when_used_wrongly(arguments, tmp_path):
     assert invoke(*arguments, *where).exit_code == 2
 
 
+def test_an_empty_state_is_not_the_current_folder(tmp_path):
+    """As which a path without a name counts; a script's variable may not be set."""
+    for arguments in (["status"], ["scan", tmp_path], ["run"], ["restore", tmp_path / "b"]):
+        done = run(*arguments, "--state", "", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "an empty path names no folder" in " ".join(done.stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
 def test_2_says_which_path_leads_to_nothing(tmp_path):
     """And an empty folder is no success either."""
     done = run("scan", tmp_path / "gone", "--state", tmp_path / "state")

@@ -45,14 +45,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _state_path(text: str) -> Path:
+    """Refuse an empty path, as an unset variable of a script gives it: Path takes it for the current folder."""
+    if not text:
+        raise typer.BadParameter("an empty path names no folder; name one, or leave --state out")
+    return Path(text)
+
+
 StateOption = Annotated[
     Path | None,
     typer.Option(
         "--state",
         metavar="DIR",
         help="State directory. [default: $STATE_DIRECTORY, else the user's]",
-        # Another user's: its daemon may answer us all the same.
-        readable=False,
+        # Not checked whether it can be read: another user's daemon may answer us all the same.
+        parser=_state_path,
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

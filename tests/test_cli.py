@@ -434,6 +434,26 @@ def test_2_says_which_path_leads_to_nothing(tmp_path):
     assert not (tmp_path / "state").exists()
 
 
+def test_2_says_what_is_there_that_cannot_be_scanned(tmp_path):
+    """Nothing is at them would not be true."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("gone")
+    (tmp_path / "loop").symlink_to("loop")
+    wanted = {
+        tmp_path / "pipe": "is a special file",
+        "/dev/null": "is a special file",
+        tmp_path / "link": "is a link that leads to nothing",
+        tmp_path / "loop": "is a link that leads to nothing",
+        "s3://bucket/x": "is a remote address, which only scan --cluster reads",
+        tmp_path / "gone": "nothing is at",
+    }
+    done = run("scan", *wanted, "--state", tmp_path / "state")
+    assert done.returncode == 2
+    lines = dict(zip(wanted, done.stderr.splitlines(), strict=True))
+    assert all(str(path) in lines[path] and words in lines[path] for path, words in wanted.items())
+    assert not (tmp_path / "state").exists()
+
+
 def test_a_kind_that_is_said_too_late_is_not_ignored_in_silence(camera, tmp_path):
     """What was folded stays what it was taken for."""
     run("scan", *camera.shots[:2], "--state", tmp_path / "state")

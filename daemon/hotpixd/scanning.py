@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -68,7 +69,7 @@ def run_cluster_scan(
             from hotpixd.cluster.coordinator import ClusterMonitor
 
             inputs = find_inputs(wanted, None if kind is None else ShotKind(kind))
-            listing = _some_of(inputs.listing, wanted)
+            listing = _some_of(inputs.listing, wanted, remote=True)
             if isinstance(listing, int):
                 return listing
             return _scan(
@@ -79,11 +80,11 @@ def run_cluster_scan(
         return 2
 
 
-def _some_of(listing: Listing, wanted: list[str]) -> Listing | int:
+def _some_of(listing: Listing, wanted: list[str], *, remote: bool = False) -> Listing | int:
     console = plain_console(stderr=True)
     if listing.missing:
         for text in listing.missing:
-            _say(console, f"nothing is at {text}")
+            _say(console, _why_missing(text, remote=remote))
         return 2
     for folder, reason in listing.unreadable:
         _say(console, f"{folder} cannot be listed: {reason}")
@@ -91,6 +92,18 @@ def _some_of(listing: Listing, wanted: list[str]) -> Listing | int:
         _say(console, "there are no pictures in " + ", ".join(wanted))
         return 1 if listing.unreadable else 2
     return listing
+
+
+def _why_missing(text: str, *, remote: bool) -> str:
+    """Say what is at a path that leads to no file or folder; `remote`: URLs were followed."""
+    # Paths as they were given: Path takes the second slash away from a URL.
+    if os.path.exists(text):  # noqa: PTH110
+        return f"{text} is a special file (a pipe, a socket or a device), which is not opened"
+    if os.path.islink(text):  # noqa: PTH114
+        return f"{text} is a link that leads to nothing"
+    if "://" in text and not remote:
+        return f"{text} is a remote address, which only scan --cluster reads (--cluster local on this machine)"
+    return f"nothing is at {text}"
 
 
 def _scan(state: State, listing: Listing, start: Callable[[], Monitor], stop: Callable[[], bool], *, luma: bool) -> int:

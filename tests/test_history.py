@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,18 @@ def test_since_a_date_only_what_is_new_is_told(year, state):
     new = asked(state, "--since", since)["sensors"][0]["new"]
     assert {(d["x"], d["y"]) for d in new} == {site for site, session in year.onset.items() if session >= 4}
     assert asked(state, "--since", "2026-01-01")["sensors"][0]["new"] == []
+    rows = _rows(run("history", "--since", since, "--state", state).stdout)
+    assert rows
+    assert min(rows) == since[:7]
+    none = run("history", "--since", "2026-01-01", "--state", state).stdout
+    assert "no session since 2026-01-01" in none
+    assert "0 new defects" not in none
+    assert _rows(none) == []
+
+
+def _rows(text: str) -> list[str]:
+    """Return the moments and months that begin or number the rows of the tables."""
+    return re.findall(r"^ *(?:\d+ +)?(\d{4}-\d\d(?:-\d\d \d\d:\d\d)?) ", text, re.MULTILINE)
 
 
 def test_the_gap_decides_what_a_session_is(state):

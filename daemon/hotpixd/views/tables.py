@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -80,21 +81,29 @@ _LATEST_CHANGES, _LATEST_SESSIONS = 30, 12
 
 
 def print_history(answer: Answer, *, everything: bool = False) -> None:
-    """Print the answer of `history.history`: the latest sessions and changes, or all."""
+    """Print the answer of `history.history`: the latest sessions and changes, or all; none from before its `since`."""
+    # Not above: it loads numpy, which `status` does without.
+    from hotpixd.views.history import moment_s
+
     console = plain_console()
     if not answer["sensors"]:
         console.print("No sensor is known yet.")
     since = answer["since"]
+    since_s = -math.inf if since is None else moment_s(since)
     for sensor in answer["sensors"]:
-        told = sensor["sessions"]
-        span = f", {_date(told[0]['begin'])} to {_date(told[-1]['end'])}" if told else ""
+        sessions = sensor["sessions"]
+        told = [one for one in sessions if moment_s(one["end"]) >= since_s]
+        span = f", {_date(sessions[0]['begin'])} to {_date(sessions[-1]['end'])}" if sessions else ""
         counts = (
-            f"{sensor['frames']} {_plural(sensor['frames'], 'frame')} in {len(told)} {_plural(len(told), 'session')}"
+            f"{sensor['frames']} {_plural(sensor['frames'], 'frame')} in {len(sessions)}"
+            f" {_plural(len(sessions), 'session')}"
         )
         console.print(f"\n[bold]{escape(sensor_name(sensor))}[/bold]  {counts}{span}", soft_wrap=True)
         now = sensor["defects_now"]
         console.print(f"  {now} stable {_plural(now, 'defect')}")
-        if since is not None:
+        if since is not None and not told:
+            console.print(f"  no session since {escape(printable(since))}")
+        elif since is not None:
             new = len(sensor["new"])
             console.print(f"  {new} new {_plural(new, 'defect')} since {escape(printable(since))}")
         for sentence in history_words(sensor):
@@ -117,13 +126,14 @@ def print_history(answer: Answer, *, everything: bool = False) -> None:
             )
         if told:
             _print_table(console, table)
-        if len(sensor["months"]) > 1:
+        months = [one for one in sensor["months"] if told and one["month"] >= told[0]["begin"][:7]]
+        if len(months) > 1:
             table = _table("month", "frames", "new", "gone", "defects")
-            for month in sensor["months"]:
+            for month in months:
                 changed = [_count(month["new"]), _count(month["recovered"])]
                 table.add_row(month["month"], str(month["frames"]), *changed, str(month["defects"]))
             _print_table(console, table)
-        events = [event for event in sensor["events"] if since is None or event["at"] >= since]
+        events = [event for event in sensor["events"] if moment_s(event["at"]) >= since_s]
         table = _table("when", "session", "x", "y", "", "kind", "change", left=("when", "", "kind", "change"))
         latest = events if everything else events[-_LATEST_CHANGES:]
         for event in latest:

@@ -264,11 +264,12 @@ def test_real_frames_tell_the_same(client, tmp_path, name):
 
 
 def test_a_missing_scheduler_is_told_of(camera, tmp_path):
-    """In a sentence that says how to start one; the exit code is that of wrong use."""
+    """In a sentence that says how to start one; the exit code is that of wrong use. No state is begun."""
     done = run("scan", camera.folder, "--cluster", "tcp://127.0.0.1:9", "--state", tmp_path / "state")
     assert done.returncode == 2
     assert "no scheduler answers at tcp://127.0.0.1:9" in done.stderr
     assert "dask scheduler" in done.stderr
+    assert not (tmp_path / "state").exists()
 
 
 @pytest.mark.parametrize("address", ["here", "local:0", "local:many", "localhost"])

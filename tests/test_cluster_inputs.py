@@ -188,10 +188,11 @@ def test_the_command_takes_urls(web, here, tmp_path):
     ],
 )
 def test_what_cannot_be_listed_is_told_of(web, tmp_path, url, words):
-    """In a sentence with the URL."""
+    """In a sentence with the URL; no state is begun."""
     done = run("scan", url.format(web=web), "--cluster", "local:1", "--state", tmp_path / "state")
     assert done.returncode == 2
     assert words in done.stderr
+    assert not (tmp_path / "state").exists()
 
 
 def test_the_order_is_that_of_a_folder(web, store):

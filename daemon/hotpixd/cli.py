@@ -305,8 +305,8 @@ def scan(
     if on_disk and cluster is not None:
         _fail("--on-disk is for a scan on this machine alone: workers hold what --cluster adds up.", WRONG_USE)
     if cluster is not None:
-        with _opened(state) as opened, _interruptible() as stop:
-            raise typer.Exit(run_cluster_scan(opened, cluster, paths, kind.given, stop, luma=luma))
+        with _interruptible() as stop:
+            raise typer.Exit(run_cluster_scan(lambda: _opened(state), cluster, paths, kind.given, stop, luma=luma))
     # Before there is a state, which a wrong name must not begin.
     listing = find(paths, kind.given)
     if isinstance(listing, int):

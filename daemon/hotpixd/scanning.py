@@ -8,6 +8,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from rich.console import Console
@@ -50,12 +51,19 @@ def run_scan(
 
 
 def run_cluster_scan(
-    state: State, address: str, wanted: list[str], kind: str | None, stop: Callable[[], bool], *, luma: bool = False
+    opened: Callable[[], AbstractContextManager[State]],
+    address: str,
+    wanted: list[str],
+    kind: str | None,
+    stop: Callable[[], bool],
+    *,
+    luma: bool = False,
 ) -> int:
     """Do as `find` and `run_scan` do, on a cluster.
 
     Parameters
     ----------
+    opened : opens the state, once the cluster has answered and there are shots: nothing else must begin one
     address : see `cluster.connection.connected`
     wanted : URLs too
     luma : see `Monitor`
@@ -72,9 +80,10 @@ def run_cluster_scan(
             listing = _some_of(inputs.listing, wanted, remote=True)
             if isinstance(listing, int):
                 return listing
-            return _scan(
-                state, listing, lambda: ClusterMonitor(state, client, inputs.marks, luma=luma), stop, luma=luma
-            )
+            with opened() as state:
+                return _scan(
+                    state, listing, lambda: ClusterMonitor(state, client, inputs.marks, luma=luma), stop, luma=luma
+                )
     except (ClusterError, InputError) as error:
         _say(plain_console(stderr=True), str(error))
         return 2

@@ -24,6 +24,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from conftest import HOTPIXD, Camera, environment, feed, run, told
@@ -411,6 +412,16 @@ def test_2_when_used_wrongly(arguments, tmp_path):
     """An unknown command or option, a value that cannot be, a path to nothing."""
     where = ["--state", tmp_path / "state"] if arguments[0] in ("scan", "defects", "least-variance") else []
     assert invoke(*arguments, *where).exit_code == 2
+
+
+def test_the_help_explains_every_argument_and_option():
+    """Of each command, by -h too. What stands in brackets Rich takes for markup, and does not show."""
+    commands = get_command(app).commands
+    assert "import" in commands
+    for name, command in commands.items():
+        assert all(one.help and "[" not in one.help for one in command.params), name
+        assert "Show this message" in invoke(name, "-h").output
+    assert "[default: (as for run)]" in invoke("check-config", "-h").output
 
 
 def test_an_empty_state_is_not_the_current_folder(tmp_path):

@@ -58,7 +58,8 @@ StateOption = Annotated[
     typer.Option(
         "--state",
         metavar="DIR",
-        help="State directory. [default: $STATE_DIRECTORY, else the user's]",
+        help="State directory.",
+        show_default="$STATE_DIRECTORY, else the user's",
         # Not checked whether it can be read: another user's daemon may answer us all the same.
         parser=_state_path,
     ),
@@ -67,7 +68,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 SensorOption = Annotated[
-    str | None, typer.Option(metavar="S", help="One sensor: its serial number, or a part of its name. [default: all]")
+    str | None,
+    typer.Option(metavar="S", help="One sensor: its serial number, or a part of its name.", show_default="all"),
 ]
 LumaOption = Annotated[
     bool,
@@ -77,7 +79,9 @@ LumaOption = Annotated[
 ]
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", metavar="F", help="Configuration. [default: see README]", exists=True, dir_okay=False),
+    typer.Option(
+        "--config", metavar="F", help="Configuration.", show_default="see README", exists=True, dir_okay=False
+    ),
 ]
 
 
@@ -90,7 +94,10 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
-LogLevelOption = Annotated[LogLevel | None, typer.Option("--log-level", help="[default: of the configuration]")]
+LogLevelOption = Annotated[
+    LogLevel | None,
+    typer.Option("--log-level", help="What is logged: this and worse.", show_default="of the configuration"),
+]
 
 
 class KindOption(StrEnum):
@@ -392,9 +399,13 @@ def darks(
     frames: Annotated[int, typer.Option(min=1, max=10_000, help="Number of darks.")] = 30,
     exposure: Annotated[
         float | None,
-        typer.Option(min=0.0001, max=7200, callback=_finite, help="Exposure time, s. [default: as the camera is set]"),
+        typer.Option(
+            min=0.0001, max=7200, callback=_finite, help="Exposure time, s.", show_default="as the camera is set"
+        ),
     ] = None,
-    iso: Annotated[int | None, typer.Option(min=1, help="[default: as the camera is set]")] = None,
+    iso: Annotated[
+        int | None, typer.Option(min=1, help="ISO of all darks.", show_default="as the camera is set")
+    ] = None,
     cooldown: Annotated[
         float, typer.Option(min=0, max=3600, callback=_finite, help="Pause between two darks, s.")
     ] = 0.0,
@@ -476,7 +487,7 @@ def dashboard(
 
 @app.command()
 def check_config(
-    config: Annotated[Path | None, typer.Argument(metavar="[F]", help="The file. [default: as for run]")] = None,
+    config: Annotated[Path | None, typer.Argument(metavar="[F]", help="The file.", show_default="as for run")] = None,
 ) -> None:
     """Say what is wrong with a configuration, by key and line."""
     from hotpixd import config as configuration
@@ -672,7 +683,9 @@ LikeOption = Annotated[
 @app.command()
 def export(
     format_name: Annotated[str | None, typer.Argument(metavar="FORMAT", help="See --list.")] = None,
-    out: Annotated[str | None, typer.Option("-o", "--out", metavar="F", help="The file. [default: stdout]")] = None,
+    out: Annotated[
+        str | None, typer.Option("-o", "--out", metavar="F", help="The file.", show_default="stdout")
+    ] = None,
     sensor: OneSensorOption = None,
     states: Annotated[str, typer.Option("--which", help="Some of stable, warm, candidate, recovered.")] = "stable,warm",
     least_sigma: Annotated[
@@ -719,7 +732,7 @@ def export(
 def import_(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Lists or masks of other programs.")],
     format_name: Annotated[
-        str | None, typer.Option("--format", metavar="F", help="[default: as the content is]")
+        str | None, typer.Option("--format", metavar="F", help="Their format.", show_default="as the content is")
     ] = None,
     sensor: OneSensorOption = None,
     like: LikeOption = None,
@@ -746,8 +759,8 @@ def mark(
 
 @app.command()
 def unmark(
-    x: Annotated[int | None, typer.Argument(min=0)] = None,
-    y: Annotated[int | None, typer.Argument(min=0)] = None,
+    x: Annotated[int | None, typer.Argument(min=0, help="Column, 0-based.")] = None,
+    y: Annotated[int | None, typer.Argument(min=0, help="Row, 0-based, from the top.")] = None,
     source: Annotated[
         str | None, typer.Option("--source", help="All that a list declares, such as dcraw:.badpixels.")
     ] = None,
@@ -827,18 +840,21 @@ def simulate(
     frames: Annotated[int, typer.Option(min=1, help="Number of shots.")] = 20,
     file_format: Annotated[FormatOption, typer.Option("--format", help="Raw or rendered.")] = FormatOption.DNG,
     seed: Annotated[int, typer.Option(min=0, help="Another seed is another sensor.")] = 0,
-    width: Annotated[int, typer.Option(min=32, max=12000)] = 1500,
-    height: Annotated[int, typer.Option(min=32, max=12000)] = 1000,
+    width: Annotated[int, typer.Option(min=32, max=12000, help="Columns of the sensor.")] = 1500,
+    height: Annotated[int, typer.Option(min=32, max=12000, help="Rows of the sensor.")] = 1000,
     hot: Annotated[int, typer.Option(min=0, help="Hot samples to plant.")] = 60,
     stuck: Annotated[int, typer.Option(min=0, help="Stuck samples to plant.")] = 10,
     dead: Annotated[int, typer.Option(min=0, help="Dead samples to plant.")] = 15,
     unstable: Annotated[int, typer.Option(min=0, help="Samples that come and go to plant.")] = 0,
     exposure: Annotated[
         float | None,
-        typer.Option(min=1e-4, max=7200, callback=_finite, help="Shutter time of all shots, s. [default: 0.3 to 2]"),
+        typer.Option(
+            min=1e-4, max=7200, callback=_finite, help="Shutter time of all shots, s.", show_default="0.3 to 2"
+        ),
     ] = None,
     iso: Annotated[
-        float | None, typer.Option(min=1, max=1e7, callback=_finite, help="ISO of all shots. [default: 50 to 200]")
+        float | None,
+        typer.Option(min=1, max=1e7, callback=_finite, help="ISO of all shots.", show_default="50 to 200"),
     ] = None,
 ) -> None:
     """Write shots of a virtual sensor with known defects, and truth.json that says which."""

@@ -69,7 +69,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 SensorOption = Annotated[
     str | None,
-    typer.Option(metavar="S", help="One sensor: its serial number, or a part of its name.", show_default="all"),
+    typer.Option(metavar="S", help="Only sensors of this serial number, or part of a name.", show_default="all"),
 ]
 LumaOption = Annotated[
     bool,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, SensorLayout, ShotInfo, ShotKind
 from hotpixd.core.sensor import DetectionSettings, FoldReport, Sensor
-from hotpixd.simulate import PlantedDefect, Scene, VirtualSensor
+from hotpixd.intake.decode import decode
+from hotpixd.simulate import PlantedDefect, Scene, VirtualSensor, write_series
 
 WIDTH, HEIGHT = 300, 200
 NONE = {"hot": 0, "stuck": 0, "dead": 0}
@@ -145,6 +147,22 @@ def test_flat_fields_tell_defects_from_samples_that_respond_a_little_differently
     planted = {defect.y * 900 + defect.x for defect in ill.defects}
     assert stable <= planted
     assert len(stable) > 0.8 * len(planted)
+
+
+def test_flat_fields_as_jpeg_tell_them_as_well(tmp_path: Path):
+    """Coding moves small excesses about more than the median deviation of whole numbers shows."""
+
+    def seen_by(source: VirtualSensor) -> set[tuple[int, int]]:
+        paths = write_series(tmp_path / source.serial, source, 20, "flat", "jpg")
+        sensor = folded([decode(path) for path in paths])
+        return {sensor.layout.address(site)[:2] for site in found(sensor)}
+
+    healthy = VirtualSensor(900, 600, **NONE, seed=104, serial="V")
+    assert seen_by(healthy) == set()
+    ill = VirtualSensor(900, 600, hot=6, stuck=3, dead=3, seed=104, serial="W")
+    near = [{d for d in ill.defects if max(abs(d.x - x), abs(d.y - y)) <= 1} for x, y in seen_by(ill)]
+    assert all(near)
+    assert len(set().union(*near)) > 0.5 * len(ill.defects)
 
 
 @pytest.mark.parametrize("rendered", [False, True], ids=["raw", "rendered"])

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 
 from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, SensorLayout
 from hotpixd.core.sensor import DetectionSettings, Sensor
+from hotpixd.intake.decode import decode
 from hotpixd.simulate import SCENES, VirtualSensor
 
 
@@ -31,6 +34,9 @@ class Series:
     height: int
     scene: str
     rendered: bool
+    jpeg: int | None
+    """Quality in which pictures are written; None for none."""
+
     prnu: float
     alpha: float
 
@@ -38,6 +44,11 @@ class Series:
 def frame_of(camera: VirtualSensor, index: int, series: Series) -> Frame:
     """Release the shutter once; a rendered picture is the camera's own development, without a file between."""
     shot = camera.shot(index, series.scene)  # type: ignore[arg-type]
+    if series.jpeg:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "shot.jpg"
+            camera.write_jpeg(path, shot, series.jpeg)
+            return decode(path)
     frame = camera.frame(shot)
     if not series.rendered:
         return frame
@@ -76,11 +87,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(300, 200), metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--scene", choices=SCENES, default="moving")
     parser.add_argument("--rendered", action="store_true", help="8-bit RGB instead of raw")
+    parser.add_argument("--jpeg", type=int, metavar="QUALITY", help="JPEGs of this quality instead, from files")
     parser.add_argument("--prnu", type=float, default=0.01, help="spread of the healthy sites' response")
     parser.add_argument("--first-seed", type=int, default=1000)
     parser.add_argument("--cores", type=int, default=2)
     given = parser.parse_args()
-    series = Series(given.frames, *given.size, given.scene, given.rendered, given.prnu, given.alpha)
+    series = Series(given.frames, *given.size, given.scene, given.rendered, given.jpeg, given.prnu, given.alpha)
     seeds = range(given.first_seed, given.first_seed + given.sensors)
     # Spawned: numba's threads do not survive a fork.
     with get_context("spawn").Pool(given.cores) as pool:
@@ -90,7 +102,7 @@ def main() -> None:
     wrong = sum(1 for _, kinds in results if kinds)
     # Too small to matter: listed, without an alert. Darks find the long tail of healthy dark currents.
     alerted = sum(1 for _, kinds in results if set(kinds) - {"warm"})
-    samples = "rendered" if given.rendered else "raw"
+    samples = f"JPEG {given.jpeg}" if given.jpeg else "rendered" if given.rendered else "raw"
     listed = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none"
     out = sys.stdout.write
     heads = ("samples", "scene", "PRNU", "sensors", "frames (counted)", "false ones")

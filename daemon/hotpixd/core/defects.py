@@ -36,6 +36,14 @@ defect; at 6 and 9, none. Hot samples of 60 found in 5, 10, 20, 50 moving scenes
 39.75, 50.5, 55.5, 59.25; without this 40, 50.75, 56, 59.75.
 """
 
+_LEAST_SPREAD_ADU = 1.0
+"""No neighbours' deviation is believed to be smaller, where small excesses are compared.
+
+Of whole numbers whose standard deviation is below 0.74 the median deviation is 0, and coding a JPEG moves a sample by
+about 1. Measured on 56 sensors as above, JPEGs: with `QUANTISATION_ADU` in its place 14 had a false defect, with 0.74
+one, with 1 none. Hot samples found in JPEGs of 50 moving scenes: 50.25 instead of 50.5.
+"""
+
 _SPREAD_FREEDOM = 9.0
 """Degrees of freedom of a robust deviation of 24 neighbours: a median deviation tells as much as 37 % of them do."""
 
@@ -174,9 +182,9 @@ def follows_light(tracks: Tracks, positions: NDArray[np.int64], black_level_adu:
     (K,) bool
     """
     recent, held = tracks.recent_of(positions)
-    excess, spread = recent["excess"].astype(np.float64), recent["spread"].astype(np.float64)
+    excess, spread = recent["excess"].astype(np.float64), np.maximum(recent["spread"], _LEAST_SPREAD_ADU)
     light = (recent["value"] - recent["excess"] - (black_level_adu or 0.0)).astype(np.float64)
-    weight = np.where(held, 1 / np.maximum(spread, QUANTISATION_ADU) ** 2, 0.0)
+    weight = np.where(held, 1 / spread.astype(np.float64) ** 2, 0.0)
     response = (weight * excess * light).sum(axis=1) / np.maximum((weight * light**2).sum(axis=1), 1e-9)
     square = weight * (excess - response[:, None] * light) ** 2
     misfit = (_SPREAD_FREEDOM * np.log1p(square / _SPREAD_FREEDOM)).sum(axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -144,6 +145,9 @@ def test_binary_formats_want_a_file_and_files_are_not_overwritten(root, tmp_path
     command("export", "png-mask", "-o", out, "--force", state=root)
     assert out.read_bytes() != first
     assert [path.name for path in out.parent.iterdir()] == ["mask.png"]
+    os.mkfifo(pipe := out.parent / "pipe.png")
+    assert "a pipe" in command("export", "png-mask", "-o", pipe, "--force", state=root, code=2)
+    assert pipe.is_fifo()
 
 
 def test_wrong_orders_are_told_what_is_right(root, tmp_path):

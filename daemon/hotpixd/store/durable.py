@@ -202,6 +202,9 @@ def require_place(path: Path, *, force: bool) -> None:
         raise WrongUse(f"{path} is a folder; name a file.")
     if not path.parent.is_dir():
         raise WrongUse(f"There is no folder {path.parent}.")
+    if path.exists() and not path.is_file():
+        # As root, a rename would take away /dev/null.
+        raise WrongUse(f"{path} is a device, a pipe or a socket; name a file.")
     if os.path.lexists(path) and not force:
         raise WrongUse(f"{path} is there already; name another file, or replace it with --force.")
 

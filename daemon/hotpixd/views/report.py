@@ -11,7 +11,6 @@ import html
 import io
 import json
 import re
-import stat
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hotpixd import __version__
-from hotpixd.store.durable import StateError, WrongUse, written_beside
+from hotpixd.store.durable import StateError, WrongUse, require_place, written_beside
 from hotpixd.views.answers import now
 from hotpixd.views.evidence import REACH, unpacked
 from hotpixd.views.history import moment_s
@@ -58,19 +57,12 @@ def gathered(ask: Callable[..., dict[str, Any]], sensor: str | None, gap_h: floa
 
 def look_at(path: Path, *, force: bool) -> None:
     """Raise `WrongUse` if something stands at `path` that must not be replaced, or nothing can be written there."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        if not path.parent.is_dir():
-            raise WrongUse(f"There is no folder {path.parent} for the report.") from None
+    require_place(path, force=True)
+    if force or not path.exists():
         return
-    except OSError as error:
-        raise ReportError(f"The report {path} cannot be written: {error.strerror}.") from error
-    if not stat.S_ISREG(found.st_mode):
-        raise WrongUse(f"{path} is no file that a report could replace. Name another with -o.")
     with path.open("rb") as file:
         ours = _MARK.encode() in file.read(1024)
-    if not ours and not force:
+    if not ours:
         raise WrongUse(f"{path} is not an earlier report, so it stays. Name another with -o, or say --force.")
 
 

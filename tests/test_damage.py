@@ -146,6 +146,44 @@ def test_a_log_without_its_last_shots_is_told(camera, tmp_path):
     assert run("verify", "--state", tmp_path / "killed").returncode == 0
 
 
+def _garbage(mark: Path, _: Path) -> None:
+    mark.write_bytes(b"garbage")
+
+
+def _of_another(mark: Path, other: Path) -> None:
+    shutil.copyfile(other / "acknowledged", mark)
+
+
+def _a_folder(mark: Path, _: Path) -> None:
+    mark.unlink()
+    mark.mkdir()
+
+
+@pytest.mark.parametrize("damaged", [_garbage, _of_another, _a_folder])
+def test_a_mark_of_what_was_acknowledged_that_is_none_is_told_and_begun_anew(damaged, gone, scanned):
+    """Without it nobody knows whether the ledger is as new as it was; the next start keeps it as evidence."""
+    mark = gone / "acknowledged"
+    damaged(mark, scanned)
+    done = run("verify", "--state", gone)
+    assert done.returncode == 3
+    assert done.stdout.startswith(f"damaged: {mark} is damaged, or of another ledger")
+    (said,) = replayed(gone)
+    (kept,) = (gone / "damaged").iterdir()
+    assert str(mark) in said
+    assert str(kept) in said
+    assert run("verify", "--state", gone).returncode == 0
+    assert told(gone) == told(scanned)
+    assert replayed(gone) == []
+
+
+@pytest.mark.parametrize("content", [b"", bytes(22), b"00000000001"])
+def test_a_mark_that_a_power_cut_kept_from_the_disk_is_no_damage(content, gone):
+    """It is written beside the ledger without a sync."""
+    (gone / "acknowledged").write_bytes(content)
+    assert run("verify", "--state", gone).returncode == 0
+    assert replayed(gone) == []
+
+
 def test_a_ledger_that_does_not_know_its_sensors_is_refused(gone):
     """Pages of an older copy: rows are whole, each by itself."""
     with State(gone) as state:

@@ -866,7 +866,8 @@ class Machine(RuleBasedStateMachine):
                     db.execute("DELETE FROM main.sqlite_sequence")
                 db.execute(f"INSERT INTO main.{table}({columns}) SELECT {columns} FROM new.{table}")
             db.execute(f"PRAGMA main.user_version = {version}")
-        for name in DATABASE:
+        # The mark of what was acknowledged is as new as format 4, and would be of another ledger.
+        for name in (*DATABASE, "acknowledged"):
             (self.root / name).unlink(missing_ok=True)
         old.rename(path)
         return True

@@ -308,6 +308,14 @@ def check_sensors(state: State) -> None:
         )
 
 
+def mark_unusable(state: State) -> str:
+    """Say that nobody knows whether the ledger is older than what was acknowledged, and what to do."""
+    return (
+        f"{state.root / 'acknowledged'} is damaged, or of another ledger: whether the ledger lacks the last of the"
+        " shots that were acknowledged cannot be known. Scan the latest once more; only those that it lacks are folded."
+    )
+
+
 def standings(state: State) -> dict[str, Standing]:
     """Look at every sensor in the ledger. That reads its generations, so it is worth keeping.
 
@@ -339,6 +347,10 @@ def set_aside_unusable(state: State, found: Mapping[str, Standing]) -> Iterator[
             f"The ledger {state.ledger.path} lacks the last {state.forgotten} of the shots that were acknowledged: its"
             " end was lost. Those whose files are still where they came from are taken again."
         )
+    if state.mark_unusable:
+        strange = True
+        sentence = mark_unusable(state)
+        yield f"{sentence} It is kept as {state.renew_mark()}."
     # Otherwise they are shots whose acknowledgement a crash kept from coming, and their sources offer them again.
     orphans = state.orphans() if strange else []
     for key in orphans:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Self
 from hotpixd.store import checkpoint, lock
 from hotpixd.store.declared import DeclaredLists
 from hotpixd.store.durable import (
+    FULL,
     StateDamaged,
     StateError,
     StateFull,
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
 __all__ = ["State", "StateDamaged", "StateError", "StateFull", "StateLocked", "StateMissing"]
 
 _SENSOR_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
+
+_TORN_MARK = re.compile(rb"(\d{0,12}|\d{12} [0-9a-f]{0,8})\0*")
+"""What a power cut may leave of the first mark, which is not synced: nothing, or its beginning."""
 
 
 class StateMissing(StateError):  # noqa: N818 - a condition, not a fault
@@ -107,8 +111,11 @@ class State:
                     except BaseException:
                         self._mark.close()
                         raise
-                    self.forgotten = max(self._mark.read(self.ledger.tag) - self.ledger.last_seq, 0)
+                    marked = self._mark.read(self.ledger.tag)
+                    self.forgotten = max((marked or 0) - self.ledger.last_seq, 0)
                     """Shots that were acknowledged, and that the ledger does not know any more."""
+                    self.mark_unusable = marked is None
+                    """Whether that cannot be known: what is in the place of the mark is none of this ledger."""
                 except BaseException:
                     lock.release(self._lock)
                     raise
@@ -169,6 +176,13 @@ class State:
         """Keep a damaged file of this state as evidence, where nothing uses it; return where it is now."""
         with full_disk_as_state_full(f"to keep {path} in {self.root}"):
             return set_aside(path, self.root / "damaged")
+
+    def renew_mark(self) -> Path:
+        """Keep as evidence what is in the place of the mark, and mark the ledger as it is; return where it is now."""
+        kept = self.set_aside(self.root / "acknowledged")
+        self._mark.begin_anew(self.ledger.tag, self.ledger.last_seq)
+        self.mark_unusable = False
+        return kept
 
     def orphans(self) -> list[str]:
         """Return the keys of shots in the spool that were there before this process, and have no row."""
@@ -238,18 +252,37 @@ class _Mark:
     """
 
     def __init__(self, path: Path) -> None:
-        self._fd = -1
-        self._held = b""
-        with suppress(OSError):  # no room, or something else in its place: then there is no mark
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-            self._held = os.pread(self._fd, 64, 0)
+        self._path = path
+        self._open()
 
-    def read(self, tag: int) -> int:
-        """Return the mark of the ledger with this tag, as it was when this was opened; 0 if there is none."""
-        words = self._held.split()
-        if len(words) != 2 or self._held != self._text(tag, int(words[0]) if words[0].isdigit() else 0):
+    def _open(self) -> None:
+        self._fd = -1
+        self._held: bytes | None = b""
+        try:
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+            self._held = os.pread(self._fd, 64, 0)
+        except OSError as error:
+            # Without room there is no mark; else something else is in its place.
+            if error.errno not in FULL:
+                self._held = None
+
+    def read(self, tag: int) -> int | None:
+        """Return the mark of the ledger with this tag, as it was when this was opened.
+
+        0 if there is none yet; None if what is there is something else.
+        """
+        if self._held is None:
+            return None
+        if _TORN_MARK.fullmatch(self._held):
             return 0
-        return int(words[0])
+        number = self._held.split(b" ")[0]
+        return int(number) if number.isdigit() and self._held == self._text(tag, int(number)) else None
+
+    def begin_anew(self, tag: int, seq: int) -> None:
+        """Mark a row, which is durable, in a new file: the one before was moved away."""
+        self.close()
+        self._open()
+        self.write(tag, seq)
 
     def write(self, tag: int, seq: int) -> None:
         """Mark a row, which is durable."""

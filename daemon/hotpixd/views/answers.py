@@ -229,6 +229,8 @@ def verify(state: State) -> Answer:
             f"The ledger {state.ledger.path} lacks the last {state.forgotten} of the shots that were acknowledged. Scan"
             " their files once more; those in the spool are kept as evidence."
         )
+    if state.mark_unusable:
+        problems.append(f"{archive.mark_unusable(state)} The next scan or start of the daemon begins it anew.")
     waiting = state.ledger.rows_to_replay(covers)
     problems += [
         f"{row.name} was received but its copy in the spool is gone or was changed. If the original is not in its place"

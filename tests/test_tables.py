@@ -94,6 +94,23 @@ def test_no_sensor_and_no_defect_are_said_in_words(capsys, monkeypatch):
     assert "no stable defect" in said
 
 
+@pytest.mark.parametrize(
+    ("counted", "reason", "hint"),
+    [
+        (1, "the scene does not move", True),
+        (6, "the scene does not move", False),
+        (0, "the frame is blurred by stars that trail", False),
+    ],
+)
+def test_where_nothing_moved_at_all_the_user_is_told_what_to_do_if_those_are_darks(capsys, counted, reason, hint):
+    """Dark JPEGs can be taken for light frames; where some frames were counted, the others are of a tripod."""
+    sensor = {**SENSOR, "frames_counted": counted, "defects": []}
+    tables.print_defects({"sensors": [sensor]}, not_counted={"x": {reason: 5}})
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "not counted" in line]
+    darks = "; if these are darks: hotpixd rebuild FOLDER --kind dark" if hint else ""
+    assert line == f"  5 frames not counted: {reason}{darks}"
+
+
 def test_the_status_says_in_the_word_of_each_source_how_it_is(capsys, monkeypatch):
     """A directory has none; where there is nothing more to say, there is no colon either."""
     monkeypatch.setenv("COLUMNS", "80")

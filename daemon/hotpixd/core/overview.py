@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+STATIC_SCENE = "the scene does not move"
+"""Why a light frame is no evidence if it repeats an earlier one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Overview:

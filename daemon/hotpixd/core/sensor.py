@@ -19,7 +19,7 @@ from hotpixd.core import defects, evidence
 from hotpixd.core.accumulator import HELD_BYTES, Accumulator, EachSlab, FrameEvents, Loan, Zeros
 from hotpixd.core.defects import Defect
 from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, SensorLayout, ShotInfo, ShotKind
-from hotpixd.core.overview import Overview
+from hotpixd.core.overview import STATIC_SCENE, Overview
 from hotpixd.core.tracks import OBSERVATION, RECENT, Kind, Status, Tracks, neighbours_of
 
 
@@ -303,7 +303,7 @@ class Sensor:
         pattern = self._gate.pattern(events) if light else None
         lift = None if pattern is None else self._gate.lift(pattern)
         if lift is not None and lift > self._lift_limit:
-            why = f"the scene does not move: it repeats an earlier frame {lift:.1f} times as often as chance"
+            why = f"{STATIC_SCENE}: it repeats an earlier frame {lift:.1f} times as often as chance"
             return FoldReport(False, why, lift, (), *_NO_OBSERVATIONS, events.fingerprint)
         if pattern is not None:
             self._gate.remember(pattern)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
+from hotpixd.core.overview import STATIC_SCENE
 from hotpixd.views.text import agreement, agreement_words, history_words, plain_console, printable, sensor_name
 
 if TYPE_CHECKING:
@@ -40,8 +41,7 @@ def print_defects(
         console.print("No sensor is known yet.")
     for sensor in answer["sensors"]:
         console.print(f"\n[bold]{escape(sensor_name(sensor))}[/bold]  {_frames(sensor)}", soft_wrap=True)
-        for reason, count in (not_counted or {}).get(sensor["id"], {}).items():
-            console.print(f"  {count} {_plural(count, 'frame')} not counted: {escape(reason)}")
+        _print_not_counted(console, sensor, (not_counted or {}).get(sensor["id"], {}))
         found = sensor["defects"]
         declared = [(defect["x"], defect["y"]) for defect in sensor.get("declared", [])]
         if words := agreement_words(agreement(found, declared)):
@@ -75,6 +75,15 @@ def print_defects(
         _print_table(console, table)
         if len(shown) > most:
             console.print(f"  ... and {len(shown) - most} more: hotpixd defects")
+
+
+def _print_not_counted(console: Console, sensor: Answer, reasons: Mapping[str, int]) -> None:
+    for reason, count in reasons.items():
+        # Rendered darks can look like light frames; then all but the first repeat a scene, in which nothing is found.
+        hint = ""
+        if reason == STATIC_SCENE and sensor["frames_counted"] <= 1:
+            hint = "; if these are darks: hotpixd rebuild FOLDER --kind dark"
+        console.print(f"  {count} {_plural(count, 'frame')} not counted: {escape(reason)}{hint}", soft_wrap=True)
 
 
 _LATEST_CHANGES, _LATEST_SESSIONS = 30, 12
@@ -189,8 +198,7 @@ def print_status(answer: Answer) -> None:
     for sensor in answer["sensors"]:
         console.print(f"\n[bold]{escape(sensor_name(sensor))}[/bold]  {_frames(sensor)}", soft_wrap=True)
         console.print(f"  {sensor['stable']} stable, {sensor['candidate']} candidates, {sensor['recovered']} recovered")
-        for reason, count in sensor["not_counted"].items():
-            console.print(f"  {count} {_plural(count, 'frame')} not counted: {escape(reason)}")
+        _print_not_counted(console, sensor, sensor["not_counted"])
         last = sensor["last_shot"]
         if last:
             console.print(f"  last shot {escape(printable(last['name']))}: {escape(_settings(last))}", soft_wrap=True)

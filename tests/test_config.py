@@ -635,7 +635,11 @@ def test_what_may_not_be_wanted_is_said(path: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("url", "secret"),
-    [("ntfy://ntfy.sh/t", False), ("ntfys://tk@ntfy.sh/t", True), ("tgram://123:abc/4", True), ("json://h:1", False)],
+    [
+        *(("ntfy://ntfy.sh/t", False), ("ntfys://tk_abcdef@ntfy.sh/t", True), ("tgram://123:abc/4", True)),
+        *(("json://h:1", False), ("json://user@h:1", False), ("json://user:pw@h:1", True)),
+        *(("kodi://h", False), ("mailto://h?to=a@example.org", False), ("nothing://that.apprise/knows", False)),
+    ],
 )
 def test_a_readable_file_with_secrets_is_warned_of(path: Path, url: str, secret: bool):
     """Not if its owner alone can read it, and not of secrets that are elsewhere."""

@@ -717,8 +717,19 @@ def _channel_id(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
-def _apprise_channel(url: str) -> _Channel:
-    """Return the channel of an apprise URL. Takes half a second the first time.
+def holds_secret(url: str) -> bool:
+    """Tell whether an apprise URL holds a password or token; one that apprise cannot make sense of does not."""
+    try:
+        service, _ = _apprise_service(url)
+        # Which of its parts are secret only the service's own plugin knows.
+        return bool(service.url(privacy=True) != service.url(privacy=False))
+    except Exception:
+        # Whatever a plugin raises, it would show the URL; `complaints` says that it cannot be used.
+        return False
+
+
+def _apprise_service(url: str) -> tuple[Any, Any]:
+    """Return the service of an apprise URL, and what sends to it alone. Takes half a second the first time.
 
     Raises
     ------
@@ -743,6 +754,20 @@ def _apprise_channel(url: str) -> _Channel:
     service.overflow_mode = apprise.OverflowMode.SPLIT
     sender = apprise.Apprise(asset=asset)
     sender.add(service)
+    return service, sender
+
+
+def _apprise_channel(url: str) -> _Channel:
+    """Return the channel of an apprise URL.
+
+    Raises
+    ------
+    ValueError
+        If apprise cannot make sense of it.
+    """
+    import apprise
+
+    service, sender = _apprise_service(url)
 
     def send(message: Message) -> str | None:
         result = sender.notify(title=message.title, body=message.body, body_format=apprise.NotifyFormat.TEXT)
@@ -751,7 +776,7 @@ def _apprise_channel(url: str) -> _Channel:
         said = [_masked(entry.message, url.partition("://")[2]) for entry in result.logs()]
         return said[0] if said else "it says no more"
 
-    masked = urlsplit(str(service.url(privacy=True)))  # type: ignore[no-untyped-call]
+    masked = urlsplit(str(service.url(privacy=True)))
     return _Channel(_channel_id(url), f"{masked.scheme}://{masked.netloc.rpartition('@')[2]}", send)
 
 

@@ -502,7 +502,8 @@ def check_config(
         _fail(str(error), WRONG_USE)
     from hotpixd.alerts import complaints
 
-    for sentence in (*configuration.warnings(loaded, path), *complaints(loaded.alerts.settings())):
+    warned = (*configuration.warnings(loaded, path), *complaints(loaded.alerts.settings()))
+    for sentence in warned:
         print(sentence)
     named = [
         f"{count} {word}{'' if count == 1 else 's'}"
@@ -510,7 +511,7 @@ def check_config(
         if count
     ]
     said = " and ".join(named) or "but it names no sources or cameras: there is nothing to watch"
-    print(f"{path} is right, {said}.")
+    print(f"{path} is right{' except for what is said above' if warned else ''}, {said}.")
 
 
 @app.command()

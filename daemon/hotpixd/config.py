@@ -62,11 +62,6 @@ _PATH_KEYS = frozenset(("directory", "notify_file", "save_to", "socket", "state"
 _SECRET = (("alerts", "notify"), ("alerts", "command"))
 """Keys whose values are never shown."""
 
-_OPEN_SCHEMES = frozenset(
-    ("dbus", "form", "forms", "glib", "gnome", "json", "jsons", "kde", "mqtt", "mqtts", "ntfy", "ntfys", "qt", "syslog")
-)
-"""Kinds of URLs that hold a secret only before an @. Those of the others are mostly made of tokens."""
-
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -522,9 +517,11 @@ def _camera_warnings(config: Config) -> Iterator[str]:
 
 def _alert_warnings(config: Config, path: Path | None) -> Iterator[str]:
     alerts = config.alerts
-    if path is not None and _everybody_reads(path):
+    if alerts.notify and path is not None and _everybody_reads(path):
+        from hotpixd.alerts import holds_secret
+
         text = path.read_text(encoding="utf-8", errors="replace")
-        if any(_holds_secret(url) and url in text for url in alerts.notify):
+        if any(url in text and holds_secret(url) for url in alerts.notify):
             yield (
                 f"alerts.notify holds passwords or tokens, and everybody on this machine can read {path}: "
                 "put those URLs into a file of their own and name it as alerts.notify_file."
@@ -551,10 +548,6 @@ def _access_warnings(config: Config) -> Iterator[str]:
 
 def _everybody_reads(path: Path) -> bool:
     return bool(path.stat().st_mode & stat.S_IROTH)
-
-
-def _holds_secret(url: str) -> bool:
-    return "@" in url or url.partition("://")[0].lower() not in _OPEN_SCHEMES
 
 
 # Layers: file, environment and command line are put over one another as plain values, each with its place.

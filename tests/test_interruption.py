@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -272,6 +273,19 @@ def test_a_second_ctrl_c_ends_a_scan_at_once(camera, scanned, tmp_path):
     assert again.returncode == 0
     assert "Took up" in again.stderr
     assert told(root) == told(scanned)
+
+
+@pytest.mark.parametrize("module", ["typer", "platformdirs"])
+def test_ctrl_c_while_the_command_is_being_loaded_ends_it_without_a_word(module, tmp_path):
+    """It was a traceback: of what the entry imports, and of what comes before the command itself."""
+    (tmp_path / f"{module}.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    env = environment()
+    env["PYTHONPATH"] = f"{tmp_path}:{env['PYTHONPATH']}"
+    # To be asked where the cache is takes platformdirs.
+    del env["NUMBA_CACHE_DIR"]
+    command = [sys.executable, "-m", "hotpixd", "status", "--state", str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_a_second_scan_is_turned_away_by_name(camera, scanned, tmp_path):

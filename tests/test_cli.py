@@ -490,6 +490,13 @@ def test_3_when_there_is_no_state(tmp_path):
     assert not (tmp_path / "state").exists()
 
 
+def test_3_when_no_daemon_shoots_the_darks_that_are_to_stop(tmp_path):
+    """As for all that takes a daemon."""
+    done = run("darks", "--stop", "--state", tmp_path)
+    assert done.returncode == 3
+    assert "no daemon is running" in done.stderr
+
+
 def test_3_when_the_ledger_is_damaged(scanned, tmp_path, camera):
     """For every command, in a sentence that names it."""
     root = harmed(scanned, tmp_path / "state")

@@ -434,7 +434,7 @@ def darks(
     socket = _daemon_of(_state_dir(state) if is_there else state)
     if stop:
         if socket is None:
-            _fail("no daemon is running that could shoot darks", WRONG_USE)
+            _fail("no daemon is running that could shoot darks", STATE_UNUSABLE)
         raise typer.Exit(end_darks(socket))
     # A port is one of libgphoto2's; all else is a serial number, which a daemon knows a camera by.
     is_port = camera is not None and (camera == "auto" or camera.startswith(("usb:", "ptpip:")))

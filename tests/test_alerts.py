@@ -905,7 +905,7 @@ def test_a_run_of_refusals_is_a_few_alerts(bench: Callable[..., Bench]):
     one = bench()
     watch = Watch(one)
     for n in range(150):
-        one.clock.passed_s += 1
+        one.clock.passed_s += 31
         watch.watchman.outcome(Path(f"/card/IMG_{n}.JPG"), "refused", "it was edited")
         watch.watchman.outcome(Path("/card/fine.JPG"), "folded", None)
     assert watch.told() == [
@@ -921,6 +921,18 @@ def test_a_run_of_refusals_is_a_few_alerts(bench: Callable[..., Bench]):
     one.clock.passed_s += 3601
     again.watchman.outcome(Path("/card/z.JPG"), "refused", "it was edited")
     assert again.told()[4:] == ["z.JPG was refused: it was edited"]
+
+
+def test_shots_refused_together_are_all_named(bench: Callable[..., Bench]):
+    """As far as a message lists them, which is sent for the first one anyway."""
+    one = bench()
+    watch = Watch(one)
+    for n in range(1, 13):
+        watch.watchman.outcome(Path(f"/card/IMG_{n}.JPG"), "refused", "it was edited")
+    assert watch.told() == [
+        "IMG_1.JPG was refused: it was edited",
+        *(f"IMG_{n}.JPG was refused ({n} such shots by now): it was edited" for n in range(2, 11)),
+    ]
 
 
 def test_a_scene_that_does_not_move_is_told_after_ten_frames(bench: Callable[..., Bench]):

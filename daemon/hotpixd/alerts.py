@@ -844,7 +844,7 @@ class Watchman:
         self._source_after_s = source_after_s
         self._begun: dict[str, bool] = {}
         self._away_since: dict[str, float] = {}
-        self._runs: dict[str, tuple[int, float]] = {}
+        self._runs: dict[str, tuple[int, float, float]] = {}
         self._not_counted: Counter[str] = Counter()
         self._shoots: dict[str, _Shoot] = {}
         self._full_at: float | None = None
@@ -870,17 +870,23 @@ class Watchman:
                 self._turn("source", subject, True, text, quietly=quietly)
 
     def outcome(self, path: Path, fate: str, reason: str | None) -> None:
-        """Tell what became of a shot. Of a run of refusals the first is alerted, the tenth, the hundredth, ..."""
+        """Tell what became of a shot.
+
+        Of a run of refusals the first is alerted, the tenth, the hundredth, ..., and of the others those that the
+        message of the first one still lists.
+        """
         if fate not in ("refused", "unreadable"):
             return
-        count, last_at = self._runs.get(fate) or self._run_before_restart(fate)
-        count = 1 if self._clock() - last_at > _RUN_ENDS_AFTER_S else count + 1
-        if count == 10 ** (len(str(count)) - 1):
+        now = self._clock()
+        count, began_at, last_at = self._runs.get(fate) or self._run_before_restart(fate)
+        count, began_at = (1, now) if now - last_at > _RUN_ENDS_AFTER_S else (count + 1, began_at)
+        listed = count <= _LISTED and now - began_at <= self._alerts.settings.gather_s
+        if listed or count == 10 ** (len(str(count)) - 1):
             was = "was refused" if fate == "refused" else "could not be taken"
             many = "" if count == 1 else f" ({count} such shots by now)"
             detail = {"path": str(path), "reason": reason, "count": count}
             self._raise("refused", fate, f"{path.name} {was}{many}: {reason}", detail)
-        self._runs[fate] = count, self._clock()
+        self._runs[fate] = count, began_at, now
 
     def counted(self, sensor: str, description: str, counted: bool, because: str | None) -> None:
         """Tell whether a light or dark frame of a sensor was new evidence, and why not.
@@ -1052,12 +1058,13 @@ class Watchman:
             self._raise(topic, subject, text, {"begun": begun}, quietly=quietly)
             self._begun[subject] = begun
 
-    def _run_before_restart(self, fate: str) -> tuple[int, float]:
-        """Count of refusals and time of the last one, as far as the last alert tells."""
+    def _run_before_restart(self, fate: str) -> tuple[int, float, float]:
+        """Count of refusals and times of the first and the last one, as far as the last alert tells."""
         last = self._alerts.last(fate)
         if last is None:
-            return 0, -math.inf
-        return int(last.detail["count"]), self._clock() - self._alerts.age_s(last.at)
+            return 0, -math.inf, -math.inf
+        # When it began is not known; its first message has gone out, or holds what it held.
+        return int(last.detail["count"]), -math.inf, self._clock() - self._alerts.age_s(last.at)
 
     def _raise(self, topic: str, subject: str, text: str, detail: Mapping[str, Any], *, quietly: bool = False) -> None:
         last = self._alerts.last(subject)

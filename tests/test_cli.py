@@ -186,7 +186,7 @@ def test_every_question_has_an_answer_for_people(scanned, broken, tmp_path):
     feed(root, broken)
     said = {q: invoke(q, "--state", root).stdout for q in ("status", "defects", "least-variance", "verify")}
     assert all("Hotpixd Virtual Camera, serial V0001, 200x150 raw" in text for text in said.values())
-    assert "broken.dng: " in said["status"]
+    assert f"  {broken}: " in said["status"]
     assert "12 folded" in said["status"]
     assert re.search(r"x +y +kind +state", said["defects"])
     assert "M2" in said["least-variance"]

@@ -209,7 +209,7 @@ def print_status(answer: Answer) -> None:
     if answer["refused"]:
         console.print("\nRefused:")
         for shot in answer["refused"]:
-            words = printable(f"{shot['name']}: {shot['reason'] or ''}")
+            words = printable(f"{shot['path']}: {shot['reason'] or ''}")
             console.print(f"  {escape(words)}", soft_wrap=True)
 
 

@@ -356,7 +356,7 @@ def test_1_when_a_shot_is_refused(camera, broken, tmp_path):
     """With its name and a sentence; the others are folded."""
     done = run("scan", broken, camera.shots[0], "--state", tmp_path / "state")
     assert done.returncode == 1
-    assert "1 shots folded, 1 refused." in done.stdout
+    assert "1 shot folded, 1 refused." in done.stdout
     assert re.search(r"refused broken\.dng: \w+.* \w+", done.stdout)
 
 
@@ -370,7 +370,7 @@ def test_1_when_a_folder_cannot_be_listed(camera, tmp_path, like_everyone):
     (inbox / "shut").chmod(0o755)
     assert done.returncode == 1
     assert "cannot be listed: Permission denied" in done.stderr
-    assert "1 shots folded." in done.stdout
+    assert "1 shot folded." in done.stdout
 
 
 def test_1_when_a_file_cannot_be_read(camera, tmp_path, like_everyone):
@@ -382,7 +382,7 @@ def test_1_when_a_file_cannot_be_read(camera, tmp_path, like_everyone):
     (inbox / camera.shots[0].name).chmod(0)
     done = run("scan", inbox, "--state", tmp_path / "state", prefix=like_everyone)
     assert done.returncode == 1
-    assert "1 shots folded, 1 refused." in done.stdout
+    assert "1 shot folded, 1 refused." in done.stdout
     assert "cannot be opened: Permission denied" in done.stdout
 
 
@@ -469,7 +469,7 @@ def test_a_kind_that_is_said_too_late_is_not_ignored_in_silence(camera, tmp_path
     """What was folded stays what it was taken for."""
     run("scan", *camera.shots[:2], "--state", tmp_path / "state")
     done = run("scan", *camera.shots[:3], "--kind", "dark", "--state", tmp_path / "state")
-    assert "2 of those known were folded as light frames, and stay so" in done.stdout
+    assert "2 of those known were folded as light, which stays so" in done.stdout
     done = run("scan", *camera.shots[:2], "--kind", "light", "--state", tmp_path / "state")
     assert "were folded as" not in done.stdout
 

@@ -73,8 +73,8 @@ def test_what_several_declare_stays_until_all_of_them_take_it_back(root, tmp_pat
     command("import", tmp_path / "a", tmp_path / "b", state=root)
     first = only(root)["declared"][0]
     assert (first["source"], first["sources"]) == ("dcraw:a", ["dcraw:a", "siril:b"])
-    assert "1 pixels of" in (said := command("unmark", "--source", "dcraw:a", state=root))
-    assert "1 stay, as others declare them too" in said
+    assert "1 pixel of" in (said := command("unmark", "--source", "dcraw:a", state=root))
+    assert "others declare 1 too" in said
     assert declared(root) == [(1, 2), (5, 6)]
     command("import", tmp_path / "a", state=root)
     assert "was declared already" in command("mark", 1, 2, state=root)
@@ -111,7 +111,7 @@ def test_what_was_exported_comes_back_as_declared(root, camera: Camera, tmp_path
     assert set(declared(root)) == found
     command("mark", 3, 3, state=root)
     said = command("defects", state=root)
-    assert f"{len(found) + 1} declared: {len(found)} of them found, 1 not; 0 found are not declared" in said
+    assert f"{len(found) + 1} declared: {len(found)} of them found, 1 not; 0 found but not declared" in said
 
 
 def test_declared_defects_are_exported_unless_left_out(root):

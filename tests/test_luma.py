@@ -79,7 +79,7 @@ def test_it_finds_the_defects_that_red_green_and_blue_show(jpegs: Path, scanned_
     assert len(places(luma)) >= len(places(sensors(both)[0])) >= 10
     done = run("scan", "--luma", "--state", both, jpegs)
     assert done.returncode == 0
-    assert f"{FRAMES - 1} of those known were folded as red, green and blue, and stay so." in done.stdout
+    assert f"{FRAMES - 1} of those known were folded as red, green and blue, which stays so." in done.stdout
     assert sorted(sensor["frames"] for sensor in sensors(both)) == [1, FRAMES - 1]
     checked = run("verify", "--state", both)
     assert checked.returncode == 0

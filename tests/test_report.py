@@ -249,7 +249,7 @@ def test_declared_defects_are_compared_with_those_found(state, tmp_path):
     path = tmp_path / "report.html"
     report.write(path, report.page_of(told))
     text = " ".join(path.read_text().split())
-    assert f"3 of 4 declared defects are found stable, 1 are not; {len(stable) - 3} found ones" in text
+    assert f"4 declared defects: 3 found stable, 1 not; {len(stable) - 3} found but not declared." in text
     assert "<tr><td>dcraw:a<td>3<td>2<td>1</tr><tr><td>mark<td>4<td>3<td>1</tr>" in text
     with opened(path) as browser:
         browser.page.fill(".filter input", "mark")

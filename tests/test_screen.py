@@ -146,7 +146,7 @@ def test_declared_defects_are_told_of_where_there_are_any():
     with_them = live | {f"sensor:{made_up.ID}": live[f"sensor:{made_up.ID}"] | {"agreement": counts}}
     assert drawn(with_them, 120, 36)[2].rstrip().endswith("12 declared, 9 found")
     assert "2 shots refused" in drawn(with_them, 80, 24)[2]
-    words = "12 declared: 9 of them found, 3 not; 4 found are not declared"
+    words = "12 declared: 9 of them found, 3 not; 4 found but not declared"
     assert words in "\n".join(drawn(with_them, view=View(page=Page.LOG)))
     for screen in (drawn(live, 120, 36), drawn(live, view=View(page=Page.LOG))):
         assert "declared" not in "\n".join(screen)

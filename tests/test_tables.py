@@ -137,6 +137,19 @@ def test_the_status_says_in_the_word_of_each_source_how_it_is(capsys, monkeypatc
     ]
 
 
+def test_one_of_a_thing_is_no_plural(capsys):
+    """It was "1 candidates", "1 shots"."""
+    sensor = {**SENSOR, "frames": 1, "stable": 1, "candidate": 1, "recovered": 1, "not_counted": {}, "last_shot": None}
+    plain: dict[str, Any] = {"state": "s", "sources": [], "shots": {}, "alerts": [], "refused": []}
+    tables.print_status({**plain, "sensors": [sensor]})
+    tables.print_verify({"problems": [], "sensors": [sensor], "waiting": 1})
+    said = capsys.readouterr().out
+    assert "1 frame, " in said
+    assert "1 stable, 1 candidate, 1 recovered" in said
+    assert "1 frame of 1 sensor" in said
+    assert "1 shot received but not folded" in said
+
+
 @pytest.mark.parametrize(
     ("text", "written"),
     [

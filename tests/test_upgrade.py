@@ -68,7 +68,7 @@ def test_an_old_state_goes_on(old: Path, shots: list[Path]):
     """What waits is folded from its spool, then another shot: as the version that wrote it would have ended."""
     done = run("scan", "--state", old, shots[7])
     assert done.returncode == 0, done.stderr
-    assert "Took up 1 shots" in done.stderr
+    assert "Took up 1 shot from" in done.stderr
     with State(old, create=False) as state:
         assert answers.verify(state) == _recorded(old, "after")
         # It knew nothing of declared defects.

@@ -51,7 +51,7 @@ from hotpixd.store.durable import (
 from hotpixd.store.outbox import Outbox
 from hotpixd.store.state import State, StateDamaged, held, swap_in
 from hotpixd.views import answers
-from hotpixd.views.text import printable
+from hotpixd.views.text import many, printable
 
 FORMAT = 1
 """Version of the manifest and of what is in a backup."""
@@ -488,7 +488,7 @@ def _shots_in(root: Path) -> str:
     try:
         with State(root, create=False, locked=True) as state:
             count = sum(t.received + t.folded + t.refused + t.companion for t in state.ledger.tally())
-            return f"{count} shots" if count else ""
+            return many(count, "shot") if count else ""
     except StateDamaged:
         return "shots under a damaged ledger"
     except StateError as error:
@@ -600,7 +600,7 @@ def rebuild(root: Path, fold: Callable[[State], int | None]) -> int:
         _carry_declared(root, made)
         _own_like(root, made)
         old = swap_in(made, root)
-    print(f"{root} is made anew of {shots} shots.")
+    print(f"{root} is made anew of {many(shots, 'shot')}.")
     if old is not None:
         print(f"The old state is kept in {old}.")
         if covered:

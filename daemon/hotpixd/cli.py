@@ -501,14 +501,13 @@ def check_config(
     except configuration.ConfigError as error:
         _fail(str(error), WRONG_USE)
     from hotpixd.alerts import complaints
+    from hotpixd.views.text import many
 
     warned = (*configuration.warnings(loaded, path), *complaints(loaded.alerts.settings()))
     for sentence in warned:
         print(sentence)
     named = [
-        f"{count} {word}{'' if count == 1 else 's'}"
-        for word, count in (("source", len(loaded.sources)), ("camera", len(loaded.cameras)))
-        if count
+        many(count, word) for word, count in (("source", len(loaded.sources)), ("camera", len(loaded.cameras))) if count
     ]
     said = " and ".join(named) or "but it names no sources or cameras: there is nothing to watch"
     print(f"{path} is right{' except for what is said above' if warned else ''}, {said}.")
@@ -539,7 +538,9 @@ def defects(
     waiting = answer.pop("waiting", 0)
     _print_json(answer) if as_json else tables.print_defects(answer)
     if waiting:
-        print(f"hotpixd: {waiting} shots were received but not folded; run scan again.", file=sys.stderr)
+        from hotpixd.views.text import many
+
+        print(f"hotpixd: {many(waiting, 'shot')} received but not folded; run scan again.", file=sys.stderr)
 
 
 @app.command()
@@ -861,6 +862,7 @@ def simulate(
     """Write shots of a virtual sensor with known defects, and truth.json that says which."""
     from hotpixd.scanning import progress
     from hotpixd.simulate import VirtualSensor, write_series
+    from hotpixd.views.text import many
 
     try:
         sensor = VirtualSensor(
@@ -874,7 +876,7 @@ def simulate(
                 advance("")
     except (OSError, ValueError) as error:
         _fail(_words(error) if isinstance(error, OSError) else str(error), WRONG_USE)
-    print(f"{frames} shots and truth.json with {len(sensor.defects)} defects are in {out}")
+    print(f"{many(frames, 'shot')} and truth.json with {many(len(sensor.defects), 'defect')} are in {out}")
 
 
 @app.command()

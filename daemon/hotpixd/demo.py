@@ -24,7 +24,7 @@ from hotpixd.attached import OwnDaemon, leaving_by_signals, save_attached, show_
 from hotpixd.core.sensor import DetectionSettings
 from hotpixd.feed import FeedClient, FeedError
 from hotpixd.simulate import PlantedDefect, Scene, VirtualSensor
-from hotpixd.views.text import printable
+from hotpixd.views.text import many, printable
 
 _WIDTH, _HEIGHT = 750, 500
 _HOT_ADU_PER_S = (500.0, 12_000.0)
@@ -245,7 +245,8 @@ class _Demo:
         if folded % 5 == 0 and folded != self._counted and status["sensors"]:
             self._counted = folded
             sensor = status["sensors"][0]
-            self._say(f"{folded} shots folded: {sensor['candidate']} candidates, {sensor['stable']} stable")
+            # They are multiples of five.
+            self._say(f"{folded} shots folded: {many(sensor['candidate'], 'candidate')}, {sensor['stable']} stable")
 
     def _say(self, line: str) -> None:
         if not self._quiet:

@@ -21,7 +21,7 @@ from hotpixd.views import answers
 from hotpixd.views.exports import FORMATS, ExportError, Extras, Format, rawtherapee_name
 from hotpixd.views.imports import BY_ROWS, READERS, ListError, read_list
 from hotpixd.views.maps import STATES, Rows, defect_map
-from hotpixd.views.text import called, printable, sensor_name
+from hotpixd.views.text import called, many, printable, sensor_name
 
 Ask = Callable[..., dict[str, Any]]
 """Asks a question, of the state or of its daemon."""
@@ -134,7 +134,7 @@ def run_export(ask: Ask, order: ExportOrder) -> None:
             file=sys.stderr,
         )
     if answer.get("waiting"):
-        print(f"hotpixd: {answer['waiting']} shots were received but not folded; run scan again.", file=sys.stderr)
+        print(f"hotpixd: {many(answer['waiting'], 'shot')} received but not folded; run scan again.", file=sys.stderr)
 
 
 def _shift(order: ExportOrder, wanted: Format) -> tuple[int, int]:
@@ -155,11 +155,7 @@ def _shift(order: ExportOrder, wanted: Format) -> tuple[int, int]:
 
 
 def _said(pixels: Sequence[object], wanted: Format) -> str:
-    return (
-        f"{len(pixels)} {'pixel' if len(pixels) == 1 else 'pixels'}"
-        if wanted.mapped
-        else wanted.about.partition(":")[0]
-    )
+    return many(len(pixels), "pixel") if wanted.mapped else wanted.about.partition(":")[0]
 
 
 def _needs(error: ModuleNotFoundError) -> str:
@@ -298,15 +294,15 @@ def run_import(
                 rows_of(ask, chosen, None)
             source = printable(f"{listing.format}:{path.name}")
             said[source] = (*said.get(source, ()), *listing.pixels)
-            read.append(f"{path}: {len(listing.pixels)} pixels, read as {listing.format}")
+            read.append(f"{path}: {many(len(listing.pixels), 'pixel')}, read as {listing.format}")
     except ListError as error:
         raise WrongUse(str(error)) from error
     except ModuleNotFoundError as error:
         raise WrongUse(_needs(error)) from error
     answer = declare(ask, chosen["id"], said)
     print(*read, sep="\n")
-    known = f", {answer['known']} were declared already" if answer["known"] else ""
-    print(f"{answer['added']} pixels of {sensor_name(chosen)} are declared now{known}.")
+    known = f"; declared already: {answer['known']}" if answer["known"] else ""
+    print(f"Declared {many(answer['added'], 'pixel')} of {sensor_name(chosen)}{known}.")
 
 
 def declare(ask: Ask, sensor_id: str, said: Mapping[str, Sequence[tuple[int, int]]]) -> Mapping[str, Any]:
@@ -360,8 +356,8 @@ def run_unmark_source(ask: Ask, source: str, *, sensor: str | None) -> bool:
     if source not in known:
         raise WrongUse(f"nothing is declared by {source!r}; there is: {', '.join(known) or 'nothing'}")
     answer = ask("undeclare", sensor=chosen["id"], source=source)
-    kept = f"; {answer['kept']} stay, as others declare them too" if answer["kept"] else ""
-    print(f"{answer['removed']} pixels of {sensor_name(chosen)} are not declared any more{kept}.")
+    kept = f"; others declare {answer['kept']} too, which stay" if answer["kept"] else ""
+    print(f"Took back {many(answer['removed'], 'pixel')} of {sensor_name(chosen)}{kept}.")
     return bool(answer["sources"])
 
 

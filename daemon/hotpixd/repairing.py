@@ -29,7 +29,7 @@ from hotpixd.views import rewriting
 from hotpixd.views.repair import Choice, PictureRefusedError, Plan, Sensor, Wish, WrongSensorError, planned, sensor_of
 from hotpixd.views.rewriting import jpeg
 from hotpixd.views.rewriting.errors import RewriteError
-from hotpixd.views.text import plain_console, printable, sensor_name
+from hotpixd.views.text import many, plain_console, printable, sensor_name
 
 _JPEG_REACH = 32
 """Pixels around a changed one that may change with it in a JPEG: a block of subsampled colour, and its smoothing."""
@@ -101,7 +101,7 @@ def run_repair(
         for each in done:
             _print(each, dry_run=dry_run)
     if len(done) < len(pictures):
-        console.print(f"hotpixd: interrupted; {len(pictures) - len(done)} pictures are left")
+        console.print(f"hotpixd: interrupted; {many(len(pictures) - len(done), 'picture')} left")
     return 1 if len(done) < len(pictures) or any(each.refused for each in done) else 0
 
 

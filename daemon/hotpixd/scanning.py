@@ -19,7 +19,7 @@ from hotpixd.intake.files import Listing, find_shots
 from hotpixd.monitor import Fate, Monitor, Outcome
 from hotpixd.store.state import State
 from hotpixd.views import answers, tables
-from hotpixd.views.text import plain_console, printable
+from hotpixd.views.text import many, plain_console, printable
 
 _REFUSALS_SHOWN = 20
 _DEFECTS_SHOWN = 20
@@ -139,15 +139,16 @@ def _scan(state: State, listing: Listing, start: Callable[[], Monitor], stop: Ca
         given = listing.shots[0].kind
         others = sum(o.fate is Fate.KNOWN and o.kind not in (None, given) for o in outcomes)
         if given is not None and others:
+            kind = "dark" if given is ShotKind.LIGHT else "light"
             print(
-                f"  {others} of those known were folded as {'dark' if given is ShotKind.LIGHT else 'light'} frames, and"
-                " stay so. To change that: hotpixd rebuild FOLDER --kind ..."
+                f"  {others} of those known {_were(others)} folded as {kind}, which stays so. To change that:"
+                " hotpixd rebuild FOLDER --kind ..."
             )
         if luma:
             _print_folded_in_colours(state, outcomes)
         _print_found(monitor, state, outcomes)
     if left:
-        print(f"Interrupted: {left} shots are left. Run the same command again to go on where it stopped.")
+        print(f"Interrupted: {many(left, 'shot')} left. Run the same command again to go on where it stopped.")
     bad = listing.unreadable or monitor.lost or any(o.fate in (Fate.REFUSED, Fate.UNREADABLE) for o in outcomes)
     return 1 if bad else 0
 
@@ -188,7 +189,7 @@ def _replay(monitor: Monitor, console: Console, stop: Callable[[], bool]) -> Non
     for _ in monitor.replay(stop):
         count += 1
     if count:
-        console.print(f"Took up {count} shots from where the last run was interrupted.")
+        console.print(f"Took up {many(count, 'shot')} from where the last run was interrupted.")
 
 
 def _print_found(monitor: Monitor, state: State, outcomes: list[Outcome]) -> None:
@@ -206,18 +207,22 @@ def _print_folded_in_colours(state: State, outcomes: list[Outcome]) -> None:
     others = sum(known[id_] for id_ in coloured)
     if others:
         print(
-            f"  {others} of those known were folded as red, green and blue, and stay so. To change that:"
+            f"  {others} of those known {_were(others)} folded as red, green and blue, which stays so. To change that:"
             " hotpixd rebuild --luma FOLDER"
         )
 
 
+def _were(count: int) -> str:
+    return "was" if count == 1 else "were"
+
+
 def _print_fates(outcomes: list[Outcome], left: int) -> None:
     fates = Counter(outcome.fate for outcome in outcomes)
-    words = [f"{fates[Fate.FOLDED]} shots folded"]
+    words = [f"{many(fates[Fate.FOLDED], 'shot')} folded"]
     if fates[Fate.KNOWN]:
         words.append(f"{fates[Fate.KNOWN]} known already")
     if fates[Fate.COMPANION]:
-        words.append(f"{fates[Fate.COMPANION]} companions of a raw file")
+        words.append(f"{many(fates[Fate.COMPANION], 'companion')} of a raw file")
     refused = [o for o in outcomes if o.fate in (Fate.REFUSED, Fate.UNREADABLE)]
     if refused:
         words.append(f"{len(refused)} refused")

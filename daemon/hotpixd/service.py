@@ -52,7 +52,7 @@ from hotpixd.store.lock import default_state_dir
 from hotpixd.store.state import State, StateError, StateFull
 from hotpixd.systemd import Notifier
 from hotpixd.views import answers
-from hotpixd.views.text import identity_words, printable, sensor_name
+from hotpixd.views.text import identity_words, many, printable, sensor_name
 
 log = logging.getLogger("hotpixd")
 
@@ -318,13 +318,13 @@ class _Service:
             for outcome in self._monitor.replay(self._stop_asked):
                 count += 1
                 self._notifier.extend(_PATIENCE_S)
-                self._activity = f"taking up {count} shots from where the last run was interrupted"
+                self._activity = f"taking up {many(count, 'shot')} from where the last run was interrupted"
                 self._after(outcome)
                 self._tick()
 
         self._despite_full_disk(replay)
         if count:
-            log.info("took up %d shots from where the last run was interrupted", count)
+            log.info("took up %s from where the last run was interrupted", many(count, "shot"))
 
     def _watch(self) -> None:
         pause = _FULL_RETRY_S[0]
@@ -450,8 +450,8 @@ class _Service:
         name, reason = printable(outcome.shown.name), printable(outcome.reason or "")
         if outcome.fate is Fate.FOLDED and outcome.sensor_id is not None:
             sensor = self._live.sensors[outcome.sensor_id]
-            text = "folded %s of %s: %d frames, %d candidates, %d stable"
-            counts = sensor["frames"], sensor["candidate"], sensor["stable"]
+            text = "folded %s of %s: %s, %s, %d stable"
+            counts = many(sensor["frames"], "frame"), many(sensor["candidate"], "candidate"), sensor["stable"]
             not_counted = "" if sensor["not_counting"] is None else f"; not counted: {sensor['not_counting']}"
             log.info(text + "%s", name, sensor_name(sensor), *counts, not_counted)
         elif outcome.fate is Fate.UNREADABLE:
@@ -521,7 +521,7 @@ class _Service:
             if before.get(state.name) != (state.condition, state.status):
                 level = logging.WARNING if state.status == "trouble" else logging.INFO
                 condition = state.condition or state.status
-                log.log(level, "%s is %s: %s", printable(state.name), condition, printable(state.detail))
+                log.log(level, "%s %s: %s", printable(state.name), condition, printable(state.detail))
         if now - self._disk_at >= _DISK_EVERY_S:
             self._disk_at = now
             self._disk_free = shutil.disk_usage(self._state.root).free
@@ -971,10 +971,10 @@ def _activity(states: list[SourceState], queued: int, live: Live) -> str:
         for state in states
         if state not in watched
     ]
-    counts = f"{live.shots['folded']} shots folded"
+    counts = f"{many(live.shots['folded'], 'shot')} folded"
     if all(live.sensors.values()):
         stable = sum(sensor["stable"] for sensor in live.sensors.values())
-        counts += f", {stable} stable defects"
+        counts += f", {many(stable, 'stable defect')}"
     if queued:
         counts += f", {queued} to go"
     return "; ".join([*(parts or ["nothing to watch: the configuration names no sources or cameras"]), counts])

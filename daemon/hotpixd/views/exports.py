@@ -22,7 +22,7 @@ from hotpixd.core.accumulator import COUNTS
 from hotpixd.store.checkpoint import Generation
 from hotpixd.views.maps import COLUMNS, DefectMap, Pixel, Rows
 from hotpixd.views.opcodes import Dng, DngError
-from hotpixd.views.text import printable, sensor_name
+from hotpixd.views.text import many, printable, sensor_name
 
 if TYPE_CHECKING:
     from astropy.io.fits import Header
@@ -89,7 +89,7 @@ def _lines(lines: Iterable[str]) -> bytes:
 def _comments(about: DefectMap) -> list[str]:
     """Return what comments say. Pure ASCII and short: some readers take 127 bytes of a line and no more."""
     named = sensor_name(about.sensor).encode("ascii", "replace").decode()
-    return [f"hotpixd {__version__}, {about.made_at}", named[:100], f"{len(about.pixels)} pixels"]
+    return [f"hotpixd {__version__}, {about.made_at}", named[:100], many(len(about.pixels), "pixel")]
 
 
 def dcraw(about: DefectMap, extras: Extras) -> bytes:

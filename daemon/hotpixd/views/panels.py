@@ -34,7 +34,7 @@ from hotpixd.views.drawing import (
     sensor_map,
     sparkline,
 )
-from hotpixd.views.text import sensor_name
+from hotpixd.views.text import many, sensor_name
 
 Sensor = Mapping[str, Any]
 """A sensor with its counters, as the live state describes it."""
@@ -478,8 +478,3 @@ def _span(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def many(count: int, word: str) -> str:
-    """Return a count with its noun."""
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"

@@ -238,8 +238,8 @@ def _agreement(shown: Answer) -> str:
         own = {(d["x"], d["y"]) for d in declared if source in d["sources"]}
         rows.append(f"<tr><td>{_said(source)}<td>{len(own):,}<td>{len(own & found):,}<td>{len(own - found):,}</tr>")
     return f"""<h3>Declared defects</h3>
-<p>{len(wanted & found):,} of {_count(list(wanted), "declared defect")} are found stable,
-{len(wanted - found):,} are not; {len(found - wanted):,} found ones were not declared.</p>
+<p>{_count(list(wanted), "declared defect")}: {len(wanted & found):,} found stable, {len(wanted - found):,} not;
+{len(found - wanted):,} found but not declared.</p>
 <table class="small"><thead><tr><th>Source<th>declared<th>found<th>not found</tr></thead><tbody>{"".join(rows)}</tbody>
 </table>"""
 

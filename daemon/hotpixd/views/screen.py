@@ -27,7 +27,6 @@ from hotpixd.views.panels import (
     label,
     last_alert,
     list_panel,
-    many,
     map_panel,
     panel,
     reason_lines,
@@ -36,7 +35,7 @@ from hotpixd.views.panels import (
     site_panel,
     source_lines,
 )
-from hotpixd.views.text import agreement_words, sensor_name
+from hotpixd.views.text import agreement_words, many, sensor_name
 
 SMALLEST = (80, 24)
 """Columns and lines without which the parts would not fit."""

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from hotpixd.core.overview import STATIC_SCENE
-from hotpixd.views.text import agreement, agreement_words, history_words, plain_console, printable, sensor_name
+from hotpixd.views.text import agreement, agreement_words, history_words, many, plain_console, printable, sensor_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -83,7 +83,7 @@ def _print_not_counted(console: Console, sensor: Answer, reasons: Mapping[str, i
         hint = ""
         if reason == STATIC_SCENE and sensor["frames_counted"] <= 1:
             hint = "; if these are darks: hotpixd rebuild FOLDER --kind dark"
-        console.print(f"  {count} {_plural(count, 'frame')} not counted: {escape(reason)}{hint}", soft_wrap=True)
+        console.print(f"  {many(count, 'frame')} not counted: {escape(reason)}{hint}", soft_wrap=True)
 
 
 _LATEST_CHANGES, _LATEST_SESSIONS = 30, 12
@@ -103,18 +103,13 @@ def print_history(answer: Answer, *, everything: bool = False) -> None:
         sessions = sensor["sessions"]
         told = [one for one in sessions if moment_s(one["end"]) >= since_s]
         span = f", {_date(sessions[0]['begin'])} to {_date(sessions[-1]['end'])}" if sessions else ""
-        counts = (
-            f"{sensor['frames']} {_plural(sensor['frames'], 'frame')} in {len(sessions)}"
-            f" {_plural(len(sessions), 'session')}"
-        )
+        counts = f"{many(sensor['frames'], 'frame')} in {many(len(sessions), 'session')}"
         console.print(f"\n[bold]{escape(sensor_name(sensor))}[/bold]  {counts}{span}", soft_wrap=True)
-        now = sensor["defects_now"]
-        console.print(f"  {now} stable {_plural(now, 'defect')}")
+        console.print(f"  {many(sensor['defects_now'], 'stable defect')}")
         if since is not None and not told:
             console.print(f"  no session since {escape(printable(since))}")
         elif since is not None:
-            new = len(sensor["new"])
-            console.print(f"  {new} new {_plural(new, 'defect')} since {escape(printable(since))}")
+            console.print(f"  {many(len(sensor['new']), 'new defect')} since {escape(printable(since))}")
         for sentence in history_words(sensor):
             console.print(f"  {escape(sentence)}", soft_wrap=True)
         table = _table(
@@ -151,7 +146,7 @@ def print_history(answer: Answer, *, everything: bool = False) -> None:
         if latest:
             _print_table(console, table)
         if len(shown) < len(told) or len(latest) < len(events):
-            left = f"{len(told) - len(shown)} sessions and {len(events) - len(latest)} changes"
+            left = f"{many(len(told) - len(shown), 'session')} and {many(len(events) - len(latest), 'change')}"
             console.print(f"  ... and before that {left}: hotpixd history --all", soft_wrap=True)
 
 
@@ -197,7 +192,8 @@ def print_status(answer: Answer) -> None:
     console.print(", ".join(f"{n} {word}" for word, n in shots.items() if n) or "No shot yet.")
     for sensor in answer["sensors"]:
         console.print(f"\n[bold]{escape(sensor_name(sensor))}[/bold]  {_frames(sensor)}", soft_wrap=True)
-        console.print(f"  {sensor['stable']} stable, {sensor['candidate']} candidates, {sensor['recovered']} recovered")
+        candidates = many(sensor["candidate"], "candidate")
+        console.print(f"  {sensor['stable']} stable, {candidates}, {sensor['recovered']} recovered")
         _print_not_counted(console, sensor, sensor["not_counted"])
         last = sensor["last_shot"]
         if last:
@@ -240,12 +236,12 @@ def print_verify(answer: Answer) -> None:
         return
     sensors = answer["sensors"]
     frames = sum(sensor["frames"] for sensor in sensors)
-    words = f"{frames} {_plural(frames, 'frame')} of {len(sensors)} {_plural(len(sensors), 'sensor')}"
+    words = f"{many(frames, 'frame')} of {many(len(sensors), 'sensor')}"
     if sensors:
         named = "; ".join(sensor_name(sensor) for sensor in sensors[:_NAMED])
         words += f" ({escape(named)}{'; ...' if len(sensors) > _NAMED else ''})"
     if answer["waiting"]:
-        words += f"; {answer['waiting']} shots received but not folded, which the next run folds"
+        words += f"; {many(answer['waiting'], 'shot')} received but not folded, which the next run folds"
     plain_console().print(f"[bold]ok:[/bold] everything that was written can be believed, {words}.", soft_wrap=True)
 
 
@@ -262,7 +258,7 @@ def _print_table(console: Console, table: Table) -> None:
 def _frames(sensor: Answer) -> str:
     frames, counted = sensor["frames"], sensor["frames_counted"]
     counted_words = "" if counted == frames else f", {counted} counted as evidence"
-    return f"{frames} {_plural(frames, 'frame')}{counted_words}"
+    return f"{many(frames, 'frame')}{counted_words}"
 
 
 def _settings(shot: Answer) -> str:
@@ -280,7 +276,3 @@ def _settings(shot: Answer) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-def _plural(count: int, word: str) -> str:
-    return word if count == 1 else f"{word}s"

@@ -26,6 +26,11 @@ def plain_console(**settings: Any) -> Console:
     return Console(highlight=False, emoji=False, **settings)
 
 
+def many(count: int, noun: str) -> str:
+    """Return a count with its noun."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def agreement(defects: Iterable[Mapping[str, Any]], declared: Iterable[tuple[int, int]]) -> dict[str, int]:
     """Count the pixels declared, found as well, declared only, and found (stable) only.
 
@@ -45,7 +50,7 @@ def agreement_words(counts: Mapping[str, int]) -> str:
         return ""
     return (
         f"{counts['declared']} declared: {counts['both']} of them found, {counts['not_found']} not;"
-        f" {counts['not_declared']} found are not declared"
+        f" {counts['not_declared']} found but not declared"
     )
 
 

@@ -143,7 +143,17 @@ def test_the_shape_check_can_fail():
         (
             ["status"],
             {**WITH_TALLY, "stable": int, "candidate": int, "recovered": int, "not_counted": dict, "last_shot": SHOT},
-            {"state": str, "shots": TALLY, "refused": [REFUSED], "last_shot": SHOT, "sources": list, "alerts": list},
+            {
+                "state": str,
+                "shots": TALLY,
+                "refused": [REFUSED],
+                "last_shot": SHOT,
+                "sources": list,
+                "alerts": list,
+                "daemon": NULL,
+                "metrics": NULL,
+                "series": NULL,
+            },
         ),
     ],
 )

@@ -326,8 +326,12 @@ def test_metrics_are_served_and_in_the_status(camera: Camera, tmp_path, start):
     with urllib.request.urlopen("http://127.0.0.1:19469/metrics", timeout=10) as response:
         text = response.read().decode()
     assert 'hotpixd_shots_total{fate="folded"} 12.0' in text
-    assert daemon.ask("status")["metrics"]
+    beside_it = daemon.ask("status")
+    assert beside_it["metrics"]
     assert daemon.stop() == 0
+    without = json.loads(run("status", "--json", "--state", tmp_path / "state").stdout)
+    assert without.keys() == beside_it.keys()
+    assert without["metrics"] is None
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")

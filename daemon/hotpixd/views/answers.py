@@ -84,6 +84,10 @@ def status(state: State, sensors: Sensors | None = None) -> Answer:
         "last_shot": last_shot(state),
         "sources": [],
         "alerts": state.ledger.alerts(_ALERTS),
+        # Of a run of the daemon, which fills them in.
+        "daemon": None,
+        "metrics": None,
+        "series": None,
     }
 
 

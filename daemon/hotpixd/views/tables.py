@@ -182,8 +182,8 @@ def print_status(answer: Answer) -> None:
     """Print the answer of `answers.status`."""
     console = plain_console()
     console.print(f"State in {escape(printable(answer['state']))}", soft_wrap=True)
-    if "daemon" in answer:
-        console.print(escape(printable(answer["daemon"]["activity"])), soft_wrap=True)
+    if daemon := answer.get("daemon"):
+        console.print(escape(printable(daemon["activity"])), soft_wrap=True)
     for source in answer["sources"]:
         told = f"{source['name']} {source.get('condition') or source['status']}"
         told += f": {source['detail']}" if source["detail"] else ""

@@ -87,8 +87,7 @@ def events_by_definition(layout: SensorLayout, samples: NDArray[Any], lone: bool
         kept_out = outstanding[side] & (~lone | ((touching(outstanding[side]) == 0) & (extremes_beside < 2)))
         judged |= np.where(kept & centred, side, 0).astype(np.uint8)
         judged |= np.where(kept_out, side | side << 2, 0).astype(np.uint8)
-        pattern = kept if lone else kept | kept_out
-        judged |= np.where(pattern & centred, PATTERN, 0).astype(np.uint8)
+        judged |= np.where(kept & centred, PATTERN, 0).astype(np.uint8)
     if not lone:
         judged[~centred] &= ~np.uint8(PATTERN)
     return judged
@@ -176,7 +175,7 @@ def test_differences_do_not_wrap(dtype: Any):
         samples = np.full(layout.shape, other, dtype)
         samples[7, 7] = level
         events = fold(Case(layout, samples, False, 1)).events
-        assert events[7, 7] == bits | PATTERN
+        assert events[7, 7] == bits
         assert np.count_nonzero(events) == 1
 
 

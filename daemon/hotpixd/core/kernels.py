@@ -107,8 +107,8 @@ def _events_of_row(x, a, b, c, d, e, f, around, g, h, k, m, n, o, under, out):  
         low = np.uint8(x[i] < bottom)
         high_out = np.uint8(high & np.uint8(width(x[i] - top) > half))
         low_out = np.uint8(low & np.uint8(width(bottom - x[i]) > half))
-        extreme = np.uint8(high | low)
-        out[i] = np.uint8(high | (low << 1) | (high_out << 2) | (low_out << 3) | (extreme << 4))
+        plain = np.uint8((high ^ high_out) | (low ^ low_out))
+        out[i] = np.uint8(high | (low << 1) | (high_out << 2) | (low_out << 3) | (plain << 4))
 
 
 @nb.njit(**_FAST)
@@ -125,13 +125,9 @@ def _events_at_ends(x, step, high_around, high, low_around, low, out):  # type: 
                 bottom = min(bottom, np.int64(low[j]))
         bits = 0
         if own > top:
-            bits = HIGH | PATTERN
-            if 2 * (own - top) > top - bottom + 1:
-                bits |= HIGH_OUTSTANDING
+            bits = HIGH | (HIGH_OUTSTANDING if 2 * (own - top) > top - bottom + 1 else PATTERN)
         elif own < bottom:
-            bits = LOW | PATTERN
-            if 2 * (bottom - own) > top - bottom + 1:
-                bits |= LOW_OUTSTANDING
+            bits = LOW | (LOW_OUTSTANDING if 2 * (bottom - own) > top - bottom + 1 else PATTERN)
         out[i] = bits
 
 
@@ -306,7 +302,7 @@ def find_events(samples, row_step, col_step, lone, events, totals, phases, bits,
     ----------
     samples : (rows, cols) uint8 or uint16
     row_step, col_step : steps to the next sample of the same plane
-    lone : judge a site by the 8 adjacent ones, see `_judged`; else every event stays and is pattern too
+    lone : judge a site by the 8 adjacent ones, see `_judged`; else every event stays, and is pattern if not outstanding
     events : (rows, padded) uint8, cols rounded up to a multiple of PHASE_COLS; overwritten, padding zero
     totals : (4,) int64, samples high, low, outstanding high and low, added to
     phases : (PHASE_ROWS, PHASE_COLS) int64, samples of the pattern per position of the grid, added to

@@ -44,7 +44,7 @@ class DetectionSettings:
     """
 
     scene_lift_rendered: float = 2.5
-    """The same for rendered pictures: moving scenes 1.2 to 1.9, tracked stars 3.1 to 5.8, tripod 21 to 24."""
+    """The same for rendered pictures: moving scenes 0.6 to 1.6, tracked stars 2.7 to 56, tripod 25 to 40."""
 
     scene_memory: int = 8
     """Counted light frames a new one is compared with."""

@@ -98,12 +98,13 @@ def test_no_sensor_and_no_defect_are_said_in_words(capsys, monkeypatch):
     ("counted", "reason", "hint"),
     [
         (1, "the scene does not move", True),
+        (4, "the scene does not move", True),
         (6, "the scene does not move", False),
         (0, "the frame is blurred by stars that trail", False),
     ],
 )
-def test_where_nothing_moved_at_all_the_user_is_told_what_to_do_if_those_are_darks(capsys, counted, reason, hint):
-    """Dark JPEGs can be taken for light frames; where some frames were counted, the others are of a tripod."""
+def test_where_hardly_anything_moved_the_user_is_told_what_to_do_if_those_are_darks(capsys, counted, reason, hint):
+    """Dark JPEGs can be taken for light frames; where most frames were counted, the others are of a tripod."""
     sensor = {**SENSOR, "frames_counted": counted, "defects": []}
     tables.print_defects({"sensors": [sensor]}, not_counted={"x": {reason: 5}})
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "not counted" in line]

@@ -79,9 +79,9 @@ def print_defects(
 
 def _print_not_counted(console: Console, sensor: Answer, reasons: Mapping[str, int]) -> None:
     for reason, count in reasons.items():
-        # Rendered darks can look like light frames; then all but the first repeat a scene, in which nothing is found.
+        # Rendered darks can look like light frames; then most of them repeat a scene, in which nothing is found.
         hint = ""
-        if reason == STATIC_SCENE and sensor["frames_counted"] <= 1:
+        if reason == STATIC_SCENE and count > sensor["frames_counted"]:
             hint = "; if these are darks: hotpixd rebuild FOLDER --kind dark"
         console.print(f"  {many(count, 'frame')} not counted: {escape(reason)}{hint}", soft_wrap=True)
 

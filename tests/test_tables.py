@@ -108,7 +108,7 @@ def test_where_hardly_anything_moved_the_user_is_told_what_to_do_if_those_are_da
     sensor = {**SENSOR, "frames_counted": counted, "defects": []}
     tables.print_defects({"sensors": [sensor]}, not_counted={"x": {reason: 5}})
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "not counted" in line]
-    darks = "; if these are darks: hotpixd rebuild FOLDER --kind dark" if hint else ""
+    darks = "; if the cap was on: hotpixd rebuild FOLDER --kind dark" if hint else ""
     assert line == f"  5 frames not counted: {reason}{darks}"
 
 

@@ -82,7 +82,7 @@ def _print_not_counted(console: Console, sensor: Answer, reasons: Mapping[str, i
         # Rendered darks can look like light frames; then most of them repeat a scene, in which nothing is found.
         hint = ""
         if reason == STATIC_SCENE and count > sensor["frames_counted"]:
-            hint = "; if these are darks: hotpixd rebuild FOLDER --kind dark"
+            hint = "; if the cap was on: hotpixd rebuild FOLDER --kind dark"
         console.print(f"  {many(count, 'frame')} not counted: {escape(reason)}{hint}", soft_wrap=True)
 
 

@@ -143,6 +143,7 @@ def series(**known: Any) -> dict[str, Any]:
         "frames": 30,
         "taken": 12,
         "folded": 11,
+        "refused": 0,
         "resumed_at": 0,
         "exposure_s": 30.0,
         "iso": 1600.0,

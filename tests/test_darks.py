@@ -67,6 +67,12 @@ def uncapped_later(shot: int, settings: Settings) -> Files:
     return (in_the_dark if shot <= 2 else in_the_light)(shot, settings)
 
 
+def one_cut_short(shot: int, settings: Settings) -> Files:
+    """Write half of the second dark's samples, as a card does that is about to die."""
+    _, (_, content) = in_the_dark(shot, settings)
+    return [("JPG", content[: len(content) // 2] + b"\xff\xd9" if shot == 2 else content)]
+
+
 def by_the_dial(shot: int, settings: Settings) -> Files:
     """Expose for 2 s whatever it was told, as the mode dial has it."""
     return _rendered(shot, "dark", 2.0, settings["iso"])
@@ -422,6 +428,16 @@ def test_it_goes_on_when_the_camera_comes_back(darkroom: Darkroom, camera: Loopb
     assert set_to(camera) == before
 
 
+def test_a_camera_that_is_not_here_is_told_beside_those_that_are(
+    darkroom: Darkroom, camera: LoopbackCamera, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its serial number may be mistyped."""
+    darkroom.tether.ready()
+    monkeypatch.setattr(darks, "_CAMERA_WITHIN_S", 0.5)
+    state = darkroom.shoot(camera="LB0010")
+    assert state["detail"] == "The camera LB0010 has not come within 0.5 s: LB0010 is not here, but LB0001."
+
+
 def test_a_camera_that_does_not_come_back_ends_it(
     darkroom: Darkroom, camera: LoopbackCamera, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -642,6 +658,17 @@ def test_twenty_darks_from_the_command_line(camera: LoopbackCamera, commands: Co
     assert taken_as(camera) == [(4.0, 1600.0)] * 40
     assert (camera.status.captures, camera.bulb_open, set_to(camera)) == (20, False, before)
     assert commands.kinds() == {("folded", "dark"): 20, ("companion", None): 20}
+
+
+def test_darks_that_are_refused_are_told(camera: LoopbackCamera, commands: Commands) -> None:
+    """They are none of the statistic, however many were taken."""
+    camera.turn("quality", 2)
+    camera.capture_rendered("test_darks:one_cut_short")
+    code, out, err = ended(commands.darks("--frames", 3, "--exposure", 1))
+    assert code == 1
+    assert "3 of 3 darks: all darks are taken, but 1 refused: hotpixd status says why." in out
+    assert "was refused: " in err
+    assert commands.kinds() == {("folded", "dark"): 2, ("refused", None): 1}
 
 
 def test_interrupted_with_the_shutter_open_it_is_closed(camera: LoopbackCamera, commands: Commands) -> None:

@@ -81,7 +81,7 @@ def _shown(follower: _Follower, *, as_json: bool) -> int:
         if series["stage"] == "done":
             with contextlib.closing(FeedClient(follower.socket)) as client:
                 tables.print_defects(client.ask("defects"), most=_DEFECTS_SHOWN)
-    return 0 if series["stage"] == "done" else 1
+    return 0 if series["stage"] == "done" and not series["refused"] else 1
 
 
 class _Follower:
@@ -247,7 +247,8 @@ def _say_end(series: Series) -> None:
     at = f", {temps[0]:g} to {temps[1]:g} C" if temps else ""
     detail = printable(series["detail"])
     if series["stage"] == "done":
-        print(f"{taken} of {frames} darks{begun}{at}: {detail}.")
+        refused = f", but {series['refused']} refused: hotpixd status says why" if series["refused"] else ""
+        print(f"{taken} of {frames} darks{begun}{at}: {detail}{refused}.")
         return
     end = "" if detail.endswith((".", "?", "!")) else "."
     print(f"{taken} of {frames} darks{begun}{at}. {detail[:1].upper()}{detail[1:]}{end}")

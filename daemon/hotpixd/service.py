@@ -399,7 +399,8 @@ class _Service:
         # First of all, so that they are in the same commit as the transitions that they tell of.
         self._tell_folded(outcome)
         if self._series is not None and outcome.origin is not None:
-            self._series.folded(outcome.origin, outcome.kind, changed=self._may_change(outcome))
+            refused = outcome.reason if outcome.fate is Fate.REFUSED else None
+            self._series.folded(outcome.origin, outcome.kind, changed=self._may_change(outcome), refused=refused)
         self._live.include(outcome)
         if not outcome.told and not outcome.again:
             if source is not None and outcome.fate in (Fate.FOLDED, Fate.REFUSED):

@@ -266,6 +266,7 @@ class DarkSeries:
         self._gone_on: set[str] = set()
         self._temps: list[float] = []
         self._folded = 0
+        self._refused = 0
         self._unchanged = 0
         self._shot_s: float | None = None
         self._exposure_s = order.exposure_s
@@ -310,6 +311,7 @@ class DarkSeries:
                 "frames": self.order.frames,
                 "taken": 0 if self._journal is None else self._journal.taken,
                 "folded": self._folded,
+                "refused": self._refused,
                 "resumed_at": self._resumed_at,
                 "exposure_s": self._exposure_s,
                 "iso": self._iso,
@@ -329,12 +331,13 @@ class DarkSeries:
         begun_s = 0.0 if self._shot_at is None else min(time.monotonic() - self._shot_at, each_s)
         return round(max(0.0, left * each_s + max(left - 1, 0) * self.order.cooldown_s - begun_s), 1)
 
-    def folded(self, origin: str, kind: ShotKind | None, *, changed: bool) -> None:
+    def folded(self, origin: str, kind: ShotKind | None, *, changed: bool, refused: str | None) -> None:
         """Take in what became of a shot: of which kind it is (None: not folded), and whether the map may still change.
 
         Parameters
         ----------
         origin : of the shot; those of others are passed over
+        refused : why it was, if so
         """
         with self._lock:
             if not origin.endswith(tuple(self._ours)):
@@ -342,6 +345,9 @@ class DarkSeries:
             if kind is ShotKind.DARK:
                 self._folded += 1
                 self._unchanged = 0 if changed else self._unchanged + 1
+            self._refused += refused is not None
+        if refused is not None:
+            self._warn(f"{origin} was refused: {refused}")
         self._wake()
 
     # --- the thread
@@ -415,7 +421,8 @@ class DarkSeries:
         while True:
             if self._stopping.is_set():
                 raise _Stopped
-            ready = [camera for camera in self._source.cameras() if wanted in (None, camera["camera"])]
+            cameras = self._source.cameras()
+            ready = [camera for camera in cameras if wanted in (None, camera["camera"])]
             if len(ready) > 1:
                 names = ", ".join(str(camera["camera"]) for camera in ready)
                 raise SeriesError(f"There are several cameras; say which by --camera and its serial number: {names}.")
@@ -424,6 +431,8 @@ class DarkSeries:
             states = self._source.states()
             why = [state.detail for state in states if state.condition not in ("", "ready") and state.detail]
             words = "; ".join(dict.fromkeys(why))
+            if cameras and not ready:
+                words = f"{wanted} is not here, but {', '.join(str(camera['camera']) for camera in cameras)}"
             self._tell("waiting", f"waiting for the camera{': ' if words else ''}{words}")
             now_waiting = [(state.condition, state.waiting) for state in states if state.condition == "catching up"]
             if now_waiting and now_waiting != waiting:

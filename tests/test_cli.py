@@ -296,6 +296,14 @@ def test_the_demo_finds_what_it_planted_and_nothing_else(tmp_path):
     assert str(kept) in again.stderr
 
 
+def test_a_demo_replaces_nothing(tmp_path):
+    """Its results have names that others may have, too."""
+    (tmp_path / "map.png").write_text("mine")
+    for keep in (tmp_path, tmp_path / "map.png"):
+        assert "is no empty folder" in run("demo", "--keep", keep).stderr
+    assert (tmp_path / "map.png").read_text() == "mine"
+
+
 def test_a_short_demo_tells_what_it_missed(tmp_path, runtime):
     """Its exit code says whether all was found and nothing else; it leaves nothing but its results."""
     done = run("demo", "--frames", 5, env=environment(TMPDIR=str(runtime)))

@@ -120,8 +120,10 @@ def sensor_of(sensors: Sequence[Sensor], frame: Frame, wish: Wish) -> Sensor:
         If it is of none of them, or not of the one the user says.
     """
     picture = frame.sensor
-    if wish.map_of is not None and picture.samples is SampleKind.RENDERED:
-        return _raw_map(named(sensors, wish.map_of), picture)
+    if wish.map_of is not None:
+        other = named(sensors, wish.map_of)
+        if picture.samples is SampleKind.RENDERED:
+            return _raw_map(other, picture)
     if wish.sensor is not None:
         sensor = named(sensors, wish.sensor)
         contradiction = _contradiction(sensor, picture)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -10,12 +9,12 @@ import numpy as np
 import pytest
 import simplejpeg
 
+from conftest import SHARED
 from hotpixd.core.darkness import looks_dark, looks_lit
 from hotpixd.core.frame import SensorLayout, ShotKind
 from hotpixd.intake.decode import decode
 from hotpixd.simulate import BLACK_LEVEL_ADU, WHITE_LEVEL_ADU, Scene, VirtualSensor
 
-SHARED = Path(os.environ.get("HOTPIXD_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real frames are not at {SHARED}")
 
 HEIGHT, WIDTH = 600, 900

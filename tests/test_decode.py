@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from conftest import SHARED
 from hotpixd.core.frame import SampleKind, ShotKind
 from hotpixd.intake import decode as decode_module
 from hotpixd.intake.decode import DecodeError, decode, decode_file, keep_large_buffers
@@ -23,7 +24,6 @@ from pictures import RGGB, XTRANS, colour, exif, jpeg, mosaic, write_dng
 
 fits = pytest.importorskip("astropy.io.fits")
 
-SHARED = Path(os.environ.get("HOTPIXD_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real frames are not at {SHARED}")
 
 

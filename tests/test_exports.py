@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from conftest import SHARED
 from hotpixd.store.checkpoint import Generation
 from hotpixd.views.exports import FORMATS, ExportError, Extras, rawtherapee_name
 from hotpixd.views.imports import READERS, ListError, read_list
@@ -566,7 +567,7 @@ def test_boxes_columns_and_rows_are_all_their_pixels(tmp_path):
 
 def test_lists_that_others_wrote_are_read():
     """Of a PowerShot G2, 2272x1704, by the author of dcraw, and of a Canon 7D's video."""
-    folder = Path("/work/shared/data/badpixel_lists")
+    folder = SHARED / "badpixel_lists"
     if not folder.is_dir():
         pytest.skip("the real lists are not here")
     own = read_list(folder / "dcraw_.badpixels", 2272, 1704)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import io
-import os
 import struct
 from datetime import UTC, datetime, timedelta, timezone
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import SHARED
 from hotpixd.intake import metadata
 from hotpixd.intake.metadata import Metadata, clean_serial
 from pictures import colour, exif, jpeg, tiff_ifd
 
-SHARED = Path(os.environ.get("HOTPIXD_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real frames are not at {SHARED}")
 
 

@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from typer.testing import CliRunner
 
-from conftest import Camera, feed, run
+from conftest import SHARED, Camera, feed, run
 from hotpixd.cli import app
 from hotpixd.core.frame import Frame, SensorLayout
 from hotpixd.intake.decode import decode
 from hotpixd.simulate import PlantedDefect, VirtualSensor, VirtualShot
 from hotpixd.views.repair import PictureRefusedError, Wish, WrongSensorError, planned, sensor_of
 
-DATA = Path("/work/shared/data")
 SENSOR = VirtualSensor(600, 400, hot=40, stuck=4, dead=4, clusters=2, seed=11, serial="V0011")
 HEALTHY = VirtualSensor(600, 400, hot=0, stuck=0, dead=0, seed=11, serial="V0011")
 
@@ -200,6 +199,8 @@ def test_the_map_of_raw_frames_serves_rendered_pictures_only_if_asked(tmp_path: 
         sensor_of([sensor_answer(width=602)], frame, Wish(map_of="virtual-raw"))
     with pytest.raises(WrongSensorError, match="no sensor of raw frames"):
         sensor_of([sensor_answer(samples="rendered")], frame, Wish(map_of="virtual-rendered"))
+    with pytest.raises(WrongSensorError, match="no sensor is called 'virtual-row'"):
+        sensor_of([sensor_answer()], SENSOR.frame(shot_pair(0)[0]), Wish(map_of="virtual-row"))
 
 
 # The command
@@ -489,7 +490,7 @@ def test_metadata_of_simulated_pictures_survive(known: Path, tmp_path: Path):
 )
 def test_metadata_of_real_pictures_survive(pattern: str, moved: tuple[str, ...], tmp_path: Path):
     """Whatever makers write; defects are declared at some places, and only near them pixels change."""
-    sources = sorted(DATA.glob(pattern))
+    sources = sorted(SHARED.glob(pattern))
     if not sources:
         pytest.skip("the real pictures are not here")
     source = sources[0]

@@ -24,8 +24,6 @@ from hotpixd.views import rewriting
 from hotpixd.views.rewriting import jpeg
 from hotpixd.views.rewriting.errors import RewriteError
 
-DATA = Path("/work/shared/data")
-
 SENSOR = VirtualSensor(197, 131, hot=0, stuck=0, dead=0, seed=5)
 PICTURE = SENSOR.rendered(SENSOR.shot(0, "moving", exposure_s=0.5, iso=100))
 """A scene, whose sides are no multiples of any block."""

@@ -367,6 +367,21 @@ def small_disk(folder: Path, size: str) -> Iterator[Callable[[str], None]]:
         subprocess.run(["umount", "-l", folder], check=False)
 
 
+def test_files_renamed_as_soon_as_they_are_written_alarm_nobody(camera: Camera, tmp_path, start):
+    """As tether programs do it. Under their first names some are gone before they can be read."""
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    daemon = start("run", "--config", configured(tmp_path, sources=[{"directory": str(inbox)}]))
+    for number in range(60):
+        shot = camera.shots[number % len(camera.shots)]
+        first = inbox / f"new_{shot.name}"
+        shutil.copy(shot, first)
+        time.sleep(number / 3000)
+        first.rename(inbox / shot.name)
+    daemon.wait_folded(len(camera.shots))
+    assert [alert["text"] for alert in daemon.ask_alerts() if alert["topic"] == "refused"] == []
+
+
 def noting(tmp_path: Path) -> tuple[dict[str, object], Callable[[], list[dict[str, Any]]]]:
     """Return settings of alerts whose command notes each message, and what returns those messages."""
     told_to = tmp_path / "told.jsonl"

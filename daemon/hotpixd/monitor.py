@@ -133,6 +133,9 @@ class Outcome:
     again: bool = False
     """It was refused before: this is no news."""
 
+    gone: bool = False
+    """It is unreadable because its file has another name now, or is no more."""
+
     origin: str | None = None
     """Where it was before it came to `path`, for people."""
 
@@ -608,7 +611,7 @@ class Monitor:
                 self._state.spool.keep(read.held, partial(self._decode_early, shot, key))
             except SpoolError as error:
                 self._let_go(future)
-                yield Outcome(shot.path, Fate.UNREADABLE, str(error), origin=shot.origin)
+                yield Outcome(shot.path, Fate.UNREADABLE, str(error), gone=error.gone, origin=shot.origin)
                 continue
             self._let_go(future)
             if shot.raw is not None:

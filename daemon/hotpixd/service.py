@@ -390,7 +390,8 @@ class _Service:
         source, since = self._taken.pop(outcome.path, (None, None))
         if outcome.fate is Fate.UNREADABLE and source is not None:
             source.retry(outcome.path)
-            if outcome.path in self._unreadable:
+            # One that was renamed comes under its new name; of a card that was pulled out its directory tells.
+            if outcome.gone or outcome.path in self._unreadable:
                 return
             self._unreadable.add(outcome.path)
         elif source is not None:

@@ -68,6 +68,9 @@ _COPY_INSTEAD = frozenset(
 class SpoolError(Exception):
     """One shot's file cannot be taken or read. The state is unharmed, and other shots can go on."""
 
+    gone = False
+    """Whether there is no file of that name any more."""
+
 
 @dataclass(slots=True)
 class Held:
@@ -331,7 +334,9 @@ def _source(path: Path | str, below: Path | None = None) -> Iterator[int]:
     try:
         fd = open_for_reading(path, below)
     except OSError as error:
-        raise SpoolError(f"{os.fspath(path)!r} cannot be opened: {error.strerror}.") from error
+        failure = SpoolError(f"{os.fspath(path)!r} cannot be opened: {error.strerror}.")
+        failure.gone = isinstance(error, FileNotFoundError)
+        raise failure from error
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise SpoolError(f"{os.fspath(path)!r} is not a regular file.")

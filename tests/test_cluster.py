@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("distributed", reason="the extra `cluster` is not installed")
 
 from clusters import cluster_feed, fates, scheduler, whole
-from conftest import environment, feed, run, told
+from conftest import SHARED, environment, feed, run, told
 from hotpixd.cluster import connection
 from hotpixd.cluster.connection import ClusterError, connected
 from hotpixd.cluster.coordinator import ClusterMonitor
@@ -25,7 +25,6 @@ from hotpixd.monitor import Fate
 from hotpixd.simulate import VirtualSensor, write_series
 from hotpixd.store.state import State
 from pictures import mosaic, write_dng
-from test_real_data import DATA
 
 HOOKS = Path(__file__).with_name("cluster_hooks")
 
@@ -250,12 +249,12 @@ def test_a_crashing_decoder_costs_no_worker(client, camera, tmp_path):
 # --- real frames
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the folder of real frames is not on this machine")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of real frames is not on this machine")
 @pytest.mark.parametrize("name", ["flea3_d1_dng_derived", "tetra3_bfs_jpeg", "raw_misc", "emva_ccd12"])
 def test_real_frames_tell_the_same(client, tmp_path, name):
     """Of all kinds of cameras, those refused included."""
-    expected = fates(feed(tmp_path / "here", DATA / name))
-    outcomes = cluster_feed(client, tmp_path / "state", DATA / name, chunk_shots=5, checkpoint_every_shots=12)
+    expected = fates(feed(tmp_path / "here", SHARED / name))
+    outcomes = cluster_feed(client, tmp_path / "state", SHARED / name, chunk_shots=5, checkpoint_every_shots=12)
     assert fates(outcomes) == expected
     assert whole(tmp_path / "state") == whole(tmp_path / "here")
 

@@ -33,9 +33,6 @@ _SCRIPT = Path(sys.executable).with_name("hotpixd")
 HOTPIXD = [str(_SCRIPT)] if _SCRIPT.exists() else [sys.executable, "-c", "from hotpixd.cli import main; main()"]
 """The command, as a user would start it."""
 
-SHARED = Path(os.environ.get("HOTPIXD_SHARED") or Path(__file__).resolve().parents[2] / "shared") / "data"
-"""Real pictures and lists, which are no part of the project. Tests that need them are skipped where they are not."""
-
 _OF_THE_USER = (
     "COLUMNS",
     "FORCE_COLOR",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import tifffile
 from PIL import Image
+
+SHARED = Path(os.environ.get("HOTPIXD_SHARED") or Path(__file__).resolve().parents[2] / "shared") / "data"
+"""Real pictures and lists, which are no part of the project. Tests that need them are skipped where they are not."""
 
 RGGB = (2, 2, bytes([0, 1, 1, 2]))
 XTRANS = (6, 6, bytes("GBGGRGRGRBGBGBGGRGGRGGBGBGBRGRGRGGBG".translate({82: 0, 71: 1, 66: 2}), "latin-1"))

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("distributed", reason="the extra `cluster` is not installed")
 
 from clusters import cluster_feed, fates, scheduler, whole
-from conftest import SHARED, environment, feed, run, told
+from conftest import environment, feed, run, told
 from hotpixd.cluster import connection
 from hotpixd.cluster.connection import ClusterError, connected
 from hotpixd.cluster.coordinator import ClusterMonitor
@@ -24,7 +24,7 @@ from hotpixd.cluster.inputs import find_inputs
 from hotpixd.monitor import Fate
 from hotpixd.simulate import VirtualSensor, write_series
 from hotpixd.store.state import State
-from pictures import mosaic, write_dng
+from pictures import SHARED, mosaic, write_dng
 
 HOOKS = Path(__file__).with_name("cluster_hooks")
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from conftest import SHARED
 from hotpixd.core.darkness import looks_dark, looks_lit
 from hotpixd.core.frame import SensorLayout, ShotKind
 from hotpixd.intake.decode import decode
 from hotpixd.simulate import BLACK_LEVEL_ADU, WHITE_LEVEL_ADU, Scene, VirtualSensor
+from pictures import SHARED
 
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real frames are not at {SHARED}")
 

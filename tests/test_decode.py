@@ -16,11 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from conftest import SHARED
 from hotpixd.core.frame import SampleKind, ShotKind
 from hotpixd.intake import decode as decode_module
 from hotpixd.intake.decode import DecodeError, decode, decode_file, keep_large_buffers
-from pictures import RGGB, XTRANS, colour, exif, jpeg, mosaic, write_dng
+from pictures import RGGB, SHARED, XTRANS, colour, exif, jpeg, mosaic, write_dng
 
 fits = pytest.importorskip("astropy.io.fits")
 

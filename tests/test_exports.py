@@ -20,12 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from conftest import SHARED
 from hotpixd.store.checkpoint import Generation
 from hotpixd.views.exports import FORMATS, ExportError, Extras, rawtherapee_name
 from hotpixd.views.imports import READERS, ListError, read_list
 from hotpixd.views.maps import DefectMap, Rows, defect_map
 from hotpixd.views.opcodes import Dng
+from pictures import SHARED
 
 NOW = "2026-11-24T18:00:00Z"
 SENSOR: dict[str, Any] = {

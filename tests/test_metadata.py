@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import SHARED
 from hotpixd.intake import metadata
 from hotpixd.intake.metadata import Metadata, clean_serial
-from pictures import colour, exif, jpeg, tiff_ifd
+from pictures import SHARED, colour, exif, jpeg, tiff_ifd
 
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real frames are not at {SHARED}")
 

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import tifffile
 
-from conftest import SHARED, feed, run
+from conftest import feed, run
 from hotpixd.core.frame import SampleKind, ShotKind
 from hotpixd.intake.decode import DecodeError, decode
 from hotpixd.store.state import State
 from hotpixd.views import answers
+from pictures import SHARED
 
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of real frames is not on this machine")
 

@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from typer.testing import CliRunner
 
-from conftest import SHARED, Camera, feed, run
+from conftest import Camera, feed, run
 from hotpixd.cli import app
 from hotpixd.core.frame import Frame, SensorLayout
 from hotpixd.intake.decode import decode
 from hotpixd.simulate import PlantedDefect, VirtualSensor, VirtualShot
 from hotpixd.views.repair import PictureRefusedError, Wish, WrongSensorError, planned, sensor_of
+from pictures import SHARED
 
 SENSOR = VirtualSensor(600, 400, hot=40, stuck=4, dead=4, clusters=2, seed=11, serial="V0011")
 HEALTHY = VirtualSensor(600, 400, hot=0, stuck=0, dead=0, seed=11, serial="V0011")

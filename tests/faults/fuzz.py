@@ -36,9 +36,11 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from fuzz_mutators import Mutant, mutant, mutants
-from fuzz_seeds import FORMATS, SHARED, Seed, seeds
+from fuzz_seeds import FORMATS, Seed, seeds
 from fuzz_whole import another_whole_file
 from table import Row
+
+from pictures import SHARED
 
 HARNESS = "fuzz"
 LIMIT_S = 10.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import struct
 import tempfile
 import zlib
@@ -16,10 +15,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from pictures import RGGB, XTRANS, colour, exif, jpeg, mosaic, tiff_ifd, write_dng
-
-SHARED = Path(os.environ.get("HOTPIXD_SHARED") or Path(__file__).resolve().parents[3] / "shared") / "data"
-"""Files of real cameras; no part of the project."""
+from pictures import RGGB, SHARED, XTRANS, colour, exif, jpeg, mosaic, tiff_ifd, write_dng
 
 FORMATS = ("JPEG", "PNG", "TIFF", "DNG", "FITS", "real")
 

@@ -720,7 +720,7 @@ def _channel_id(*parts: str) -> str:
 def holds_secret(url: str) -> bool:
     """Tell whether an apprise URL holds a password or token; one that apprise cannot make sense of does not."""
     try:
-        service, _ = _apprise_service(url)
+        service = _apprise_service(url)
         # Which of its parts are secret only the service's own plugin knows.
         return bool(service.url(privacy=True) != service.url(privacy=False))
     except Exception:
@@ -728,8 +728,8 @@ def holds_secret(url: str) -> bool:
         return False
 
 
-def _apprise_service(url: str) -> tuple[Any, Any]:
-    """Return the service of an apprise URL, and what sends to it alone. Takes half a second the first time.
+def _apprise_service(url: str) -> Any:
+    """Return the service of an apprise URL. Takes half a second the first time.
 
     Raises
     ------
@@ -752,9 +752,7 @@ def _apprise_service(url: str) -> tuple[Any, Any]:
         raise ValueError("not a URL for apprise")
     # Some services take 2000 characters and refuse more.
     service.overflow_mode = apprise.OverflowMode.SPLIT
-    sender = apprise.Apprise(asset=asset)
-    sender.add(service)
-    return service, sender
+    return service
 
 
 def _apprise_channel(url: str) -> _Channel:
@@ -767,7 +765,9 @@ def _apprise_channel(url: str) -> _Channel:
     """
     import apprise
 
-    service, sender = _apprise_service(url)
+    service = _apprise_service(url)
+    sender = apprise.Apprise(asset=service.asset)
+    sender.add(service)
 
     def send(message: Message) -> str | None:
         result = sender.notify(title=message.title, body=message.body, body_format=apprise.NotifyFormat.TEXT)

@@ -113,7 +113,7 @@ def _events_of_row(x, a, b, c, d, e, f, around, g, h, k, m, n, o, under, out):  
 
 @nb.njit(**_FAST)
 def _events_at_ends(x, step, high_around, high, low_around, low, out):  # type: ignore[no-untyped-def]
-    """The same near a row's ends: windows are shifted inwards, still 7 columns wide."""
+    """The same near a row's ends: windows are shifted inwards, still 7 columns wide. Nothing is pattern there."""
     edge = HALF_WINDOW * step
     for at in range(2 * edge):
         i = at if at < edge else x.size - 1 - (at - edge)
@@ -125,9 +125,9 @@ def _events_at_ends(x, step, high_around, high, low_around, low, out):  # type: 
                 bottom = min(bottom, np.int64(low[j]))
         bits = 0
         if own > top:
-            bits = HIGH | (HIGH_OUTSTANDING if 2 * (own - top) > top - bottom + 1 else PATTERN)
+            bits = HIGH | (HIGH_OUTSTANDING if 2 * (own - top) > top - bottom + 1 else 0)
         elif own < bottom:
-            bits = LOW | (LOW_OUTSTANDING if 2 * (bottom - own) > top - bottom + 1 else PATTERN)
+            bits = LOW | (LOW_OUTSTANDING if 2 * (bottom - own) > top - bottom + 1 else 0)
         out[i] = bits
 
 

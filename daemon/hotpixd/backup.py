@@ -605,7 +605,7 @@ def rebuild(root: Path, fold: Callable[[State], int | None]) -> int:
         print(f"The old state is kept in {old}.")
         if covered:
             print(
-                f"{len(covered)} {'shot' if len(covered) == 1 else 'shots'} in its spool"
+                f"{many(len(covered), 'shot')} in its spool"
                 f" {'is' if len(covered) == 1 else 'are'} not among these pictures; to fold them too:"
                 f" hotpixd scan {old / 'spool'}/*"
             )

@@ -888,7 +888,7 @@ def demo(
     """Show the whole way on a virtual camera: shots, scan, defects, compared with what was planted."""
     from hotpixd.demo import run_demo
 
-    if keep is not None and keep.exists() and not (keep.is_dir() and not any(keep.iterdir())):
+    if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
         _fail(f"{keep} is no empty folder; name another, which need not be there", WRONG_USE)
     with _interruptible() as stop:
         raise typer.Exit(run_demo(frames, seed, keep, stop))

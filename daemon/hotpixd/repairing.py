@@ -260,7 +260,7 @@ def _print(done: Repaired, *, dry_run: bool) -> None:
     reasons = Counter(choice.why for choice in done.choices)
     corrected = sum(choice.corrected for choice in done.choices)
     does = "would be corrected" if dry_run else "corrected"
-    sentence = f"{printable(str(done.path))}: {corrected} {'defect' if corrected == 1 else 'defects'} {does}"
+    sentence = f"{printable(str(done.path))}: {many(corrected, 'defect')} {does}"
     if reasons["does not show"]:
         sentence += f", {reasons['does not show']} left that do not show in it"
     if reasons["no healthy neighbour"]:

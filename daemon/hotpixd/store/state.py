@@ -179,7 +179,7 @@ class State:
 
     def renew_mark(self) -> Path:
         """Keep as evidence what is in the place of the mark, and mark the ledger as it is; return where it is now."""
-        kept = self.set_aside(self.root / "acknowledged")
+        kept = self.set_aside(self._mark.path)
         self._mark.begin_anew(self.ledger.tag, self.ledger.last_seq)
         self.mark_unusable = False
         return kept
@@ -252,14 +252,14 @@ class _Mark:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._open()
 
     def _open(self) -> None:
         self._fd = -1
         self._held: bytes | None = b""
         try:
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
             self._held = os.pread(self._fd, 64, 0)
         except OSError as error:
             # Without room there is no mark; else something else is in its place.

@@ -178,8 +178,7 @@ def test_the_combined_e_value_is_the_mean_of_three_witnesses():
 
 def events_with(totals: tuple[int, int, int, int]) -> FrameEvents:
     """Return a frame's events of which only the totals matter."""
-    nothing = np.zeros((1, 48), np.uint8)
-    return FrameEvents(nothing, np.array(totals), nothing, np.zeros((16, 48), np.int64))
+    return FrameEvents(np.zeros((1, 48), np.uint8), np.array(totals), np.zeros((16, 48), np.int64))
 
 
 def test_null_rates_are_the_largest_seen_and_never_below_the_floor():

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from hotpixd.core import kernels
 from hotpixd.core.accumulator import Accumulator, FrameEvents
 from hotpixd.core.frame import SensorLayout
-from hotpixd.core.kernels import HIGH, HIGH_OUTSTANDING, LOW, LOW_OUTSTANDING, PATTERN
+from hotpixd.core.kernels import HIGH, HIGH_OUTSTANDING, LOW, LOW_OUTSTANDING
 from hotpixd.simulate import XTRANS
 
 KINDS = (("RGGB", 1), (XTRANS, 1), ("LLLL", 1), ("L", 1), ("RGB", 3))
@@ -87,9 +87,6 @@ def events_by_definition(layout: SensorLayout, samples: NDArray[Any], lone: bool
         kept_out = outstanding[side] & (~lone | ((touching(outstanding[side]) == 0) & (extremes_beside < 2)))
         judged |= np.where(kept & centred, side, 0).astype(np.uint8)
         judged |= np.where(kept_out, side | side << 2, 0).astype(np.uint8)
-        judged |= np.where(kept & centred, PATTERN, 0).astype(np.uint8)
-    if not lone:
-        judged[~centred] &= ~np.uint8(PATTERN)
     return judged
 
 
@@ -118,7 +115,7 @@ def a_frame(layout: SensorLayout, lit: Iterable[tuple[int, int]] = (), *, slope:
 @given(cases())
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_events_are_those_of_the_definitions(case: Case):
-    """Windows, ties, borders, the lone rule and the pattern: all bits of all samples agree, padding is empty."""
+    """Windows, ties, borders, and the lone rule: all bits of all samples agree, padding is empty."""
     folded = fold(case)
     cols = case.layout.shape[1]
     np.testing.assert_array_equal(
@@ -135,14 +132,17 @@ def test_totals_phases_and_packed_bits_are_sums_over_the_events(case: Case):
     events = folded.events
     bits = [np.count_nonzero(events & bit) for bit in (HIGH, LOW, HIGH_OUTSTANDING, LOW_OUTSTANDING)]
     np.testing.assert_array_equal(folded.totals, bits)
-    pattern = events & PATTERN != 0
+    pattern = (events & (HIGH | LOW) != 0) & (events & (HIGH_OUTSTANDING | LOW_OUTSTANDING) == 0)
     phases = np.zeros((kernels.PHASE_ROWS, kernels.PHASE_COLS), np.int64)
     row, col = np.nonzero(pattern)
     np.add.at(phases, (row % kernels.PHASE_ROWS, col % kernels.PHASE_COLS), 1)
     np.testing.assert_array_equal(folded.phases, phases)
     # Any order of a word's bits would do for counting those set in two frames; one bit per sample must remain.
-    packed = np.unpackbits(folded.pattern_bits.reshape(-1, 1), axis=1).sum(axis=1).reshape(len(events), -1)
-    np.testing.assert_array_equal(packed, pattern.reshape(len(events), -1, 8).sum(axis=2))
+    rows = np.arange(0, len(events), 2)
+    packed = np.empty((len(rows), folded.words.shape[1]), np.uint8)
+    kernels.pack_pattern(folded.words, rows, packed)
+    set_bits = np.unpackbits(packed[..., None], axis=2).sum(axis=2)
+    np.testing.assert_array_equal(set_bits, pattern[rows].reshape(len(rows), -1, 8).sum(axis=2))
 
 
 @given(cases(), st.integers(2, 4))
@@ -151,7 +151,6 @@ def test_slabs_and_threads_change_nothing(case: Case, slabs: int):
     """Rows cut into slabs and spread over threads give the very same events as one pass."""
     one, cut = fold(case, slabs=1), fold(case, slabs=slabs, each_slab=THREADS.map)
     np.testing.assert_array_equal(one.events, cut.events)
-    np.testing.assert_array_equal(one.pattern_bits, cut.pattern_bits)
     np.testing.assert_array_equal(one.totals, cut.totals)
     np.testing.assert_array_equal(one.phases, cut.phases)
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from hotpixd import __version__
 from hotpixd.core import defects
-from hotpixd.core.accumulator import Accumulator
+from hotpixd.core.accumulator import COUNTS, Accumulator
 from hotpixd.core.followed import Sums
 from hotpixd.core.frame import Frame, Samples, SensorIdentity, ShotInfo, ShotKind
 from hotpixd.intake.decode import DecodeError
@@ -106,7 +106,8 @@ class Seen:
 
     def planes(self) -> NDArray[np.uint8]:
         """Return the planes of its events."""
-        return np.frombuffer(zstandard.decompress(self.events), np.uint8).reshape(5, self.sensor.layout.height, -1)
+        packed = np.frombuffer(zstandard.decompress(self.events), np.uint8)
+        return packed.reshape(len(COUNTS), self.sensor.layout.height, -1)
 
 
 @dataclass(frozen=True, slots=True)

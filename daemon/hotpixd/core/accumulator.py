@@ -50,19 +50,21 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class FrameEvents:
-    """The events of one frame. `events` and `pattern_bits` are buffers, overwritten when the next are found."""
+    """The events of one frame."""
 
     events: NDArray[np.uint8]
-    """(height, padded) event bits of each sample, see `kernels`."""
+    """(height, padded) event bits of each sample, see `kernels`; a buffer, overwritten when the next are found."""
 
     totals: NDArray[np.int64]
     """(4,) samples per event, in the order of COUNTS."""
 
-    pattern_bits: NDArray[np.uint8]
-    """(height, padded / 8), one bit per sample: part of the scene's pattern."""
-
     phases: NDArray[np.int64]
     """(PHASE_ROWS, PHASE_COLS) samples of the pattern by position in the grid."""
+
+    @property
+    def words(self) -> NDArray[np.uint64]:
+        """(height, padded / 8) `events`, eight at a time."""
+        return self.events.view(np.uint64)
 
     @property
     def fingerprint(self) -> str:
@@ -129,7 +131,7 @@ class Accumulator:
         self._unsummed: list[NDArray[Any]] = []
         self._most_unsummed = min(max(held_bytes // (layout.size * self.dtype.itemsize), 1), _FRAMES_PER_PASS)
         self.counts = {name: zeros((rows, cols), np.uint8) for name in COUNTS}
-        self._buffers = [self._buffers_for_events()]
+        self._buffers = [self._buffer_for_events()]
         self._loan: Loan | None = None
         self._each_slab = each_slab
         edges = np.linspace(0, rows, slabs + 1).astype(int)
@@ -176,27 +178,25 @@ class Accumulator:
         contiguous = np.ascontiguousarray(samples)
         if beside:
             if len(self._buffers) < 2:
-                self._buffers.append(self._buffers_for_events())
+                self._buffers.append(self._buffer_for_events())
             self._buffers.reverse()
-        events, bits = self._buffers[0]
+        events = self._buffers[0]
 
         def find_in_slab(slab: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
             totals = np.zeros(len(COUNTS), np.int64)
             phases = np.zeros((PHASE_ROWS, PHASE_COLS), np.int64)
-            core.kernels.find_events(
-                contiguous, self.layout.row_step, self.layout.col_step, lone, events, totals, phases, bits, *slab
-            )  # fmt: skip
+            steps = self.layout.row_step, self.layout.col_step
+            core.kernels.find_events(contiguous, *steps, lone, events, totals, phases, *slab)
             return totals, phases
 
         parts = list(self._each_slab(find_in_slab, self._slabs))
         totals = np.sum([totals for totals, _ in parts], axis=0)
         phases = np.sum([phases for _, phases in parts], axis=0)
-        return FrameEvents(events, totals, bits, phases)
+        return FrameEvents(events, totals, phases)
 
-    def _buffers_for_events(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    def _buffer_for_events(self) -> NDArray[np.uint8]:
         rows, cols = self.layout.shape
-        padded = -(-cols // PHASE_COLS) * PHASE_COLS
-        return np.zeros((rows, padded), np.uint8), np.zeros((rows, padded // 8), np.uint8)
+        return np.zeros((rows, -(-cols // PHASE_COLS) * PHASE_COLS), np.uint8)
 
     def sum_up(self) -> None:
         """Add the frames folded last to the sums, and let go of their samples.
@@ -303,15 +303,15 @@ class Accumulator:
 
     def pack(self, frame: FrameEvents) -> NDArray[np.uint8]:
         """Return the events of the frame folded last as planes of bits, for an accumulator on another machine."""
-        planes = np.empty((len(COUNTS) + 1, *frame.pattern_bits.shape), np.uint8)
-        core.kernels.pack_events(frame.events.view(np.uint64), frame.pattern_bits, planes)
+        planes = np.empty((len(COUNTS), *frame.words.shape), np.uint8)
+        core.kernels.pack_events(frame.words, planes)
         return planes
 
     def unpack(self, planes: NDArray[np.uint8], totals: NDArray[np.int64], phases: NDArray[np.int64]) -> FrameEvents:
         """Return what `fold` returned there, from what `pack` made of it; to be counted before the next fold."""
-        events, bits = self._buffers[0]
-        core.kernels.unpack_events(planes, events.view(np.uint64), bits)
-        return FrameEvents(events, totals.copy(), bits, phases)
+        frame = FrameEvents(self._buffers[0], totals.copy(), phases)
+        core.kernels.unpack_events(planes, frame.words)
+        return frame
 
     def _make_room_for_sums(self, frames: int) -> None:
         self._total = self._widened(self._total, _width_for(frames * self._largest, np.uint32, np.uint64))
@@ -466,13 +466,13 @@ class Accumulator:
 
     def held(self) -> list[NDArray[Any]]:
         """Return the arrays that every frame goes through, other than the sums."""
-        return [*self._buffers[0], *self.counts.values()]
+        return [self._buffers[0], *self.counts.values()]
 
     @property
     def nbytes(self) -> int:
         """Bytes held in memory."""
-        buffers = [array for pair in self._buffers for array in pair]
-        return sum(a.nbytes for a in (self._total, self._squares, *self._unsummed, *buffers, *self.counts.values()))
+        arrays = (self._total, self._squares, *self._unsummed, *self._buffers, *self.counts.values())
+        return sum(array.nbytes for array in arrays)
 
 
 def _scaled_m2(frames: int, total: NDArray[np.uint64], squares: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -208,8 +208,11 @@ class SceneGate:
 
     def pattern(self, frame: FrameEvents) -> Pattern:
         """Return what is compared of a light frame's extremes."""
-        rates = frame.phases / self._samples_per_phase
-        return Pattern(_as_words(frame.pattern_bits[self._rows]), rates)
+        shape = len(self._rows), frame.words.shape[1]
+        # A row has a multiple of 6 bytes, so the whole need not be a multiple of 8.
+        words = np.zeros(-(-math.prod(shape) // 8), np.uint64)
+        core.kernels.pack_pattern(frame.words, self._rows, words.view(np.uint8)[: math.prod(shape)].reshape(shape))
+        return Pattern(words, frame.phases / self._samples_per_phase)
 
     def lift(self, new: Pattern) -> float | None:
         """Return the largest lift against the frames remembered; None if there are none."""
@@ -238,14 +241,6 @@ class SceneGate:
         self._patterns.clear()
         for bits, rates in zip(arrays["gate_bits"], arrays["gate_rates"], strict=True):
             self._patterns.append(Pattern(bits, rates))
-
-
-def _as_words(bits: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    flat = bits.ravel()
-    # A row has a multiple of 6 bytes, so the whole need not be a multiple of 8.
-    whole = np.zeros(-(-flat.size // 8), np.uint64)
-    whole.view(np.uint8)[: flat.size] = flat
-    return whole
 
 
 def _samples_per_phase(layout: SensorLayout) -> NDArray[np.float64]:

@@ -20,11 +20,13 @@ import numpy as np
 
 from hotpixd.core.window import HALF_WINDOW, PHASE_COLS, PHASE_ROWS, WINDOW
 
-HIGH, LOW, HIGH_OUTSTANDING, LOW_OUTSTANDING, PATTERN, KNOWN = 1, 2, 4, 8, 16, 32
+HIGH, LOW, HIGH_OUTSTANDING, LOW_OUTSTANDING, KNOWN = 1, 2, 4, 8, 16
 """Bits of a sample's events: strict maximum or minimum of its window, and by more than half the window's range.
 
-PATTERN marks the samples whose return in the next frame tells that the scene stands still. KNOWN is set only while
-`unmask` looks at the frame.
+An outstanding sample is extreme as well. KNOWN is set only while `unmask` looks at the frame.
+
+A merely extreme sample is part of the *pattern*, whose return in the next frame tells that the scene stands still. With
+outstanding ones, the sensor's own defects would look like such a scene.
 """
 
 BLOCK = 512
@@ -107,13 +109,12 @@ def _events_of_row(x, a, b, c, d, e, f, around, g, h, k, m, n, o, under, out):  
         low = np.uint8(x[i] < bottom)
         high_out = np.uint8(high & np.uint8(width(x[i] - top) > half))
         low_out = np.uint8(low & np.uint8(width(bottom - x[i]) > half))
-        plain = np.uint8((high ^ high_out) | (low ^ low_out))
-        out[i] = np.uint8(high | (low << 1) | (high_out << 2) | (low_out << 3) | (plain << 4))
+        out[i] = np.uint8(high | (low << 1) | (high_out << 2) | (low_out << 3))
 
 
 @nb.njit(**_FAST)
 def _events_at_ends(x, step, high_around, high, low_around, low, out):  # type: ignore[no-untyped-def]
-    """The same near a row's ends: windows are shifted inwards, still 7 columns wide. Nothing is pattern there."""
+    """The same near a row's ends: windows are shifted inwards, still 7 columns wide."""
     edge = HALF_WINDOW * step
     for at in range(2 * edge):
         i = at if at < edge else x.size - 1 - (at - edge)
@@ -149,9 +150,6 @@ def _judged(own, n, ne, e, se, s, sw, w, nw):  # type: ignore[no-untyped-def]
     Details of a scene light several colours at once, a defect lights one site. So an extreme beside an extreme of its
     own side is no event. An outstanding one is dropped only beside an outstanding one or two extremes, since every
     seventh site touches an extreme by chance.
-
-    What remains and is not outstanding is the pattern: with outstanding ones, the sensor's own defects would look
-    like a scene that stands still; with crowded ones, tracked stars would, which the above deals with.
     """
     once = np.uint8(n | ne | e | se | s | sw | w | nw)
     # Carry-save: a bit is set where at least two neighbours have it.
@@ -173,10 +171,7 @@ def _judged(own, n, ne, e, se, s, sw, w, nw):  # type: ignore[no-untyped-def]
     kept_out = np.uint8(outstanding & np.uint8(~crowded_out))
     extreme = np.uint8(own & 3)
     plain = np.uint8(extreme & np.uint8(~np.uint8(outstanding >> 2)))
-    kept = np.uint8(np.uint8(plain & np.uint8(~once)) | np.uint8(kept_out >> 2))
-    pattern = np.uint8(plain & np.uint8(~once))
-    pattern = np.uint8(np.uint8(pattern | np.uint8(pattern >> 1)) & 1)
-    return np.uint8(kept | kept_out | np.uint8(pattern << 4))
+    return np.uint8(np.uint8(plain & np.uint8(~once)) | np.uint8(kept_out | np.uint8(kept_out >> 2)))
 
 
 @nb.njit(**_FAST)
@@ -240,6 +235,13 @@ def add_rows(a, b, c, d, frames, total, squares, first, last):  # type: ignore[n
             _add_sums(c[y], total[y], squares[y])
 
 
+@nb.njit(inline="always")
+def _merely_extreme(bits):  # type: ignore[no-untyped-def]
+    """1 if a sample's events make it part of the pattern, else 0."""
+    extreme = np.uint8(bits | np.uint8(bits >> 1))
+    return np.uint8(np.uint8(extreme & np.uint8(~np.uint8(extreme >> 2))) & 1)
+
+
 @nb.njit(**_FAST)
 def _tally_pattern(row, phases):  # type: ignore[no-untyped-def]
     """Count a row's pattern by column phase; the row is as long as a multiple of the phases."""
@@ -250,17 +252,9 @@ def _tally_pattern(row, phases):  # type: ignore[no-untyped-def]
         for at in range(start, min(start + 255 * PHASE_COLS, row.size), PHASE_COLS):
             block = row[at : at + PHASE_COLS]
             for j in range(PHASE_COLS):
-                pattern[j] = np.uint8(pattern[j] + np.uint8(np.uint8(block[j] >> 4) & 1))
+                pattern[j] = np.uint8(pattern[j] + _merely_extreme(block[j]))
         for j in range(PHASE_COLS):
             phases[j] += pattern[j]
-
-
-@nb.njit(**_FAST)
-def _pack_pattern(words, bits):  # type: ignore[no-untyped-def]
-    """One PATTERN bit per sample. A product gathers the lowest bits of 8 bytes in its top byte."""
-    for w in range(words.size):
-        bit = (words[w] >> np.uint64(4)) & np.uint64(0x0101010101010101)
-        bits[w] = np.uint8((bit * np.uint64(0x0102040810204080)) >> np.uint64(56))
 
 
 @nb.njit(inline="always")
@@ -288,25 +282,23 @@ def _count_events(words, totals):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(**_FAST)
-def _survey_row(row, words, totals, phases, bits):  # type: ignore[no-untyped-def]
+def _survey_row(row, words, totals, phases):  # type: ignore[no-untyped-def]
     _tally_pattern(row, phases)
     _count_events(words, totals)
-    _pack_pattern(words, bits)
 
 
 @nb.njit(**_FAST)
-def find_events(samples, row_step, col_step, lone, events, totals, phases, bits, first, last):  # type: ignore[no-untyped-def]
+def find_events(samples, row_step, col_step, lone, events, totals, phases, first, last):  # type: ignore[no-untyped-def]
     """Find the events of rows first..last of a frame.
 
     Parameters
     ----------
     samples : (rows, cols) uint8 or uint16
     row_step, col_step : steps to the next sample of the same plane
-    lone : judge a site by the 8 adjacent ones, see `_judged`; else every event stays, and is pattern if not outstanding
+    lone : judge a site by the 8 adjacent ones, see `_judged`; else every event stays
     events : (rows, padded) uint8, cols rounded up to a multiple of PHASE_COLS; overwritten, padding zero
     totals : (4,) int64, samples high, low, outstanding high and low, added to
     phases : (PHASE_ROWS, PHASE_COLS) int64, samples of the pattern per position of the grid, added to
-    bits : (rows, padded / 8) uint8, one bit per sample: pattern; overwritten
     """
     rows, cols = samples.shape
     # Of the columns of a row's windows, without and with the row itself.
@@ -348,16 +340,16 @@ def find_events(samples, row_step, col_step, lone, events, totals, phases, bits,
         _events_at_ends(samples[y], s, high_around, high, low_around, low, out)
         if not lone:
             _restrict_row(out, edge, inside)
-            _survey_row(events[y], words[y], totals, phases[y % PHASE_ROWS], bits[y])
+            _survey_row(events[y], words[y], totals, phases[y % PHASE_ROWS])
             continue
         if y - 1 >= first:
             _judge_row(found[(y - 2) % 3], found[(y - 1) % 3], found[y % 3], edge, before, events[y - 1, :cols])
-            _survey_row(events[y - 1], words[y - 1], totals, phases[(y - 1) % PHASE_ROWS], bits[y - 1])
+            _survey_row(events[y - 1], words[y - 1], totals, phases[(y - 1) % PHASE_ROWS])
         before = inside
     if lone and last == rows:
         found[rows % 3] = 0
         _judge_row(found[(rows - 2) % 3], found[(rows - 1) % 3], found[rows % 3], edge, before, events[rows - 1, :cols])
-        _survey_row(events[rows - 1], words[rows - 1], totals, phases[(rows - 1) % PHASE_ROWS], bits[rows - 1])
+        _survey_row(events[rows - 1], words[rows - 1], totals, phases[(rows - 1) % PHASE_ROWS])
 
 
 @nb.njit(**_FAST)
@@ -457,8 +449,7 @@ def unmask(samples, row_step, col_step, lone, sites, events, totals):  # type: i
                     extreme = found >> 2
                     totals[0 if extreme == HIGH else 1] += 0 if events[v, u] & extreme else 1
                     totals[2 if extreme == HIGH else 3] += 1
-                    # No pattern, see `_judged`.
-                    events[v, u] = np.uint8((events[v, u] | found | extreme) & (15 | KNOWN))
+                    events[v, u] |= found | extreme
     for site in sites:
         events[site // cols, site % cols] &= np.uint8(~np.uint8(KNOWN))
 
@@ -528,42 +519,52 @@ def overlap(a, b):  # type: ignore[no-untyped-def]
     return n
 
 
+@nb.njit(inline="always")
+def _gathered(word):  # type: ignore[no-untyped-def]
+    """Lowest bits of 8 bytes as one byte: a product gathers them in its top byte."""
+    return np.uint8(((word & np.uint64(0x0101010101010101)) * np.uint64(0x0102040810204080)) >> np.uint64(56))
+
+
 @nb.njit(**_FAST)
-def pack_events(words, patterns, planes):  # type: ignore[no-untyped-def]
+def pack_pattern(words, rows, bits):  # type: ignore[no-untyped-def]
+    """Pack which samples are part of the pattern.
+
+    Parameters
+    ----------
+    words : (height, padded / 8) uint64, a view of the events from `find_events`
+    rows : (R,) int64, the rows that are looked at
+    bits : (R, padded / 8) uint8, overwritten: one bit per sample
+    """
+    for r in range(rows.size):
+        row, out = words[rows[r]], bits[r]
+        for w in range(row.size):
+            extreme = row[w] | (row[w] >> np.uint64(1))
+            out[w] = _gathered(extreme & ~(extreme >> np.uint64(2)))
+
+
+@nb.njit(**_FAST)
+def pack_events(words, planes):  # type: ignore[no-untyped-def]
     """Split events into planes of one bit per sample, for the way to another machine; see `unpack_events`.
 
     Parameters
     ----------
     words : (rows, padded / 8) uint64, a view of the events from `find_events`
-    patterns : (rows, padded / 8) uint8, its `bits`
-    planes : (5, rows, padded / 8) uint8, overwritten: extremes high, low, outstanding ones high, low, and where the
-        pattern is not what these four make likely, which hardly ever is
+    planes : (4, rows, padded / 8) uint8, overwritten: extremes high, low, outstanding ones high, low
     """
     for y in range(words.shape[0]):
         for w in range(words.shape[1]):
             for k in range(4):
-                bit = (words[y, w] >> np.uint64(k)) & np.uint64(0x0101010101010101)
-                planes[k, y, w] = np.uint8((bit * np.uint64(0x0102040810204080)) >> np.uint64(56))
-            planes[4, y, w] = patterns[y, w] ^ _likely_pattern(planes, y, w)
-
-
-@nb.njit(inline="always")
-def _likely_pattern(planes, y, w):  # type: ignore[no-untyped-def]
-    extreme = np.uint8(planes[0, y, w] | planes[1, y, w])
-    return np.uint8(extreme & np.uint8(~np.uint8(planes[2, y, w] | planes[3, y, w])))
+                planes[k, y, w] = _gathered(words[y, w] >> np.uint64(k))
 
 
 @nb.njit(**_FAST)
-def unpack_events(planes, words, patterns):  # type: ignore[no-untyped-def]
-    """Undo `pack_events`: overwrite `words` and `patterns`."""
+def unpack_events(planes, words):  # type: ignore[no-untyped-def]
+    """Undo `pack_events`: overwrite `words`."""
     spread = np.zeros(256, np.uint64)
     for b in range(256):
         for k in range(8):
             spread[b] |= np.uint64((b >> k) & 1) << np.uint64(8 * k)
     for y in range(words.shape[0]):
         for w in range(words.shape[1]):
-            pattern = np.uint8(planes[4, y, w] ^ _likely_pattern(planes, y, w))
-            patterns[y, w] = pattern
             word = spread[planes[0, y, w]] | spread[planes[1, y, w]] << np.uint64(1)
-            word |= spread[planes[2, y, w]] << np.uint64(2) | spread[planes[3, y, w]] << np.uint64(3)
-            words[y, w] = word | spread[pattern] << np.uint64(4)
+            words[y, w] = word | spread[planes[2, y, w]] << np.uint64(2) | spread[planes[3, y, w]] << np.uint64(3)

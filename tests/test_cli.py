@@ -370,6 +370,20 @@ def test_0_when_all_is_done(camera, tmp_path):
         assert words in done.stdout
 
 
+def test_0_for_all_who_ask_at_once_and_the_daemon_that_starts_meanwhile(scanned, tmp_path):
+    """Each has the state for a moment: the next waits, instead of being turned away."""
+    root = harmed(scanned, tmp_path / "state")
+    (tmp_path / "inbox").mkdir()
+    command = [*HOTPIXD, "status", "--state", str(root)]
+    asking = [subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL) for _ in range(5)]
+    daemon = Daemon(root, tmp_path, "watch", tmp_path / "inbox", "--plain")
+    try:
+        daemon.wait_ready()
+        assert [each.wait(60) for each in asking] == [0] * len(asking)
+    finally:
+        daemon.close()
+
+
 def test_1_when_a_shot_is_refused(camera, broken, tmp_path):
     """With its name and a sentence; the others are folded."""
     done = run("scan", broken, camera.shots[0], "--state", tmp_path / "state")

@@ -11,12 +11,15 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import hotpixd
+from hotpixd.store import lock
 from hotpixd.store.checkpoint import generations, newest
 from hotpixd.store.ledger import Received
 from hotpixd.store.lock import answering, default_state_dir
@@ -257,6 +260,27 @@ def test_the_lock_tells_where_its_holder_answers(tmp_path: Path) -> None:
     with State(tmp_path / "state"), pytest.raises(StateLocked) as locked:
         State(tmp_path / "state")
     assert locked.value.feed is None
+
+
+def test_who_finds_a_state_in_use_for_a_moment_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question holds nobody up, nor does a daemon that is about to answer; what goes on too long is named."""
+    take = partial(lock.take, tmp_path / "lock", brief=True)
+    with ThreadPoolExecutor(1) as other:
+        asking = take()
+        waiting = other.submit(take)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.3)
+        lock.release(asking)
+        starting = waiting.result(5)
+        waiting = other.submit(take)
+        lock.announce(starting, tmp_path / "feed.sock")
+        with pytest.raises(StateLocked) as locked:
+            waiting.result(5)
+        assert locked.value.feed == tmp_path / "feed.sock"
+        lock.release(starting)
+    monkeypatch.setattr(lock, "_FREE_WITHIN_S", 0.2)
+    with State(tmp_path, brief=True), pytest.raises(StateLocked, match=f"process {os.getpid()} "):
+        State(tmp_path)
 
 
 def test_a_state_that_was_closed_is_free_though_a_child_still_has_its_lock(tmp_path: Path):

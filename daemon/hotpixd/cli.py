@@ -945,7 +945,7 @@ def _asking(state: Path | None, own: "Callable[[State], _Ask]") -> Iterator[_Ask
         from hotpixd.store.state import State, StateDamaged, StateError, StateLocked
 
         try:
-            opened = State(_state_dir(state), create=False)
+            opened = State(_state_dir(state), create=False, brief=True)
         except StateDamaged:
             raise
         except StateLocked as locked:

@@ -283,7 +283,7 @@ class _Service:
         """Open the state, waiting for room if its disk is full; None if the daemon is told to stop meanwhile."""
 
         def opened() -> State:
-            return stack.enter_context(State(self.root))
+            return stack.enter_context(State(self.root, brief=True))
 
         def listening() -> None:
             # Whoever looks is told why there is nothing to see yet.

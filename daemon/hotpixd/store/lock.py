@@ -13,8 +13,10 @@ from pathlib import Path
 
 from hotpixd.store.durable import StateError
 
-_LEFT_WITHIN_S = 5.0
-"""What a killed process has left behind lets go of the lock."""
+_FREE_WITHIN_S = 10.0
+"""Who only asks lets go of the lock, also on a small computer; what a killed process has left behind does sooner."""
+
+_BRIEF = "for a moment"
 
 
 class StateLocked(StateError):  # noqa: N818 - a condition, not a fault
@@ -36,8 +38,12 @@ def default_state_dir() -> Path:
     return Path(platformdirs.user_state_dir("hotpixd"))
 
 
-def take(path: Path) -> int:
-    """Take a lock and write into it who we are; return its descriptor.
+def take(path: Path, *, brief: bool = False) -> int:
+    """Take a lock and write into it who we are; return its descriptor. Waits for who has it for a moment only.
+
+    Parameters
+    ----------
+    brief : whether we do, and so whoever comes meanwhile is to wait
 
     Raises
     ------
@@ -45,19 +51,19 @@ def take(path: Path) -> int:
         If another process has it.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    until = time.monotonic() + _LEFT_WITHIN_S
+    until = time.monotonic() + _FREE_WITHIN_S
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            process, feed = _read(fd)
-            if _is_gone(process) and time.monotonic() < until:
-                # It was killed while it started a process, which has the lock until it runs its own program.
+            process, feed, passing = _read(fd)
+            # Gone: it was killed while it started a process, which has the lock until it runs its own program.
+            if (passing or _is_gone(process)) and time.monotonic() < until:
                 time.sleep(0.05)
                 continue
             os.close(fd)
             raise StateLocked(f"The state {path.parent} is in use by {process}.", feed) from None
-        announce(fd, None)
+        announce(fd, None, brief=brief)
         return fd
 
 
@@ -74,7 +80,7 @@ def answering(root: Path) -> Path | None:
     except OSError:
         return None
     try:
-        _, feed = _read(fd)
+        _, feed, _ = _read(fd)
         if feed is not None:
             # Not tried without need: for this moment nobody else gets it.
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -101,16 +107,19 @@ def _is_gone(process: str) -> bool:
     return False
 
 
-def announce(fd: int, feed: Path | None) -> None:
-    """Write into a lock that is held by whom, and at which socket that process answers questions, if it does."""
+def announce(fd: int, feed: Path | None, *, brief: bool = False) -> None:
+    """Write into a lock who holds it, and at which socket that process answers questions, if it does."""
     me = f"process {os.getpid()} ({shlex.join(sys.argv)})".replace("\n", " ")
-    text = os.fsencode(f"{me}\n" if feed is None else f"{me}\nfeed {feed}\n")
+    more = f"feed {feed}\n" if feed is not None else f"{_BRIEF}\n" if brief else ""
+    text = os.fsencode(f"{me}\n{more}")
     with suppress(OSError):  # a full disk: the lock holds without a name in it
         os.pwrite(fd, text, 0)
         os.ftruncate(fd, len(text))
 
 
-def _read(fd: int) -> tuple[str, Path | None]:
+def _read(fd: int) -> tuple[str, Path | None, bool]:
+    """Return who holds a lock, at which socket it answers, and whether it has the lock for a moment only."""
     first, _, second = os.fsdecode(os.pread(fd, 65536, 0)).partition("\n")
     process = first.encode("utf-8", "replace").decode().strip() or "another process"
-    return process, Path(second.strip().removeprefix("feed ")) if second.startswith("feed ") else None
+    feed = Path(second.strip().removeprefix("feed ")) if second.startswith("feed ") else None
+    return process, feed, second.strip() == _BRIEF

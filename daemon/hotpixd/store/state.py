@@ -61,7 +61,7 @@ class StateMissing(StateError):  # noqa: N818 - a condition, not a fault
 class State:
     """An open state directory. One process at a time has it open, for writing or for reading."""
 
-    def __init__(self, root: Path | str, create: bool = True, *, locked: bool = False) -> None:
+    def __init__(self, root: Path | str, create: bool = True, *, brief: bool = False, locked: bool = False) -> None:
         """Lock and open the state, making what is missing of it.
 
         The lock is inherited by forks that do not exec: start worker processes by spawning.
@@ -69,6 +69,7 @@ class State:
         Parameters
         ----------
         create : whether a state is made if there is none
+        brief : whether it is closed again in a moment, or else `announce` called: who wants it meanwhile waits for that
         locked : whether the caller has the lock: see `held`
 
         Raises
@@ -94,7 +95,8 @@ class State:
                 if not (self.root / "ledger.sqlite").exists():
                     make_parents(self.root)
                 make_folder(self.root)
-                self._lock = os.open(os.devnull, os.O_RDONLY) if locked else lock.take(self.root / "lock")
+                file = self.root / "lock"
+                self._lock = os.open(os.devnull, os.O_RDONLY) if locked else lock.take(file, brief=brief)
                 try:
                     make_folder(self.root / "sensors")
                     make_folder(self.root / "incoming")

@@ -91,9 +91,10 @@ def test_growth_is_what_was_planted_within_its_uncertainty(told):
 def test_since_a_date_only_what_is_new_is_told(year, state):
     """Before the fourth session there is nothing of it, and after the last there is nothing."""
     since = str(year.sessions[3].begin.date())
-    new = asked(state, "--since", since)["sensors"][0]["new"]
-    assert {(d["x"], d["y"]) for d in new} == {site for site, session in year.onset.items() if session >= 4}
-    assert asked(state, "--since", "2026-01-01")["sensors"][0]["new"] == []
+    told = asked(state, "--since", since)["sensors"][0]
+    assert {(d["x"], d["y"]) for d in told["new"]} == {site for site, session in year.onset.items() if session >= 4}
+    later = asked(state, "--since", "2026-01-01")["sensors"][0]
+    assert later["new"] == later["sessions"] == later["months"] == later["events"] == []
     rows = _rows(run("history", "--since", since, "--state", state).stdout)
     assert rows
     assert min(rows) == since[:7]
@@ -101,6 +102,19 @@ def test_since_a_date_only_what_is_new_is_told(year, state):
     assert "no session since 2026-01-01" in none
     assert "0 new defects" not in none
     assert _rows(none) == []
+
+
+def test_json_leaves_out_what_the_table_does(year, state, told):
+    """JSON held the sessions, months and events of all time. How many there are in all is in both."""
+    fourth = year.sessions[3].begin
+    since = asked(state, "--since", fourth.date())["sensors"][0]
+    assert [s["session"] for s in since["sessions"]] == [4, 5, 6]
+    assert [m["month"] for m in since["months"]] == ["2025-04", "2025-05", "2025-06"]
+    assert since["events"] == [e for e in told["events"] if e["session"] >= 4]
+    assert len(since["events"]) < len(told["events"])
+    assert since["sessions_in_all"] == 6
+    assert {"begin": since["begin"], "end": since["end"]} == {"begin": told["begin"], "end": told["end"]}
+    assert "in 6 sessions, 2025-01" in run("history", "--since", fourth.date(), "--state", state).stdout
 
 
 def _rows(text: str) -> list[str]:

@@ -60,7 +60,9 @@ def history(state: State, *, sensor: str | None = None, since: str | None = None
     Parameters
     ----------
     sensor : which sensors, see `chosen`
-    since : ISO 8601 date or time, UTC; then `new` holds the defects that were not stable before
+    since
+        ISO 8601 date or time, UTC; then `new` holds the defects that were not stable before, and sessions, months and
+        events from before are left out
     gap_h : hours without a shot that part two sessions
 
     Raises
@@ -106,6 +108,7 @@ def of_sensor(ledger: Ledger, id_: str, identity: SensorIdentity, gap_h: float, 
     transitions = ledger.transitions(id_)
     if not len(frames.seqs):
         nothing: Answer = {"frames": 0, "frames_counted": 0, "defects_now": 0, "growth": None}
+        nothing |= {"begin": None, "end": None, "sessions_in_all": 0}
         return nothing | {key: [] for key in ("sessions", "months", "remaps", "defects", "events", "new")}
     sessions = Sessions(frames, gap_h)
     lives = _lives(transitions, frames)
@@ -119,9 +122,12 @@ def of_sensor(ledger: Ledger, id_: str, identity: SensorIdentity, gap_h: float, 
         ((seq, change, life) for life in lives for seq, change in life.changes), key=lambda c: (c[0], c[2].site)
     )
     change_s = [(sessions.time_s(seq), change) for seq, change, _ in changes]
-    return {
+    answer: Answer = {
         "frames": len(frames.seqs),
         "frames_counted": int(frames.counted.sum()),
+        "begin": when(sessions.first_s[0]),
+        "end": when(sessions.last_s[-1]),
+        "sessions_in_all": len(sessions.first_s),
         "defects_now": sum(life.stable for life in lives),
         "sessions": _sessions_told(sessions, frames, changes),
         "months": _months(frames, change_s),
@@ -141,6 +147,18 @@ def of_sensor(ledger: Ledger, id_: str, identity: SensorIdentity, gap_h: float, 
         "new": []
         if since_s is None
         else [one for one, life in zip(told, lives, strict=True) if sessions.time_s(life.stable_seqs[0]) >= since_s],
+    }
+    return answer if since_s is None else answer | _since(answer, since_s)
+
+
+def _since(answer: Answer, since_s: float) -> Answer:
+    """Return the sessions, months and events of an answer without those that were over before a moment."""
+    sessions = [one for one in answer["sessions"] if moment_s(one["end"]) >= since_s]
+    return {
+        "sessions": sessions,
+        # From the one in which the first of them begins; its numbers are those of the whole month.
+        "months": [one for one in answer["months"] if sessions and one["month"] >= sessions[0]["begin"][:7]],
+        "events": [one for one in answer["events"] if moment_s(one["at"]) >= since_s],
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -90,23 +89,18 @@ _LATEST_CHANGES, _LATEST_SESSIONS = 30, 12
 
 
 def print_history(answer: Answer, *, everything: bool = False) -> None:
-    """Print the answer of `history.history`: the latest sessions and changes, or all; none from before its `since`."""
-    # Not above: it loads numpy, which `status` does without.
-    from hotpixd.views.history import moment_s
-
+    """Print the answer of `history.history`: its latest sessions and changes, or all."""
     console = plain_console()
     if not answer["sensors"]:
         console.print("No sensor is known yet.")
     since = answer["since"]
-    since_s = -math.inf if since is None else moment_s(since)
     for sensor in answer["sensors"]:
-        sessions = sensor["sessions"]
-        told = [one for one in sessions if moment_s(one["end"]) >= since_s]
-        span = f", {_date(sessions[0]['begin'])} to {_date(sessions[-1]['end'])}" if sessions else ""
-        counts = f"{many(sensor['frames'], 'frame')} in {many(len(sessions), 'session')}"
+        sessions, months, events = sensor["sessions"], sensor["months"], sensor["events"]
+        span = f", {_date(sensor['begin'])} to {_date(sensor['end'])}" if sensor["frames"] else ""
+        counts = f"{many(sensor['frames'], 'frame')} in {many(sensor['sessions_in_all'], 'session')}"
         console.print(f"\n[bold]{escape(sensor_name(sensor))}[/bold]  {counts}{span}", soft_wrap=True)
         console.print(f"  {many(sensor['defects_now'], 'stable defect')}")
-        if since is not None and not told:
+        if since is not None and not sessions:
             console.print(f"  no session since {escape(printable(since))}")
         elif since is not None:
             console.print(f"  {many(len(sensor['new']), 'new defect')} since {escape(printable(since))}")
@@ -115,7 +109,7 @@ def print_history(answer: Answer, *, everything: bool = False) -> None:
         table = _table(
             "", "session", "frames", "counted", "exposure s", "sensor C", "new", "gone", "defects", left=("session",)
         )
-        shown = told if everything else told[-_LATEST_SESSIONS:]
+        shown = sessions if everything else sessions[-_LATEST_SESSIONS:]
         for one in shown:
             table.add_row(
                 str(one["session"]),
@@ -128,16 +122,14 @@ def print_history(answer: Answer, *, everything: bool = False) -> None:
                 _count(one["recovered"]),
                 str(one["defects"]),
             )
-        if told:
+        if sessions:
             _print_table(console, table)
-        months = [one for one in sensor["months"] if told and one["month"] >= told[0]["begin"][:7]]
         if len(months) > 1:
             table = _table("month", "frames", "new", "gone", "defects")
             for month in months:
                 changed = [_count(month["new"]), _count(month["recovered"])]
                 table.add_row(month["month"], str(month["frames"]), *changed, str(month["defects"]))
             _print_table(console, table)
-        events = [event for event in sensor["events"] if moment_s(event["at"]) >= since_s]
         table = _table("when", "session", "x", "y", "", "kind", "change", left=("when", "", "kind", "change"))
         latest = events if everything else events[-_LATEST_CHANGES:]
         for event in latest:
@@ -145,8 +137,8 @@ def print_history(answer: Answer, *, everything: bool = False) -> None:
             table.add_row(_minute(event["at"]), str(event["session"]), *where, event["kind"], event["change"])
         if latest:
             _print_table(console, table)
-        if len(shown) < len(told) or len(latest) < len(events):
-            left = f"{many(len(told) - len(shown), 'session')} and {many(len(events) - len(latest), 'change')}"
+        if len(shown) < len(sessions) or len(latest) < len(events):
+            left = f"{many(len(sessions) - len(shown), 'session')} and {many(len(events) - len(latest), 'change')}"
             console.print(f"  ... and before that {left}: hotpixd history --all", soft_wrap=True)
 
 

@@ -151,6 +151,15 @@ def test_one_of_a_thing_is_no_plural(capsys):
     assert "1 shot received but not folded" in said
 
 
+def test_an_answer_that_lacks_shots_is_warned_of_on_stderr(capsys):
+    """The answer itself goes to stdout, where another program may read it."""
+    tables.warn_of_waiting(0)
+    tables.warn_of_waiting(2)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == "hotpixd: 2 shots received but not folded; run scan again.\n"
+
+
 @pytest.mark.parametrize(
     ("text", "written"),
     [

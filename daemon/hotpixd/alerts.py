@@ -42,6 +42,7 @@ from hotpixd.core.sensor import FoldReport, Transition
 from hotpixd.store.durable import StateFull, failpoint
 from hotpixd.store.ledger import Ledger
 from hotpixd.store.outbox import Alert, Outbox
+from hotpixd.words import many
 
 log = logging.getLogger(__name__)
 
@@ -641,7 +642,7 @@ def composed(number: int, alerts: Sequence[Alert]) -> Message:
 
 def _heading(topic: str, count: int) -> str:
     if topic in _OF_DEFECTS:
-        return f"{count} {topic} {'defect' if count == 1 else 'defects'}"
+        return many(count, f"{topic} defect")
     words = {"refused": "shots refused", "clock": "clock", "damage": "damaged state", "silence": "no shots"}
     return words.get(topic, topic)
 
@@ -883,9 +884,9 @@ class Watchman:
         listed = count <= _LISTED and now - began_at <= self._alerts.settings.gather_s
         if listed or count == 10 ** (len(str(count)) - 1):
             was = "was refused" if fate == "refused" else "could not be taken"
-            many = "" if count == 1 else f" ({count} such shots by now)"
+            by_now = "" if count == 1 else f" ({count} such shots by now)"
             detail = {"path": str(path), "reason": reason, "count": count}
-            self._raise("refused", fate, f"{path.name} {was}{many}: {reason}", detail)
+            self._raise("refused", fate, f"{path.name} {was}{by_now}: {reason}", detail)
         self._runs[fate] = count, began_at, now
 
     def counted(self, sensor: str, description: str, counted: bool, because: str | None) -> None:

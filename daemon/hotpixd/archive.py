@@ -18,6 +18,7 @@ from hotpixd.store import checkpoint
 from hotpixd.store.durable import StateDamaged, StateError
 from hotpixd.store.ledger import ShotRow, link_of_chain
 from hotpixd.store.state import State
+from hotpixd.words import many
 
 if TYPE_CHECKING:
     from hotpixd.core.sensor import Sensor
@@ -357,7 +358,7 @@ def set_aside_unusable(state: State, found: Mapping[str, Standing]) -> Iterator[
         state.set_aside(state.spool.path(key))
     if orphans:
         yield (
-            f"{len(orphans)} {'shot' if len(orphans) == 1 else 'shots'} in the spool of which the ledger knows nothing"
+            f"{many(len(orphans), 'shot')} in the spool of which the ledger knows nothing"
             f" {'is' if len(orphans) == 1 else 'are'} kept in {state.root / 'damaged'}; if they are not taken again,"
             " scan them there."
         )

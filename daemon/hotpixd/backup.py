@@ -51,7 +51,8 @@ from hotpixd.store.durable import (
 from hotpixd.store.outbox import Outbox
 from hotpixd.store.state import State, StateDamaged, held, swap_in
 from hotpixd.views import answers
-from hotpixd.views.text import many, printable
+from hotpixd.views.text import printable
+from hotpixd.words import many
 
 FORMAT = 1
 """Version of the manifest and of what is in a backup."""

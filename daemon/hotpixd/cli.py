@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 import typer
 
 from hotpixd import __version__
+from hotpixd.words import many
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -501,7 +502,6 @@ def check_config(
     except configuration.ConfigError as error:
         _fail(str(error), WRONG_USE)
     from hotpixd.alerts import complaints
-    from hotpixd.views.text import many
 
     warned = (*configuration.warnings(loaded, path), *complaints(loaded.alerts.settings()))
     for sentence in warned:
@@ -537,10 +537,7 @@ def defects(
     answer = _asked(state, "defects", candidates=everything)
     waiting = answer.pop("waiting", 0)
     _print_json(answer) if as_json else tables.print_defects(answer)
-    if waiting:
-        from hotpixd.views.text import many
-
-        print(f"hotpixd: {many(waiting, 'shot')} received but not folded; run scan again.", file=sys.stderr)
+    tables.warn_of_waiting(waiting)
 
 
 @app.command()
@@ -862,7 +859,6 @@ def simulate(
     """Write shots of a virtual sensor with known defects, and truth.json that says which."""
     from hotpixd.scanning import progress
     from hotpixd.simulate import VirtualSensor, write_series
-    from hotpixd.views.text import many
 
     try:
         sensor = VirtualSensor(

@@ -24,7 +24,8 @@ from hotpixd.attached import OwnDaemon, leaving_by_signals, save_attached, show_
 from hotpixd.core.sensor import DetectionSettings
 from hotpixd.feed import FeedClient, FeedError
 from hotpixd.simulate import PlantedDefect, Scene, VirtualSensor
-from hotpixd.views.text import many, printable
+from hotpixd.views.text import printable
+from hotpixd.words import many
 
 _WIDTH, _HEIGHT = 750, 500
 _HOT_ADU_PER_S = (500.0, 12_000.0)

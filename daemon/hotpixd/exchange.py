@@ -21,7 +21,9 @@ from hotpixd.views import answers
 from hotpixd.views.exports import FORMATS, ExportError, Extras, Format, rawtherapee_name
 from hotpixd.views.imports import BY_ROWS, READERS, ListError, read_list
 from hotpixd.views.maps import STATES, Rows, defect_map
-from hotpixd.views.text import called, many, printable, sensor_name
+from hotpixd.views.tables import warn_of_waiting
+from hotpixd.views.text import called, printable, sensor_name
+from hotpixd.words import many
 
 Ask = Callable[..., dict[str, Any]]
 """Asks a question, of the state or of its daemon."""
@@ -133,8 +135,7 @@ def run_export(ask: Ask, order: ExportOrder) -> None:
             f"hotpixd: RawTherapee looks in its folder of dark frames for {names}; in a DNG it finds no serial number",
             file=sys.stderr,
         )
-    if answer.get("waiting"):
-        print(f"hotpixd: {many(answer['waiting'], 'shot')} received but not folded; run scan again.", file=sys.stderr)
+    warn_of_waiting(answer.get("waiting", 0))
 
 
 def _shift(order: ExportOrder, wanted: Format) -> tuple[int, int]:

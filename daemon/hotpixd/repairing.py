@@ -29,7 +29,8 @@ from hotpixd.views import rewriting
 from hotpixd.views.repair import Choice, PictureRefusedError, Plan, Sensor, Wish, WrongSensorError, planned, sensor_of
 from hotpixd.views.rewriting import jpeg
 from hotpixd.views.rewriting.errors import RewriteError
-from hotpixd.views.text import many, plain_console, printable, sensor_name
+from hotpixd.views.text import plain_console, printable, sensor_name
+from hotpixd.words import many
 
 _JPEG_REACH = 32
 """Pixels around a changed one that may change with it in a JPEG: a block of subsampled colour, and its smoothing."""

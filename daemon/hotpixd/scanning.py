@@ -19,7 +19,8 @@ from hotpixd.intake.files import Listing, find_shots
 from hotpixd.monitor import Fate, Monitor, Outcome
 from hotpixd.store.state import State
 from hotpixd.views import answers, tables
-from hotpixd.views.text import many, plain_console, printable
+from hotpixd.views.text import plain_console, printable
+from hotpixd.words import many
 
 _REFUSALS_SHOWN = 20
 _DEFECTS_SHOWN = 20

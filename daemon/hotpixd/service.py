@@ -52,7 +52,8 @@ from hotpixd.store.lock import default_state_dir
 from hotpixd.store.state import State, StateError, StateFull
 from hotpixd.systemd import Notifier
 from hotpixd.views import answers
-from hotpixd.views.text import identity_words, many, printable, sensor_name
+from hotpixd.views.text import identity_words, printable, sensor_name
+from hotpixd.words import many
 
 log = logging.getLogger("hotpixd")
 

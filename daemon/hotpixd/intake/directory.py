@@ -44,6 +44,7 @@ from hotpixd.intake.hints import Hint, Hints
 from hotpixd.intake.source import Seen, SourceState, Status, Step
 from hotpixd.intake.volumes import MOUNT_TABLE, Volume
 from hotpixd.intake.walk import MovingError, Picture, Place, Snapshot, place_of, snapshot_of
+from hotpixd.words import many
 
 _LOCAL_EVERY_S, _NETWORK_EVERY_S = 1.0, 10.0
 _NETWORK_SETTLE_S = 5.0
@@ -714,7 +715,7 @@ class DirectorySource:
 
     def _describe(self, snapshot: Snapshot) -> None:
         waiting = self._not_done()
-        said = [_counted(len(self._files), "file"), f"{len(waiting)} waiting"]
+        said = [many(len(self._files), "file"), f"{len(waiting)} waiting"]
         problem = next((file.problem for file in waiting if file.problem), None)
         if problem is not None:
             said.append(f"some cannot be opened: {problem}")
@@ -723,7 +724,7 @@ class DirectorySource:
         if stuck is not None:
             said.append(f"{stuck} does not become complete")
         if snapshot.closed:
-            said.append(f"{_counted(snapshot.closed, 'folder')} closed to us")
+            said.append(f"{many(snapshot.closed, 'folder')} closed to us")
         if self._hints.refused is not None:
             said.append(f"polling, since {self._hints.refused}")
         self._tell("watching", ", ".join(said), len(waiting))
@@ -770,7 +771,3 @@ def _below(folder: str, path: str) -> str:
 def _volume_at(snapshot: Snapshot, path: str) -> Volume:
     around = [root for root in snapshot.volumes if root == snapshot.place.folder or path.startswith(root + "/")]
     return snapshot.volumes[max(around, key=len)]
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -22,7 +22,8 @@ from hotpixd.core.accumulator import COUNTS
 from hotpixd.store.checkpoint import Generation
 from hotpixd.views.maps import COLUMNS, DefectMap, Pixel, Rows
 from hotpixd.views.opcodes import Dng, DngError
-from hotpixd.views.text import many, printable, sensor_name
+from hotpixd.views.text import printable, sensor_name
+from hotpixd.words import many
 
 if TYPE_CHECKING:
     from astropy.io.fits import Header

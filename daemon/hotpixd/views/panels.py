@@ -34,7 +34,8 @@ from hotpixd.views.drawing import (
     sensor_map,
     sparkline,
 )
-from hotpixd.views.text import many, sensor_name
+from hotpixd.views.text import sensor_name
+from hotpixd.words import many
 
 Sensor = Mapping[str, Any]
 """A sensor with its counters, as the live state describes it."""

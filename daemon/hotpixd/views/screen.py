@@ -35,7 +35,8 @@ from hotpixd.views.panels import (
     site_panel,
     source_lines,
 )
-from hotpixd.views.text import agreement_words, many, sensor_name
+from hotpixd.views.text import agreement_words, sensor_name
+from hotpixd.words import many
 
 SMALLEST = (80, 24)
 """Columns and lines without which the parts would not fit."""

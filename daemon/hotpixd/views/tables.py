@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from hotpixd.core.overview import STATIC_SCENE
-from hotpixd.views.text import agreement, agreement_words, history_words, many, plain_console, printable, sensor_name
+from hotpixd.views.text import agreement, agreement_words, history_words, plain_console, printable, sensor_name
+from hotpixd.words import many
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -233,8 +235,18 @@ def print_verify(answer: Answer) -> None:
         named = "; ".join(sensor_name(sensor) for sensor in sensors[:_NAMED])
         words += f" ({escape(named)}{'; ...' if len(sensors) > _NAMED else ''})"
     if answer["waiting"]:
-        words += f"; {many(answer['waiting'], 'shot')} received but not folded, which the next run folds"
+        words += f"; {_waiting_words(answer['waiting'])}, which the next run folds"
     plain_console().print(f"[bold]ok:[/bold] everything that was written can be believed, {words}.", soft_wrap=True)
+
+
+def warn_of_waiting(count: int) -> None:
+    """Warn on stderr that an answer lacks shots that were received but not folded, if it does."""
+    if count:
+        print(f"hotpixd: {_waiting_words(count)}; run scan again.", file=sys.stderr)
+
+
+def _waiting_words(count: int) -> str:
+    return f"{many(count, 'shot')} received but not folded"
 
 
 # Texts from outside are printed with soft_wrap: broken by us, they could begin a line with what looks like one of ours.

@@ -26,11 +26,6 @@ def plain_console(**settings: Any) -> Console:
     return Console(highlight=False, emoji=False, **settings)
 
 
-def many(count: int, noun: str) -> str:
-    """Return a count with its noun."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 def agreement(defects: Iterable[Mapping[str, Any]], declared: Iterable[tuple[int, int]]) -> dict[str, int]:
     """Count the pixels declared, found as well, declared only, and found (stable) only.
 

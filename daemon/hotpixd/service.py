@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
+from itertools import chain, repeat
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -234,7 +235,9 @@ class _Service:
 
     def run(self) -> int:
         config = self._config
-        with ExitStack() as stack:
+        with ExitStack() as stack, ThreadPoolExecutor(1, "kernels") as beside:
+            # Loading the kernels keeps one core busy, and loading the statistic the other.
+            warm_ups = chain([beside.submit(warm_up).result], repeat(warm_up))
             state = self._opened(stack)
             if state is None:
                 return 0
@@ -261,7 +264,7 @@ class _Service:
             log.info("%s", self._activity)
             self._orders.nothing_held = True
             with self._patience("compiling the kernels"):
-                self._despite_full_disk(warm_up)
+                self._despite_full_disk(lambda: next(warm_ups)())
             self._orders.nothing_held = False
             self._replay()
             # Not before: a shot that a replay finds lost is wanted again.
@@ -274,6 +277,8 @@ class _Service:
                 self._watching = True
                 while self._early:
                     self._answer(self._early.pop(0))
+                # However short ago it was: there were no sources yet.
+                self._ticked_at = 0.0
                 self._despite_full_disk(self._tick)
                 self._notifier.ready(self._activity)
                 log.info("hotpixd %s: %s; state in %s", __version__, self._activity, state.root)

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rawpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, SensorLayout, ShotInfo, ShotKind
 from hotpixd.core.sensor import DetectionSettings, FoldReport, Sensor
@@ -54,6 +56,20 @@ def shots(
             identity = SensorIdentity(source.make, source.model, source.serial, SampleKind.RENDERED, layout, "uint8")
             frame = replace(frame, sensor=identity, samples=samples, black_level_adu=None, white_level_adu=None)
         frames.append(frame)
+    return frames
+
+
+def developed(source: VirtualSensor, scene: Scene, count: int, folder: Path) -> list[Frame]:
+    """Release the shutter; LibRaw makes the JPEGs, whose interpolation rings where a photosite is clipped."""
+    frames = []
+    for index in range(count):
+        shot = source.shot(index, scene)
+        raw, jpeg = folder / f"{index:02d}.dng", folder / f"{index:02d}.jpg"
+        source.write_dng(raw, shot)
+        with rawpy.imread(str(raw)) as opened:
+            picture = opened.postprocess(use_camera_wb=True, no_auto_bright=True)
+        Image.fromarray(picture).save(jpeg, quality=92, subsampling="4:2:2")
+        frames.append(decode(jpeg, shot.kind))
     return frames
 
 
@@ -137,6 +153,33 @@ def test_rendered_defects_are_found_once_each():
     named = [planted[0] for planted in near.values()]
     assert len(set(named)) == len(pixels)
     assert {d for d in source.defects if d.kind == "hot"} <= set(named)
+
+
+SPREAD_OUT = [(x, y) for x in range(40, 280, 40) for y in (30, 90, 150)]
+
+
+def test_a_clipped_photosite_is_not_named_dead_for_what_it_drives_low(tmp_path: Path):
+    """Red is white all around it, so that hardly a sample is the highest; green there is the lowest in every frame."""
+    reds = [hot(x, y) for x, y in SPREAD_OUT]
+    dead = [PlantedDefect(x, y, "R", "dead", response=0.02) for x in range(60, 260, 40) for y in (60, 120)]
+    sensor = folded(developed(camera(*reds, *dead, seed=3), "moving", 20, tmp_path))
+    named = {sensor.layout.address(d.site)[:2]: d.kind for d in sensor.defects()}
+
+    def kinds_at(defect: PlantedDefect) -> list[str]:
+        return [kind for (x, y), kind in named.items() if max(abs(defect.x - x), abs(defect.y - y)) <= 2]
+
+    assert all(len(kinds_at(defect)) == 1 for defect in reds + dead)
+    assert not {"dead", "dim"} & {kind for defect in reds for kind in kinds_at(defect)}
+    assert sum(kinds_at(defect) == ["dead"] for defect in dead) >= 9
+
+
+def test_what_rings_around_a_clipped_photosite_is_no_defect(tmp_path: Path):
+    """It is a small part of what the photosite shows, but not of the one sample that it was found by."""
+    source = camera(*[hot(x, y, 20_000.0) for x, y in SPREAD_OUT])
+    sensor = folded(developed(source, "dark", 16, tmp_path))
+    pixels = [sensor.layout.address(d.site)[:2] for d in sensor.defects()]
+    assert len(pixels) == len(source.defects)
+    assert all(any(max(abs(d.x - x), abs(d.y - y)) <= 1 for d in source.defects) for x, y in pixels)
 
 
 @pytest.mark.parametrize("rendered", [False, True], ids=["raw", "rendered"])

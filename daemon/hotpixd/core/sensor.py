@@ -144,8 +144,8 @@ _MERGED_WITHIN = 2
 """Pixels. In a rendered picture one photosite spreads over its neighbours and several channels."""
 
 _ECHOES = ((8, 4.0), (20, 8.0))
-"""(pixels, ratio): a site with that many times less excess than one that near is its echo. JPEG codes blocks of 8 or 16
-pixels, and a strong defect, with what it smears, rings through its own."""
+"""(pixels, ratio): a site with that many times less excess than what is shown by one that near is its echo. JPEG codes
+blocks of 8 or 16 pixels, and a strong defect, with what it smears, rings through its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,6 +355,7 @@ class Sensor:
         fixed = tracks.rows["status"] != Status.CANDIDATE
         # What a known defect lights comes again with every frame, and there may be dozens around each.
         clear = ~_near_any(*self._pixels(sites), tx[fixed], ty[fixed], _MERGED_WITHIN)
+        clear[clear] = ~self._is_shadow(sites[clear])
         sites, log_e = sites[clear], log_e[clear]
         excess = np.abs(self._mean_excess(sites))
         order = np.lexsort((sites, -excess, -log_e))
@@ -461,12 +462,40 @@ class Sensor:
     def _is_echo(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
         rows = self._tracks.rows
         x, y = self._pixels(rows["site"])
-        excess = np.abs(self._mean_excess(rows["site"]))
+        excess = np.abs(self._mean_excess(rows["site"][positions]))
+        farthest = max(within for within, _ in _ECHOES)
+        sources = np.flatnonzero(_near_any(x, y, x[positions], y[positions], farthest))
+        # The sample that a clipped defect was found by may be a weak one: white all around hardly has a maximum.
+        strength = np.maximum(*self._extremes_around(rows["site"][sources]))
         echo = np.zeros(len(positions), bool)
         for k, i in enumerate(positions):
+            others = sources != i
             for within, ratio in _ECHOES:
-                echo[k] |= bool((excess[_near(x, y, x[i], y[i], within)] > ratio * excess[i]).any())
+                near = others & _near(x[sources], y[sources], x[i], y[i], within)
+                echo[k] |= bool((strength[near] > ratio * excess[k]).any())
         return echo
+
+    def _is_shadow(self, sites: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether sites are low only because of a bright photosite, which interpolation and sharpening ring beside."""
+        counts = self.accumulator.counts_at(sites)
+        # By its events: the mean of a stuck sample, which is now low, now high, may be a little low.
+        shadow = np.asarray(counts[1] > counts[0])
+        bright, deep = self._extremes_around(sites[shadow])
+        shadow[shadow] = bright > deep
+        return shadow
+
+    def _extremes_around(self, sites: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return how far the mean frame rises and falls at most among the pixels that one photosite spreads over."""
+        layout = self.layout
+        row, col = np.divmod(sites, layout.shape[1])
+        step = np.arange(-_MERGED_WITHIN, _MERGED_WITHIN + 1)
+        # Beyond the border the border itself: a site looked at twice changes no extreme.
+        ys = np.clip(row[:, None] + step, 0, layout.height - 1)
+        xs = np.clip(col[:, None] // layout.channels + step, 0, layout.width - 1)
+        pixels = ys[:, :, None] * layout.shape[1] + xs[:, None, :] * layout.channels
+        around = pixels[..., None] + np.arange(layout.channels)
+        excess = self._mean_excess(around.ravel()).reshape(around.shape)
+        return excess.max(axis=(1, 2, 3), initial=0.0), -excess.min(axis=(1, 2, 3), initial=0.0)
 
     def _log_e_now(self) -> NDArray[np.float64]:
         rows = self._tracks.rows

@@ -143,6 +143,9 @@ _STANDS_OUT = 2.0
 _MERGED_WITHIN = 2
 """Pixels. In a rendered picture one photosite spreads over its neighbours and several channels."""
 
+_AT_ONCE = 512
+"""Sites whose surroundings are looked at together."""
+
 _ECHOES = ((8, 4.0), (20, 8.0))
 """(pixels, ratio): a site with that many times less excess than what is shown by one that near is its echo. JPEG codes
 blocks of 8 or 16 pixels, and a strong defect, with what it smears, rings through its own."""
@@ -493,9 +496,14 @@ class Sensor:
         ys = np.clip(row[:, None] + step, 0, layout.height - 1)
         xs = np.clip(col[:, None] // layout.channels + step, 0, layout.width - 1)
         pixels = ys[:, :, None] * layout.shape[1] + xs[:, None, :] * layout.channels
-        around = pixels[..., None] + np.arange(layout.channels)
-        excess = self._mean_excess(around.ravel()).reshape(around.shape)
-        return excess.max(axis=(1, 2, 3), initial=0.0), -excess.min(axis=(1, 2, 3), initial=0.0)
+        around = (pixels[..., None] + np.arange(layout.channels)).reshape(len(sites), step.size**2 * layout.channels)
+        high, low = np.zeros((2, len(sites)))
+        # Each has dozens of samples around it, and each of these 48 neighbours: those of thousands fill the memory.
+        for start in range(0, len(sites), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            excess = self._mean_excess(around[part].ravel()).reshape(around[part].shape)
+            high[part], low[part] = excess.max(axis=1, initial=0.0), excess.min(axis=1, initial=0.0)
+        return high, -low
 
     def _log_e_now(self) -> NDArray[np.float64]:
         rows = self._tracks.rows

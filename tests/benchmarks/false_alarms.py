@@ -18,11 +18,15 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import rawpy
+from PIL import Image, ImageFilter
 
 from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, SensorLayout
 from hotpixd.core.sensor import DetectionSettings, Sensor
 from hotpixd.intake.decode import decode
 from hotpixd.simulate import SCENES, VirtualSensor
+
+INTERPOLATIONS = ("AHD", "VNG", "PPG", "DHT", "LINEAR")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,9 @@ class Series:
     jpeg: int | None
     """Quality in which pictures are written; None for none."""
 
+    develop: str | None
+    """LibRaw's interpolation by which they are developed, and sharpened; None: `VirtualSensor`'s, not sharpened."""
+
     prnu: float
     alpha: float
 
@@ -47,7 +54,11 @@ def frame_of(camera: VirtualSensor, index: int, series: Series) -> Frame:
     if series.jpeg:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "shot.jpg"
-            camera.write_jpeg(path, shot, series.jpeg)
+            if series.develop:
+                camera.write_dng(path.with_suffix(".dng"), shot)
+                _develop(path, series.develop, series.jpeg)
+            else:
+                camera.write_jpeg(path, shot, series.jpeg)
             return decode(path)
     frame = camera.frame(shot)
     if not series.rendered:
@@ -62,6 +73,15 @@ def frame_of(camera: VirtualSensor, index: int, series: Series) -> Frame:
         black_level_adu=None,
         white_level_adu=None,
     )
+
+
+def _develop(path: Path, algorithm: str, quality: int) -> None:
+    """Develop the DNG beside a JPEG into it, as a camera does."""
+    interpolation = rawpy.DemosaicAlgorithm[algorithm]
+    with rawpy.imread(str(path.with_suffix(".dng"))) as raw:
+        developed = raw.postprocess(demosaic_algorithm=interpolation, use_camera_wb=True, no_auto_bright=True)
+    sharpened = Image.fromarray(developed).filter(ImageFilter.UnsharpMask(1.0, 100, 0))
+    sharpened.save(path, quality=quality, subsampling="4:2:2")
 
 
 def false_ones(seed: int, series: Series) -> tuple[int, Counter[str]]:
@@ -88,11 +108,15 @@ def main() -> None:
     parser.add_argument("--scene", choices=SCENES, default="moving")
     parser.add_argument("--rendered", action="store_true", help="8-bit RGB instead of raw")
     parser.add_argument("--jpeg", type=int, metavar="QUALITY", help="JPEGs of this quality instead, from files")
+    parser.add_argument("--develop", choices=INTERPOLATIONS, help="them, by LibRaw's interpolation, and sharpened")
     parser.add_argument("--prnu", type=float, default=0.01, help="spread of the healthy sites' response")
     parser.add_argument("--first-seed", type=int, default=1000)
     parser.add_argument("--cores", type=int, default=2)
     given = parser.parse_args()
-    series = Series(given.frames, *given.size, given.scene, given.rendered, given.jpeg, given.prnu, given.alpha)
+    if given.develop and not given.jpeg:
+        parser.error("--develop needs --jpeg")
+    seen = given.scene, given.rendered, given.jpeg, given.develop
+    series = Series(given.frames, *given.size, *seen, given.prnu, given.alpha)
     seeds = range(given.first_seed, given.first_seed + given.sensors)
     # Spawned: numba's threads do not survive a fork.
     with get_context("spawn").Pool(given.cores) as pool:
@@ -102,7 +126,9 @@ def main() -> None:
     wrong = sum(1 for _, kinds in results if kinds)
     # Too small to matter: listed, without an alert. Darks find the long tail of healthy dark currents.
     alerted = sum(1 for _, kinds in results if set(kinds) - {"warm"})
-    samples = f"JPEG {given.jpeg}" if given.jpeg else "rendered" if given.rendered else "raw"
+    samples = "rendered" if given.rendered else "raw"
+    if given.jpeg:
+        samples = f"JPEG {given.jpeg}" + (f", {given.develop}, sharpened" if given.develop else "")
     listed = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none"
     out = sys.stdout.write
     heads = ("samples", "scene", "PRNU", "sensors", "frames (counted)", "false ones")

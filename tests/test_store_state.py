@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -281,6 +283,51 @@ def test_who_finds_a_state_in_use_for_a_moment_waits(tmp_path: Path, monkeypatch
     monkeypatch.setattr(lock, "_FREE_WITHIN_S", 0.2)
     with State(tmp_path, brief=True), pytest.raises(StateLocked, match=f"process {os.getpid()} "):
         State(tmp_path)
+
+
+def test_each_of_many_who_ask_has_its_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six scripts that ask without end, each for a second: some were turned away, though nobody held it for long."""
+    monkeypatch.setattr(lock, "_FREE_WITHIN_S", 1.0)
+    with ThreadPoolExecutor(1) as other:
+        asking = lock.take(tmp_path / "lock", brief=True)
+        waiting = other.submit(lock.take, tmp_path / "lock", brief=True)
+        for number in range(5):
+            time.sleep(0.4)
+            monkeypatch.setattr(sys, "argv", ["hotpixd", "status", str(number)])
+            lock.announce(asking, None, brief=True)
+        assert not waiting.done()
+        lock.release(asking)
+        lock.release(waiting.result(5))
+
+
+def test_who_has_just_closed_a_state_is_not_taken_for_the_next_who_has_it(tmp_path: Path) -> None:
+    """That takes the lock first and then writes its name: a daemon that is ending was asked, and did not answer."""
+    with State(tmp_path) as state:
+        state.announce(tmp_path / "feed.sock")
+    with ThreadPoolExecutor(1) as other, (tmp_path / "lock").open() as next_one:
+        fcntl.flock(next_one, fcntl.LOCK_EX)
+        waiting = other.submit(lock.take, tmp_path / "lock")
+        with pytest.raises(TimeoutError):
+            waiting.result(0.3)
+        fcntl.flock(next_one, fcntl.LOCK_UN)
+        lock.release(waiting.result(5))
+
+
+def test_who_waited_has_the_state_that_is_there_then(tmp_path: Path) -> None:
+    """`restore` and `rebuild` put another one into its place, whose lock is another file: two could have had it."""
+    root = tmp_path / "state"
+    root.mkdir()
+    with ThreadPoolExecutor(1) as other:
+        asking = lock.take(root / "lock", brief=True)
+        waiting = other.submit(lock.take, root / "lock")
+        with pytest.raises(TimeoutError):
+            waiting.result(0.3)
+        root.rename(tmp_path / "state.old")
+        root.mkdir()
+        lock.release(asking)
+        taken = waiting.result(5)
+        assert os.path.samestat(os.fstat(taken), (root / "lock").stat())
+        lock.release(taken)
 
 
 def test_a_state_that_was_closed_is_free_though_a_child_still_has_its_lock(tmp_path: Path):

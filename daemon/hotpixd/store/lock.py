@@ -51,24 +51,44 @@ def take(path: Path, *, brief: bool = False) -> int:
         If another process has it.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    until = time.monotonic() + _FREE_WITHIN_S
+    holder, until = "", 0.0
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             process, feed, passing = _read(fd)
+            if process != holder:
+                # Of those who ask each has its moment, however many come before us.
+                holder, until = process, time.monotonic() + _FREE_WITHIN_S
             # Gone: it was killed while it started a process, which has the lock until it runs its own program.
             if (passing or _is_gone(process)) and time.monotonic() < until:
                 time.sleep(0.05)
                 continue
             os.close(fd)
             raise StateLocked(f"The state {path.parent} is in use by {process}.", feed) from None
+        if not _is_at(path, fd):
+            # Another state was put into the place of this one meanwhile.
+            os.close(fd)
+            return take(path, brief=brief)
         announce(fd, None, brief=brief)
         return fd
 
 
+def _is_at(path: Path, fd: int) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(fd), path.stat())
+    return False
+
+
 def release(fd: int) -> None:
-    """Give the lock back. Closing it would not do: a process that is just being started has it, too, until it runs."""
+    """Give the lock back."""
+    # Until the next who takes it has written its name there, nobody may take us for who has it.
+    announce(fd, None, brief=True)
+    _let_go(fd)
+
+
+def _let_go(fd: int) -> None:
+    """Unlock and close. To close would not do: a process that is being started has the lock, too, until it runs."""
     fcntl.flock(fd, fcntl.LOCK_UN)
     os.close(fd)
 
@@ -89,7 +109,7 @@ def answering(root: Path) -> Path | None:
     except OSError:
         return None
     finally:
-        release(fd)
+        _let_go(fd)
     return None
 
 
@@ -108,7 +128,7 @@ def _is_gone(process: str) -> bool:
 
 
 def announce(fd: int, feed: Path | None, *, brief: bool = False) -> None:
-    """Write into a lock who holds it, and at which socket that process answers questions, if it does."""
+    """Write into a lock who holds it, and at which socket it answers questions, or that it has it for a moment only."""
     me = f"process {os.getpid()} ({shlex.join(sys.argv)})".replace("\n", " ")
     more = f"feed {feed}\n" if feed is not None else f"{_BRIEF}\n" if brief else ""
     text = os.fsencode(f"{me}\n{more}")

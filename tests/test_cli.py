@@ -28,9 +28,10 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from conftest import HOTPIXD, Camera, environment, feed, run, told
-from daemons import Daemon
+from daemons import Daemon, eventually
 from hotpixd import __version__
 from hotpixd.cli import app
+from hotpixd.feed_server import FeedServer
 from hotpixd.store.checkpoint import generations
 from hotpixd.store.state import State
 
@@ -382,6 +383,28 @@ def test_0_for_all_who_ask_at_once_and_the_daemon_that_starts_meanwhile(scanned,
         assert [each.wait(60) for each in asking] == [0] * len(asking)
     finally:
         daemon.close()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_0_when_the_daemon_ends_before_it_has_answered(scanned, tmp_path, killed):
+    """The state is asked itself when it is free. A killed daemon does not say goodbye, and its socket stays."""
+    root = harmed(scanned, tmp_path / "state")
+    alone = run("defects", "--json", "--state", root)
+    with State(root) as state:
+        daemon = FeedServer(tmp_path / "feed.sock", {}, lambda: None)
+        daemon.start()
+        state.announce(daemon.path)
+        command = [*HOTPIXD, "defects", "--json", "--state", str(root)]
+        asking = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+        eventually(lambda: daemon.asked, "it is asked")
+        if not killed:
+            state.announce(None)
+        daemon.stop()
+        # It has the state for a moment longer.
+        time.sleep(0.3)
+    out, _ = asking.communicate(timeout=60)
+    assert asking.returncode == 0
+    assert out == alone.stdout
 
 
 def test_1_when_a_shot_is_refused(camera, broken, tmp_path):

@@ -223,6 +223,28 @@ def test_a_second_process_is_told_who_has_the_state(camera: Camera, tmp_path, st
     assert first.stop() == 0
 
 
+def test_who_comes_while_it_ends_waits_for_that(camera: Camera, tmp_path, start):
+    """`kill PID; hotpixd watch ...` without a pause: what was asked then, and the next daemon, ended with 3."""
+    first = start("watch", camera.folder)
+    first.wait_folded(12)
+    lock = first.state / "lock"
+    first.process.send_signal(signal.SIGTERM)
+    while "\nfeed " in lock.read_text():
+        assert first.process.poll() is None
+    # Amid its last checkpoint.
+    first.process.send_signal(signal.SIGSTOP)
+    command = [*HOTPIXD, "status", "--state", str(first.state)]
+    asking = subprocess.Popen(command, env=first.env, stdout=subprocess.DEVNULL)
+    second = start("watch", camera.folder, wait=False)
+    with pytest.raises(subprocess.TimeoutExpired):
+        asking.wait(2)
+    assert second.process.poll() is None, second.log
+    first.process.send_signal(signal.SIGCONT)
+    assert (first.process.wait(60), asking.wait(60)) == (0, 0)
+    second.wait_ready()
+    assert second.stop() == 0
+
+
 def test_a_refused_shot_is_told_and_not_tried_again(camera: Camera, tmp_path, start):
     """A broken file costs a line in the log and in the status; the others are folded."""
     inbox = tmp_path / "inbox"

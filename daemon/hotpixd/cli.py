@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 DONE, SHOTS_REFUSED, WRONG_USE, STATE_UNUSABLE = 0, 1, 2, 3
 """Exit codes."""
+
+_TRIES, _AGAIN_S = 5, 0.2
+"""How often a question is asked whose daemon ends before it has answered, and the pause before it is asked again."""
 
 _Ask = Callable[..., dict[str, Any]]
 
@@ -932,7 +936,38 @@ def _known_sensor(answer: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _asking(state: Path | None, own: "Callable[[State], _Ask]") -> Iterator[_Ask]:
-    """Yield what answers questions: `own` makes it of the state, or else the daemon does that has it open."""
+    """Yield what answers questions: `own` makes it of the state, or else the daemon does that has it open.
+
+    If that ends, or is killed, what it has not answered is asked of the state itself, or of the daemon that comes next.
+    """
+    from hotpixd.feed import DaemonGone
+
+    answering: _Ask | None = None
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(DaemonGone):
+            # Already here: that a state cannot be used is said before all else.
+            answering = stack.enter_context(_answering(state, own))
+
+        def ask(question: str, /, **arguments: Any) -> dict[str, Any]:
+            nonlocal answering
+            for left in reversed(range(_TRIES)):
+                try:
+                    if answering is None:
+                        answering = stack.enter_context(_answering(state, own))
+                    return answering(question, **arguments)
+                except DaemonGone:
+                    if not left:
+                        raise
+                    answering = None
+                    time.sleep(_AGAIN_S)
+            raise AssertionError("unreachable")
+
+        yield ask
+
+
+@contextlib.contextmanager
+def _answering(state: Path | None, own: "Callable[[State], _Ask]") -> Iterator[_Ask]:
+    """Yield what `_asking` asks until a daemon ends."""
     from hotpixd.store import lock
 
     socket = lock.answering(_state_dir(state))

@@ -55,6 +55,10 @@ class FeedError(ConnectionError):
     """The feed cannot be served or followed, or a question was refused; a sentence for people."""
 
 
+class DaemonGone(FeedError):  # noqa: N818 - a condition, not a fault
+    """No daemon is there, or not any more: what it was asked last may have no answer, but may be done."""
+
+
 def as_json(value: Any) -> bytes:
     """Encode a value as JSON.
 
@@ -237,7 +241,7 @@ class _Line:
         if not isinstance(message, dict) or "type" not in message:
             raise self.foreign()
         if message["type"] == "bye":
-            raise FeedError(f"The daemon at {self._path} has stopped.")
+            raise DaemonGone(f"The daemon at {self._path} has stopped.")
         if message["type"] == "error" and "id" not in message:
             raise FeedError(f"The daemon at {self._path} refuses: {message.get('error')}")
         return message
@@ -266,8 +270,8 @@ class _Line:
         """Return what to raise when something is said that no daemon says."""
         return FeedError(f"What answers at {self._path} is not hotpixd.")
 
-    def _gone(self) -> FeedError:
-        return FeedError(f"The daemon at {self._path} has gone.")
+    def _gone(self) -> DaemonGone:
+        return DaemonGone(f"The daemon at {self._path} has gone.")
 
 
 def _connected(path: Path, timeout_s: float) -> socket.socket:
@@ -288,6 +292,9 @@ def _connected(path: Path, timeout_s: float) -> socket.socket:
     except PermissionError as error:
         connection.close()
         raise FeedError(f"The daemon's socket {path} is closed to this user; its group may use it.") from error
+    except (FileNotFoundError, ConnectionError) as error:
+        connection.close()
+        raise DaemonGone(f"No daemon answers at {path}: {error.strerror or error}.") from error
     except OSError as error:
         connection.close()
         raise FeedError(f"No daemon answers at {path}: {error.strerror or error}.") from error

@@ -667,6 +667,8 @@ class _Service:
 
     def _finish(self) -> int:
         self._notifier.stopping("writing a checkpoint")
+        # No question is answered any more: who comes now, or was not answered, has the state when it is closed.
+        self._state.announce(None)
         self._stop_sources()
         try:
             self._monitor.checkpoint()

@@ -150,9 +150,12 @@ class State:
             lock.release(self._lock)
             self._lock = -1
 
-    def announce(self, feed: Path) -> None:
-        """Write into the lock at which socket this process answers questions of those who find the state locked."""
-        lock.announce(self._lock, feed)
+    def announce(self, feed: Path | None) -> None:
+        """Write into the lock at which socket this process answers questions of those who find the state locked.
+
+        None: it answers no more, as it is about to close the state. Whoever wants it waits for that.
+        """
+        lock.announce(self._lock, feed, brief=feed is None)
 
     def sensor_folder(self, sensor_id: str) -> Path:
         """Return the folder of a sensor's generations; it is made if missing.

@@ -25,7 +25,7 @@ from hotpixd.store import lock
 from hotpixd.store.checkpoint import generations, newest
 from hotpixd.store.ledger import Received
 from hotpixd.store.lock import answering, default_state_dir
-from hotpixd.store.state import State, StateError, StateFull, StateLocked, StateMissing
+from hotpixd.store.state import State, StateError, StateFull, StateLocked, StateMissing, held, swap_in
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(hotpixd.__file__).parents[1])}
 
@@ -328,6 +328,23 @@ def test_who_waited_has_the_state_that_is_there_then(tmp_path: Path) -> None:
         taken = waiting.result(5)
         assert os.path.samestat(os.fstat(taken), (root / "lock").stat())
         lock.release(taken)
+
+
+def test_no_state_is_begun_where_one_is_being_put(tmp_path: Path) -> None:
+    """Of two `restore` at once each removed what the other had made, and both failed; a daemon lost its new state."""
+    root = tmp_path / "new" / "state"
+    with held(root) as there:
+        assert not there
+        with pytest.raises(StateLocked):
+            State(root)
+        with pytest.raises(StateLocked), held(root):
+            pass
+    assert not root.exists()
+    with held(root):
+        State(tmp_path / "made").close()
+        assert swap_in(tmp_path / "made", root) is None
+    assert [path.name for path in root.parent.iterdir()] == ["state"]
+    State(root, create=False).close()
 
 
 def test_a_state_that_was_closed_is_free_though_a_child_still_has_its_lock(tmp_path: Path):

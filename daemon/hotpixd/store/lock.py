@@ -66,7 +66,7 @@ def take(path: Path, *, brief: bool = False) -> int:
                 continue
             os.close(fd)
             raise StateLocked(f"The state {path.parent} is in use by {process}.", feed) from None
-        if not _is_at(path, fd):
+        if not is_at(path, fd):
             # Another state was put into the place of this one meanwhile.
             os.close(fd)
             return take(path, brief=brief)
@@ -74,7 +74,8 @@ def take(path: Path, *, brief: bool = False) -> int:
         return fd
 
 
-def _is_at(path: Path, fd: int) -> bool:
+def is_at(path: Path, fd: int) -> bool:
+    """Tell whether a lock that was taken is the one that is there now."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(fd), path.stat())
     return False

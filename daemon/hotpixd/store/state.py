@@ -310,18 +310,25 @@ class _Mark:
 def held(root: Path) -> Iterator[bool]:
     """Keep every process from a state, whatever is in it, while this lasts; tells whether there is one at all.
 
+    Where there is none, a folder with nothing but the lock keeps its place: nobody begins one there meanwhile.
+
     Raises
     ------
     StateLocked
         If a process has it open.
     """
-    if not root.exists():
-        yield False
-        return
+    there = root.exists()
+    if not there:
+        make_parents(root)
+        make_folder(root)
     fd = lock.take(root / "lock")
     try:
-        yield True
+        yield there
     finally:
+        if not there and lock.is_at(root / "lock", fd):
+            # Nothing was put there.
+            (root / "lock").unlink()
+            root.rmdir()
         lock.release(fd)
 
 
@@ -330,7 +337,7 @@ def swap_in(made: Path, root: Path) -> Path | None:
 
     Returns
     -------
-    Where the one that was there is kept now, None if there was none.
+    Where the one that was there is kept now, None if there was none, or nothing in it.
     """
     if not os.path.lexists(root):
         made.rename(root)
@@ -348,6 +355,9 @@ def swap_in(made: Path, root: Path) -> Path | None:
         root.rename(old)
         made.rename(root)
     fsync_folder(root.parent)
+    if {path.name for path in old.iterdir()} <= {"lock"}:
+        shutil.rmtree(old)
+        return None
     return old
 
 

@@ -155,6 +155,35 @@ def test_the_daemon_is_not_held_up_by_who_does_not_go_on(start, camera, tmp_path
     assert not list(daemon.state.glob("backup-*"))
 
 
+def test_who_is_killed_amid_a_backup_does_not_keep_others_from_theirs(start, camera, tmp_path):
+    """The next ended with 3 for a minute; a timer, which systemd may stop, does not run it again soon."""
+    daemon: Daemon = start("watch", "--plain", camera.folder)
+    daemon.wait_folded(12)
+    client = daemon.client()
+    client.ask("backup")
+    # Without a word, as if killed.
+    client.close()
+    done = run("backup", tmp_path / "b", "--state", daemon.state, env=daemon.env)
+    assert done.returncode == 0, done.stderr
+    assert not list(daemon.state.glob("backup-*"))
+    assert daemon.stop() == 0
+
+
+def test_a_backup_is_not_given_up_for_another_while_it_is_prepared(scanned, tmp_path):
+    """Which reads all of the state: whoever asked second in that time had the first end with 3."""
+    shutil.copytree(scanned, tmp_path / "state")
+    with State(tmp_path / "state") as state:
+        backups = Backups(state, live=True)
+        taken = backups.begin()
+        with pytest.raises(BackupError, match="Another backup"):
+            backups.begin()
+        number = backups.prepare(taken)["backup"]
+        assert backups.part(number, 0)["data"]
+        backups.begin(anyway=True)
+        backups.close()
+        assert not list(state.root.glob("backup-*"))
+
+
 def test_a_backup_that_nobody_asks_for_is_given_up(scanned, tmp_path):
     """After a minute another one may begin."""
     shutil.copytree(scanned, tmp_path / "state")

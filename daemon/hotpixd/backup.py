@@ -95,28 +95,40 @@ class Backups:
         self._live = live
         self._clock = clock
         self._making: _Tar | None = None
+        self._preparing: set[Path] = set()
+        """Snapshots that were taken and are not prepared yet."""
         self._asked_at = 0.0
         self._number = 0
 
-    def begin(self) -> Path:
+    def begin(self, *, anyway: bool = False) -> Path:
         """Take a snapshot; what was folded is best written to generations before.
+
+        Parameters
+        ----------
+        anyway : whether another backup that is being made is given up for it
 
         Raises
         ------
         BackupError
             If another backup is being made.
         """
-        if self._making is not None and self._clock() - self._asked_at < _IDLE_S:
+        making = self._making is not None and self._clock() - self._asked_at < _IDLE_S
+        if (making or self._preparing) and not anyway:
             raise BackupError("Another backup of this state is being made; try again when it is done.")
         self._asked_at = self._clock()
-        return snapshot(self._state)
+        taken = snapshot(self._state)
+        self._preparing.add(taken)
+        return taken
 
     def prepare(self, taken: Path) -> dict[str, Any]:
         """Decide what of a snapshot is in the backup, and return its number and size."""
         self.end()
-        self._making = _Tar(taken, live=self._live)
+        try:
+            self._making = _Tar(taken, live=self._live)
+            self._asked_at = self._clock()
+        finally:
+            self._preparing.discard(taken)
         self._number += 1
-        self._asked_at = self._clock()
         return {"backup": self._number, "size": self._making.size, "lacking": self._making.lacking}
 
     def part(self, number: int, offset: int) -> dict[str, Any]:
@@ -137,6 +149,12 @@ class Backups:
         """Give up the snapshot if nobody asks for it any more."""
         if self._making is not None and self._clock() - self._asked_at >= _IDLE_S:
             self.end()
+
+    def close(self) -> None:
+        """Give up all snapshots, when no other thread has to do with them any more."""
+        self.end()
+        for taken in self._preparing:
+            shutil.rmtree(taken, ignore_errors=True)
 
     def answer(self, question: str, **arguments: Any) -> dict[str, Any]:
         """Answer a question: `backup`, then `backup-part` until all is there, then `backup-end`."""

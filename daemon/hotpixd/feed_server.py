@@ -88,6 +88,11 @@ class Question:
         """Whether who asks may ask that."""
         return self.name not in CHANGING or self._asker.may_change
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether who asks has left."""
+        return self._asker.gone
+
     def answer(self, answer: Mapping[str, Any]) -> None:
         """Send the answer."""
         self._asker.reply(b'{"type":"answer","id":%b,"answer":%b}\n' % (self._id, as_json(answer)))

@@ -230,6 +230,8 @@ class _Service:
         self._activity = "starting"
         self._series: DarkSeries | None = None
         self._sources_changed = False
+        self._backed_up: Question | None = None
+        """The last one that a backup was begun for."""
         self._early: list[Question] = []
         """Asked before there were any sources."""
 
@@ -252,7 +254,7 @@ class _Service:
             self._backups = Backups(state, live=True)
             # One thread: of one backup after the other.
             self._packing = ThreadPoolExecutor(1, "backup")
-            stack.callback(self._backups.end)
+            stack.callback(self._backups.close)
             stack.callback(self._packing.shutdown, wait=True, cancel_futures=True)
             self._monitor = stack.enter_context(self._make_monitor(state))
             live = self._despite_full_disk(lambda: Live(state, self._monitor, self._listen(stack).publish))
@@ -826,7 +828,9 @@ class _Service:
             try:
                 with self._patience("taking a snapshot"):
                     self._monitor.checkpoint()
-                    taken = self._backups.begin()
+                    # Whoever wanted the one before may have been killed.
+                    taken = self._backups.begin(anyway=self._backed_up is not None and self._backed_up.is_gone)
+                    self._backed_up = question
             except StateError as error:
                 question.refuse(str(error))
                 return

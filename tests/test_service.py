@@ -223,6 +223,18 @@ def test_a_second_process_is_told_who_has_the_state(camera: Camera, tmp_path, st
     assert first.stop() == 0
 
 
+def test_stopped_while_it_compiles_it_leaves_no_socket(camera: Camera, tmp_path, runtime, start):
+    """It ends at once then, as a compiler does not stop; the state is free, and whole."""
+    daemon = start("watch", camera.folder, wait=False, NUMBA_CACHE_DIR=str(tmp_path / "kernels"))
+    eventually(lambda: "compiles the kernels" in daemon.log, "it compiles")
+    eventually(lambda: any((tmp_path / "kernels").rglob("*.nbi")), "the first kernel is compiled")
+    assert list(runtime.rglob("*.sock"))
+    assert daemon.stop() == 0
+    assert "everything is on the disk" not in daemon.log
+    assert not list(runtime.rglob("*.sock"))
+    assert daemon.ask("verify")["ok"]
+
+
 def test_who_comes_while_it_ends_waits_for_that(camera: Camera, tmp_path, start):
     """`kill PID; hotpixd watch ...` without a pause: what was asked then, and the next daemon, ended with 3."""
     first = start("watch", camera.folder)

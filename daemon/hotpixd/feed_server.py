@@ -169,12 +169,16 @@ class FeedServer:
         """Say goodbye to all clients, and remove the socket file unless it is another daemon's by now."""
         if self._loop is None or self._thread is None:
             return
-        with suppress(OSError):
-            if self._socket_file is not None and os.path.samestat(self.path.stat(), self._socket_file):
-                self.path.unlink()
+        self.remove_file()
         self._call(self._stopping.set)
         self._thread.join(_STOP_WITHIN_S)
         self._thread = None
+
+    def remove_file(self) -> None:
+        """Remove the socket file unless it is another daemon's by now: nobody new connects."""
+        with suppress(OSError):
+            if self._socket_file is not None and os.path.samestat(self.path.stat(), self._socket_file):
+                self.path.unlink()
 
     def publish(self, changes: Mapping[str, Any], gone: Iterable[str] = ()) -> None:
         """Set some keys of the live state and remove others; from any thread. An equal value is no change.

@@ -128,8 +128,8 @@ class Orders:
         self._wake = wake
         self.stop = False
         self.reload = False
-        self.nothing_held = False
-        """Whether the process may end at once, since it holds nothing yet."""
+        self.leave: Callable[[], None] | None = None
+        """The process may end at once with this, since it holds nothing yet."""
 
     @contextmanager
     def obeyed(self, *, reloadable: bool) -> Iterator[None]:
@@ -147,7 +147,8 @@ class Orders:
         if self.stop:
             # Safe at any moment: what was received is in the spool and the ledger.
             os._exit(128 + number)
-        if self.nothing_held:
+        if self.leave is not None:
+            self.leave()
             os._exit(0)
         self.stop = True
         self._wake()
@@ -264,10 +265,10 @@ class _Service:
             self._activity = "starting; the first start compiles the kernels, which takes up to half a minute"
             self._despite_full_disk(self._tick)
             log.info("%s", self._activity)
-            self._orders.nothing_held = True
+            self._orders.leave = self._listening.remove_file
             with self._patience("compiling the kernels"):
                 self._despite_full_disk(lambda: next(warm_ups)())
-            self._orders.nothing_held = False
+            self._orders.leave = None
             self._replay()
             # Not before: a shot that a replay finds lost is wanted again.
             self._seen = self._ledger.seen_files()

@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -405,6 +406,18 @@ def test_0_when_the_daemon_ends_before_it_has_answered(scanned, tmp_path, killed
     out, _ = asking.communicate(timeout=60)
     assert asking.returncode == 0
     assert out == alone.stdout
+
+
+@pytest.mark.parametrize("command", ["report", "backup a", "export csv -o a", "watch a --plain"])
+def test_3_when_the_current_folder_was_removed(scanned, tmp_path, command):
+    """As a script's own temporary folder may be: the bare "No such file or directory" did not say which."""
+    root = harmed(scanned, tmp_path / "state")
+    (tmp_path / "gone").mkdir()
+    words = [*HOTPIXD, *command.split(), "--state", str(root)]
+    shell = f"rmdir {tmp_path / 'gone'} && exec {shlex.join(words)}"
+    done = subprocess.run(shell, shell=True, cwd=tmp_path / "gone", env=environment(), capture_output=True, text=True)
+    assert done.returncode == 3
+    assert done.stderr == "hotpixd: the folder that this was started in is gone; change to one that is there\n"
 
 
 def test_1_when_a_shot_is_refused(camera, broken, tmp_path):

@@ -208,6 +208,11 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _words(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        try:
+            Path.cwd()
+        except FileNotFoundError:
+            return "the folder that this was started in is gone; change to one that is there"
     return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
 
 

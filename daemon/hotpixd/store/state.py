@@ -326,9 +326,10 @@ def held(root: Path) -> Iterator[bool]:
         yield there
     finally:
         if not there and lock.is_at(root / "lock", fd):
-            # Nothing was put there.
+            # Nothing was put there. Who waits for the lock may have made it anew, and has its state there then.
             (root / "lock").unlink()
-            root.rmdir()
+            with suppress(OSError):
+                root.rmdir()
         lock.release(fd)
 
 

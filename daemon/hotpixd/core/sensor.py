@@ -588,14 +588,18 @@ class Sensor:
         ]
 
     def _mean_excess(self, sites: NDArray[np.int64]) -> NDArray[np.float64]:
-        return self._mean_excess_and_spread(sites)[0]
+        """Mean-frame excess over the median of the neighbours, ADU."""
+        return np.asarray(self.accumulator.mean(sites) - np.median(self._mean_around(sites), axis=1))
 
     def _mean_excess_and_spread(self, sites: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Mean-frame excess over the median of the neighbours, and the neighbours' robust deviation, ADU."""
-        around = self.accumulator.mean(neighbours_of(sites, self.layout))
+        """The same, and the neighbours' robust deviation, ADU."""
+        around = self._mean_around(sites)
         median = np.median(around, axis=1)
         spread = 1.4826 * np.median(np.abs(around - median[:, None]), axis=1)
         return self.accumulator.mean(sites) - median, np.maximum(spread, 1e-3)
+
+    def _mean_around(self, sites: NDArray[np.int64]) -> NDArray[np.float64]:
+        return self.accumulator.mean(neighbours_of(sites, self.layout))
 
     def _pixels(self, sites: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         row, col = np.divmod(sites, self.layout.shape[1])

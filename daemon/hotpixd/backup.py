@@ -488,7 +488,6 @@ def restore(root: Path, file: Path, *, force: bool) -> list[str]:
                 )
             made = root.with_name(f"{root.name}.restoring")
             try:
-                root.parent.mkdir(parents=True, exist_ok=True)
                 _unpack(content, backup, made, file)
                 said = _proved(made, backup, file)
                 _own_like(root, made)
@@ -603,7 +602,6 @@ def rebuild(root: Path, fold: Callable[[State], int | None]) -> int:
     """
     root = root.expanduser().resolve()
     made = root.with_name(f"{root.name}.rebuilding")
-    root.parent.mkdir(parents=True, exist_ok=True)
     with held(root):
         with State(made) as state:
             code = fold(state)

@@ -85,8 +85,7 @@ BESIDE = frozenset(
         "durable.set_aside#2",
         "durable.written_beside#1",
         "durable.written_beside#2",
-        "state.swap_in#1",
-        "state.swap_in#2",
+        "state.swap_in",
     )
 )
 """The others: of commands that somebody waits for and repeats, and of evidence. No workload passes them."""

@@ -334,16 +334,12 @@ def held(root: Path) -> Iterator[bool]:
 
 
 def swap_in(made: Path, root: Path) -> Path | None:
-    """Put a finished state, which nobody has open, into the place of another, in one step and durably.
+    """Put a finished state, which nobody has open, into the place of one that is `held`, in one step and durably.
 
     Returns
     -------
     Where the one that was there is kept now, None if there was none, or nothing in it.
     """
-    if not os.path.lexists(root):
-        made.rename(root)
-        fsync_folder(root.parent)
-        return None
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     old = root.with_name(f"{root.name}.old-{stamp}")
     number = 1

@@ -955,17 +955,18 @@ def _asking(state: Path | None, own: "Callable[[State], _Ask]") -> Iterator[_Ask
 
         def ask(question: str, /, **arguments: Any) -> dict[str, Any]:
             nonlocal answering
-            for left in reversed(range(_TRIES)):
+            failed = 0
+            while True:
                 try:
                     if answering is None:
                         answering = stack.enter_context(_answering(state, own))
                     return answering(question, **arguments)
                 except DaemonGone:
-                    if not left:
+                    failed += 1
+                    if failed == _TRIES:
                         raise
                     answering = None
                     time.sleep(_AGAIN_S)
-            raise AssertionError("unreachable")
 
         yield ask
 

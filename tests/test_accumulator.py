@@ -80,17 +80,20 @@ def test_what_is_lent_stays_as_it_is(layout: SensorLayout, dtype: str, before: i
             accumulator.count(accumulator.fold(frame, lone=layout.mosaic), NEVER)
 
     folding = THREADS.submit(fold_the_rest)
-    while not accumulator.must_wait and not folding.done():
+    while accumulator.frames == before:
         time.sleep(0.001)
     time.sleep(0.01)
+    assert accumulator.must_wait
     assert accumulator.frames == before + 1
     for name, array in lent.items():
         np.testing.assert_array_equal(array, expected[name])
         loan.back[name].set()
         if name == COUNTS[-1]:
-            while not accumulator.must_wait and not folding.done():
+            while accumulator.frames < before + min(more, 4):
                 time.sleep(0.001)
-            assert folding.done() == (more <= 4)
+            time.sleep(0.01)
+            assert accumulator.must_wait == (more >= 4)
+            assert accumulator.frames == before + min(more, 4)
             assert not accumulator.may_sum_up
     folding.result()
     assert not accumulator.must_wait

@@ -238,11 +238,18 @@ def test_a_hang_is_noticed_and_ended(service: Service, camera: Camera):
 def test_how_it_hung_is_in_the_journal(service: Service):
     """The watchdog's SIGABRT, to a process that can still react: the traceback of every thread."""
     service.ctl("start")
-    service.machine.run("kill", "-ABRT", service.pid())
-    eventually(lambda: service.show("NRestarts") == "1" and service.show("ActiveState") == "active", "a restart")
-    assert "Fatal Python error: Aborted" in service.said()
-    # Line by line, and not before what systemd has to say.
-    eventually(lambda: "Current thread" in service.said(), "its threads are told")
+    # Python reads the stacks of threads that may be running, and ends where one changes under it: 6 of 400 times with
+    # three busy threads. What hung stands still.
+    for restarts in ("1", "2", "3"):
+        service.machine.run("kill", "-ABRT", service.pid())
+        eventually(lambda n=restarts: service.show("NRestarts") == n, "a restart")
+        eventually(lambda: service.show("ActiveState") == "active", "it is back")
+        # The last line it says.
+        eventually(lambda n=restarts: service.said().count("Extension modules:") == int(n), "its end is told")
+        assert "Fatal Python error: Aborted" in service.said()
+        if "Current thread" in service.said():
+            return
+    pytest.fail(service.said())
 
 
 def test_killed_it_comes_back_and_nothing_is_doubled(service: Service, camera: Camera):

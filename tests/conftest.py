@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,9 @@ from hotpixd.monitor import Monitor, Outcome
 from hotpixd.simulate import VirtualSensor, write_series
 from hotpixd.store.state import State
 from hotpixd.views import answers
+
+# A shell that starts them in the background has them ignore Ctrl-C, and whatever they start too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _SCRIPT = Path(sys.executable).with_name("hotpixd")
 HOTPIXD = [str(_SCRIPT)] if _SCRIPT.exists() else [sys.executable, "-c", "from hotpixd.cli import main; main()"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import Camera, environment, feed, same, told
+from conftest import Camera, environment, feed, run, same, told
 from daemons import Daemon, eventually
 from hotpixd.core.frame import Frame, ShotKind
 from hotpixd.intake import decoders as decoders_module
@@ -295,15 +295,44 @@ def test_a_decoder_that_dies_alone_is_nobodys_fault(plain: Decoders, good: Path)
     assert same(plain.decode(good), decode(good))
 
 
-def test_a_decoder_that_is_killed_at_work_is_tried_again(hostile: Callable[..., Decoders], tmp_path: Path):
-    """As the kernel does when memory runs out: the second try counts."""
+def test_a_decoder_that_is_killed_at_work_is_no_files_fault(hostile: Callable[..., Decoders], tmp_path: Path):
+    """As the kernel does when memory runs out: what the file does itself counts from then on."""
     own = hostile(patience_s=1.0)
     path = order(tmp_path, "sleep")
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(own.decode, path)
         os.kill(_busy(own), signal.SIGKILL)
-        with pytest.raises(DecodeError, match="killed by SIGKILL and it took too long"):
+        with pytest.raises(DecodeError, match=r"ended two decoders \(it took too long\)"):
             waiting.result(30)
+
+
+@pytest.mark.parametrize(("at_work", "starting"), [(5, 0), (0, 5), (3, 2), (6, 0), (7, 0)])
+def test_decoders_that_are_killed_again_and_again_are_started_again(
+    monkeypatch: pytest.MonkeyPatch, good: Path, at_work: int, starting: int
+):
+    """Memory is short for a while. But a file must not keep all others from being decoded: it may be what fills it."""
+    monkeypatch.setattr(decoders_module, "_AFTER_KILLS_S", (0.0,) * 5)
+    left = {"decode": at_work, "ready": starting}
+
+    def killed_first(name: str) -> Callable[..., object]:
+        method = getattr(decoders_module._Worker, name)
+
+        def kill(worker: decoders_module._Worker, *given: object, **named: object) -> object:
+            if left[name]:
+                left[name] -= 1
+                worker.kill()
+            return method(worker, *given, **named)
+
+        return kill
+
+    for name in left:
+        monkeypatch.setattr(decoders_module._Worker, name, killed_first(name))
+    with contextlib.closing(Decoders(1)) as own:
+        if at_work == 7:
+            with pytest.raises(DecodeError, match=r"ended two decoders \(it was killed by SIGKILL"):
+                own.decode(good)
+        assert same(own.decode(good), decode(good))
+    assert not any(left.values())
 
 
 def _busy(own: Decoders) -> int:
@@ -390,6 +419,16 @@ def test_hostile_files_among_good_ones_cost_only_themselves(
     for (id_, now), (_, then) in zip(mine["transitions"].items(), theirs["transitions"].items(), strict=True):
         # The same, at other places of the ledger.
         assert [(t.site, t.change, t.detail) for t in now] == [(t.site, t.change, t.detail) for t in then], id_
+
+
+def test_the_name_of_a_hostile_file_does_nothing_to_a_terminal(tmp_path: Path):
+    """A scan says at which file a decoder has ended."""
+    order(tmp_path, "crash").rename(tmp_path / "a\x1b[31m\nshot.jpg")
+    env = environment(PYTHONPATH=f"{HOOKS}:{environment()['PYTHONPATH']}")
+    done = run("scan", tmp_path, "--state", tmp_path / "state", env=env)
+    assert done.returncode == 1
+    assert r"a decoder ended at 'a\x1b[31m\nshot.jpg': it was killed by SIGSEGV" in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
 
 
 def test_the_daemon_goes_on_while_a_file_hangs(start: Callable[..., Daemon], tmp_path: Path, camera: Camera):

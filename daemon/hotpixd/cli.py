@@ -157,7 +157,7 @@ def main() -> None:
     # Before memory may be short: what says so needs it.
     from hotpixd.views.text import printable  # noqa: F401
 
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, handlers=[_to_stderr("%(name)s: %(message)s")])
     _prepare_cache()
     try:
         try:
@@ -1108,13 +1108,18 @@ def _leave_hung_reads(code: int) -> None:
 
 def _log_to(level: str) -> None:
     """Log to the journal if that is where stderr goes, else with the time to stderr."""
-    from hotpixd.systemd import PlainFormatter, log_to_journal
+    from hotpixd.systemd import log_to_journal
 
-    handler = log_to_journal(os.environ)
-    if handler is None:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler = log_to_journal(os.environ) or _to_stderr("%(asctime)s %(levelname)-7s %(message)s")
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def _to_stderr(form: str) -> logging.Handler:
+    from hotpixd.systemd import PlainFormatter
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PlainFormatter(form, "%Y-%m-%d %H:%M:%S"))
+    return handler
 
 
 class _Stop:

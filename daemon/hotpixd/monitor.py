@@ -661,7 +661,9 @@ class Monitor:
     def _decode_early(self, shot: FoundShot, key: str) -> None:
         """Start decoding while the shot is made durable; nobody sees the frame before that is done."""
         if shot.raw is None and len(self._waiting) + len(self._early) <= self._ahead:
-            self._early[key] = self._decoding.submit(self.decoders.decode, self._state.spool.path(key), shot.kind)
+            self._early[key] = self._decoding.submit(
+                self.decoders.decode, self._state.spool.path(key), shot.kind, name=Path(shot.origin or shot.path).name
+            )
 
     def _received_now(self, shot: FoundShot, key: str) -> Received:
         given: Literal["light", "dark"] | None = None if shot.kind is None else shot.kind.value
@@ -696,7 +698,9 @@ class Monitor:
         if replayed:
             return Waiting(row, self._decoding.submit(self._decode_again, row, kind), True, found)
         early = self._early.pop(row.key, None)
-        frame = early or self._decoding.submit(self.decoders.decode, self._state.spool.path(row.key), kind)
+        frame = early or self._decoding.submit(
+            self.decoders.decode, self._state.spool.path(row.key), kind, name=row.name
+        )
         if self._wake is not None:
             frame.add_done_callback(partial(_woken, self._wake))
         return Waiting(row, frame, False, found)
@@ -711,13 +715,13 @@ class Monitor:
         kept, original = spool.path(row.key), Path(row.path)
         luma = self._was_luma(row)
         if spool.verify(row.key):
-            return self.decoders.decode(kept, kind, luma=luma)
+            return self.decoders.decode(kept, kind, luma=luma, name=row.name)
         with contextlib.suppress(StateFull, FileNotFoundError):
             self._state.set_aside(kept)
         try:
             if Spool.hash_file(original) != row.key:
                 raise DecodeError(LOST)
-            return self.decoders.decode(spool.take(original, row.key), kind, luma=luma)
+            return self.decoders.decode(spool.take(original, row.key), kind, luma=luma, name=row.name)
         except SpoolError:
             raise DecodeError(LOST) from None
         except StateFull:

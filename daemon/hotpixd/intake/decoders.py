@@ -33,6 +33,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -63,6 +64,10 @@ _TRIES = 2
 _STARTS = 3
 """Workers that may fail to start before that is given up: then something is wrong here, and not with a file."""
 
+_AFTER_KILLS_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+"""Waits after workers that were killed with SIGKILL, for which a file is not to blame at first: where memory runs out,
+the kernel kills workers before anything else, whoever has filled it. What a file does by itself ends in other ways."""
+
 _LEAST_MEMORY, _MOST_MEMORY = 1 << 30, 4 << 30
 """Address space that a worker may take, bytes: half of the machine's memory, within these."""
 
@@ -73,6 +78,10 @@ class DecodersFailedError(OSError):
 
 class _Died(Exception):  # noqa: N818 - told on, never raised to a caller
     """A worker ended, or was ended, before it answered."""
+
+
+class _Killed(_Died):
+    """By SIGKILL, and not by us."""
 
 
 class Decoders:
@@ -102,7 +111,7 @@ class Decoders:
         self._idle: list[_Worker] = []
         self._all: set[_Worker] = set()
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed = threading.Event()
         self._with_loops: bool | None = None
         """Whether workers are started with the compiled loops; None: no file has asked for them yet."""
         self._told: set[str] = set()
@@ -111,12 +120,15 @@ class Decoders:
         for _ in range(count):
             self._starter.submit(self._start_early)
 
-    def decode(self, path: Path, kind: ShotKind | None = None, *, luma: bool | None = None) -> Frame:
+    def decode(
+        self, path: Path, kind: ShotKind | None = None, *, luma: bool | None = None, name: str | None = None
+    ) -> Frame:
         """Decode a file. Its samples are writable, and nobody changes them.
 
         Parameters
         ----------
         luma : if it is to be other than that of all files
+        name : what people know it by, if that is not the file's name
 
         Raises
         ------
@@ -135,14 +147,14 @@ class Decoders:
                 raise DecodeError("this is not a regular file")
             base, per_mb = self._patience
             wanted = self._luma if luma is None else luma
-            return self._decoded(file, path.name, kind, base + per_mb * about.st_size / 1e6, luma=wanted)
+            return self._decoded(file, name or path.name, kind, base + per_mb * about.st_size / 1e6, luma=wanted)
         finally:
             os.close(file)
 
     def close(self) -> None:
         """End all workers, whatever they do. Frames that were returned stay."""
         with self._lock:
-            self._closed = True
+            self._closed.set()
             for worker in self._all:
                 worker.kill()
         self._starter.shutdown(cancel_futures=True)
@@ -151,19 +163,21 @@ class Decoders:
         self._slots.close()
 
     def _decoded(self, file: int, name: str, kind: ShotKind | None, patience_s: float, *, luma: bool) -> Frame:
-        deaths = []
-        for _ in range(_TRIES):
-            worker = self._take()
+        deaths: list[str] = []
+        waits = iter(_AFTER_KILLS_S)
+        while len(deaths) < _TRIES:
+            worker = self._take(waits)
             # The last one may have ended anywhere in it.
             os.lseek(file, 0, os.SEEK_SET)
             try:
                 frame = worker.decode(file, kind, time.monotonic() + patience_s, luma=luma)
             except _Died as death:
                 self._discard(worker)
-                deaths.append(str(death))
-                if self._closed:
-                    break
-                log.warning("a decoder ended at %s: %s", name, death)
+                if self._closed.is_set():
+                    raise DecodersFailedError("The decoders were closed.") from None
+                log.warning("a decoder ended at %r: %s", name, death)
+                if not self._was_by_others(death, waits):
+                    deaths.append(str(death))
             except BaseException:
                 self._give_back(worker)
                 raise
@@ -172,42 +186,49 @@ class Decoders:
                 if worker.wants_loops:
                     self._replace_all()
                 return frame
-        if self._closed:
-            raise DecodersFailedError("The decoders were closed.")
         how = deaths[0] if len(set(deaths)) == 1 else " and ".join(deaths)
         raise DecodeError(f"it ended two decoders ({how}), so it is left alone; a good picture that does so is a fault")
 
-    def _take(self) -> _Worker:
+    def _was_by_others(self, death: _Died, waits: Iterator[float]) -> bool:
+        """Whether a worker was killed, most likely by something else than its file; waits until that may be over."""
+        wait = next(waits, None) if isinstance(death, _Killed) else None
+        if wait is None:
+            return False
+        self._closed.wait(wait)
+        return True
+
+    def _take(self, waits: Iterator[float]) -> _Worker:
         """Return a worker that waits for a job."""
-        failure = "they were closed"
-        for attempt in range(_STARTS):
-            if self._closed:
-                break
-            if attempt:
-                time.sleep(1.0)
+        failures: list[str] = []
+        while len(failures) < _STARTS and not self._closed.is_set():
+            if failures:
+                self._closed.wait(1.0)
             try:
                 worker = self._idle_one() or self._starter.submit(self._start).result()
             except (OSError, RuntimeError) as error:
-                failure = str(error)
+                failures.append(str(error))
                 continue
             try:
                 missing = worker.ready(time.monotonic() + _START_WITHIN_S)
             except _Died as death:
                 self._discard(worker)
-                failure = str(death)
+                if self._was_by_others(death, waits):
+                    continue
+                failures.append(str(death))
                 if worker.with_loops:
-                    self._give_up_loops(failure)
+                    self._give_up_loops(failures[-1])
                 continue
             if worker.no_loops is not None:
                 self._give_up_loops(worker.no_loops)
             for name in missing:
                 self._say_once(f"this kernel has no {name}: decoders are less well locked in")
             return worker
+        failure = "they were closed" if self._closed.is_set() else failures[-1]
         raise DecodersFailedError(f"The decoder processes do not start: {failure}.")
 
     def _idle_one(self) -> _Worker | None:
         with self._lock:
-            if self._closed:
+            if self._closed.is_set():
                 return None
             for worker in [worker for worker in self._idle if worker.with_loops and worker.has_spoken()]:
                 try:
@@ -236,7 +257,7 @@ class Decoders:
     def _replace_all(self) -> None:
         """Start as many workers with the compiled loops as there are without, once."""
         with self._lock:
-            if self._with_loops is not None or self._closed:
+            if self._with_loops is not None or self._closed.is_set():
                 return
             self._with_loops = True
             for worker in self._all:
@@ -263,7 +284,7 @@ class Decoders:
 
     def _start(self) -> _Worker:
         with self._lock:
-            if self._closed:
+            if self._closed.is_set():
                 raise DecodersFailedError("they were closed")
             worker = _Worker(self._memory, self._slots, self._with_loops is True)
             self._all.add(worker)
@@ -477,7 +498,7 @@ class _Worker:
         try:
             self._talk.sendmsg([json.dumps(message).encode()], with_file)
         except OSError as error:
-            raise _Died(self._how_it_ended()) from error
+            raise self._death() from error
 
     def _hear(self, until: float, late: str) -> dict[str, Any]:
         self._talk.settimeout(max(until - time.monotonic(), 0.001))
@@ -489,18 +510,20 @@ class _Worker:
         except (OSError, ValueError):
             answer = None
         if not isinstance(answer, dict):
-            raise _Died(self._how_it_ended())
+            raise self._death()
         return answer
 
-    def _how_it_ended(self) -> str:
+    def _death(self) -> _Died:
+        """Return how it ended, or that it has not."""
         try:
             code = self._process.wait(1.0)
         except subprocess.TimeoutExpired:
-            return "it made no sense"
-        if code < 0:
-            with suppress(ValueError):
-                return f"it was killed by {signal.Signals(-code).name}"
-        return f"it ended with code {code}"
+            return _Died("it made no sense")
+        if -code == signal.SIGKILL:
+            return _Killed("it was killed by SIGKILL, as where memory runs out")
+        with suppress(ValueError):
+            return _Died(f"it was killed by {signal.Signals(-code).name}")
+        return _Died(f"it ended with code {code}")
 
 
 def _environment() -> dict[str, str]:

@@ -361,8 +361,9 @@ def test_a_camera_that_stays_busy_ends_it(
     monkeypatch.setattr(darks, "_BUSY_S", 0.5)
     before = set_to(camera)
     # Between two darks: one that was exposed and cannot be fetched is waited for, much longer.
-    series = darkroom.begin(frames=10, cooldown_s=2.0)
+    series = darkroom.begin(frames=10, cooldown_s=3.0)
     darkroom.wait(lambda: series.state()["taken"] == 1, series)
+    darkroom.wait(lambda: all(not source.waiting for source in darkroom.tether.source.states()), series)
     camera.behave(busy_operations=1_000_000)
     state = darkroom.end(series)
     assert (state["stage"], state["detail"].partition(". ")[0]) == ("failed", "The camera has been busy for 0.5 s")

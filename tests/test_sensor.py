@@ -116,6 +116,20 @@ def test_hot_samples_of_tracked_stars_are_found_and_no_star():
     assert found(sensor) == {d.y * 600 + d.x for d in source.defects}
 
 
+@pytest.mark.parametrize("scenes", [("tracked", "moving"), ("moving", "tracked"), ("tracked", "dithered", "flat")])
+def test_stars_are_no_defects_whatever_else_was_shot(scenes: tuple[Scene, ...]):
+    """In the mean of a night's frames and a day's a star hardly shows; in those that suspect it, it does."""
+    source = VirtualSensor(600, 400, **NONE | {"hot": 6}, seed=2, hot_range_adu_per_s=STRONG_ADU_PER_S)
+    sensor = folded([source.frame(source.shot(i, scenes[i // 12])) for i in range(12 * len(scenes))])
+    assert found(sensor) == {d.y * 600 + d.x for d in source.defects}
+
+
+def test_a_second_field_of_stars_makes_no_defects_of_the_first():
+    """One camera, two targets."""
+    fields = [VirtualSensor(600, 400, **NONE, seed=seed, serial="V") for seed in (3, 4)]
+    assert not found(folded([fields[i // 12].frame(fields[i // 12].shot(i, "tracked")) for i in range(36 - 12)]))
+
+
 @pytest.mark.parametrize("rendered", [False, True], ids=["raw", "rendered"])
 def test_many_defects_are_not_taken_for_a_scene_that_stands_still(rendered: bool):
     """500 per megapixel, in a night sky that wanders: what comes again in every frame are they."""

@@ -36,7 +36,9 @@ class Series:
     frames: int
     width: int
     height: int
-    scene: str
+    scenes: tuple[str, ...]
+    """One after the other, of equally many frames each."""
+
     rendered: bool
     jpeg: int | None
     """Quality in which pictures are written; None for none."""
@@ -50,7 +52,8 @@ class Series:
 
 def frame_of(camera: VirtualSensor, index: int, series: Series) -> Frame:
     """Release the shutter once; a rendered picture is the camera's own development, without a file between."""
-    shot = camera.shot(index, series.scene)  # type: ignore[arg-type]
+    scene = series.scenes[index * len(series.scenes) // series.frames]
+    shot = camera.shot(index, scene)  # type: ignore[arg-type]
     if series.jpeg:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "shot.jpg"
@@ -105,7 +108,7 @@ def main() -> None:
     parser.add_argument("--sensors", type=int, default=200)
     parser.add_argument("--frames", type=int, default=60)
     parser.add_argument("--size", type=int, nargs=2, default=(300, 200), metavar=("WIDTH", "HEIGHT"))
-    parser.add_argument("--scene", choices=SCENES, default="moving")
+    parser.add_argument("--scene", choices=SCENES, nargs="+", default=["moving"], help="several: one after the other")
     parser.add_argument("--rendered", action="store_true", help="8-bit RGB instead of raw")
     parser.add_argument("--jpeg", type=int, metavar="QUALITY", help="JPEGs of this quality instead, from files")
     parser.add_argument("--develop", choices=INTERPOLATIONS, help="them, by LibRaw's interpolation, and sharpened")
@@ -115,7 +118,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.develop and not given.jpeg:
         parser.error("--develop needs --jpeg")
-    seen = given.scene, given.rendered, given.jpeg, given.develop
+    seen = tuple(given.scene), given.rendered, given.jpeg, given.develop
     series = Series(given.frames, *given.size, *seen, given.prnu, given.alpha)
     seeds = range(given.first_seed, given.first_seed + given.sensors)
     # Spawned: numba's threads do not survive a fork.
@@ -135,7 +138,7 @@ def main() -> None:
     heads += ("sensors with any", "with any not warm", "bound (alpha)")
     out(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}\n")
     out(
-        f"| {samples} | {given.scene} | {given.prnu:.1%} | {given.sensors} | {given.frames} ({counted:.0f}) "
+        f"| {samples} | {', '.join(given.scene)} | {given.prnu:.1%} | {given.sensors} | {given.frames} ({counted:.0f}) "
         f"| {kinds.total()} ({listed}) | {wrong / given.sensors:.1%} | {alerted / given.sensors:.1%} "
         f"| {given.alpha:.0%} |\n"
     )

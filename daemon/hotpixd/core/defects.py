@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hotpixd.core.accumulator import Accumulator
-from hotpixd.core.frame import Frame, SampleKind, SensorLayout, ShotKind
-from hotpixd.core.tracks import OBSERVATION, Kind, Tracks
+from hotpixd.core.frame import Frame, SampleKind, Samples, SensorLayout, ShotKind
+from hotpixd.core.tracks import OBSERVATION, Kind, Tracks, neighbours_of
 
 BASE_ISO = 100.0
 """Excess is compared between frames per second of exposure at this ISO."""
@@ -150,6 +150,12 @@ def observe(frame: Frame, events: NDArray[np.uint8], tracks: Tracks, positions: 
     seen["events"] = events[row, col]
     seen["dark"] = frame.kind is ShotKind.DARK
     return seen
+
+
+def excess_in(samples: Samples, sites: NDArray[np.int64], layout: SensorLayout) -> NDArray[np.float64]:
+    """Return the excess of sites over the median of their neighbours in one frame, ADU."""
+    flat = samples.ravel()
+    return np.asarray(flat[sites] - np.median(flat[neighbours_of(sites, layout)], axis=1))
 
 
 def weigh(

@@ -15,10 +15,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hotpixd import core
 from hotpixd.core import defects, evidence
 from hotpixd.core.accumulator import HELD_BYTES, Accumulator, EachSlab, FrameEvents, Loan, Zeros
 from hotpixd.core.defects import Defect
-from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, SensorLayout, ShotInfo, ShotKind
+from hotpixd.core.frame import Frame, SampleKind, Samples, SensorIdentity, SensorLayout, ShotInfo, ShotKind
 from hotpixd.core.overview import STATIC_SCENE, Overview
 from hotpixd.core.tracks import OBSERVATION, RECENT, Kind, Status, Tracks, neighbours_of
 
@@ -317,6 +318,8 @@ class Sensor:
             self.accumulator.unmask(frame.samples, events, known, lone=lone)
         transitions = self._count(events, seq)
         sites, seen = self._observe(frame, events)
+        if light and self.layout.mosaic:
+            self._look_beside(frame.samples, events)
         transitions += self._settle(seen, seq)
         transitions.sort(key=lambda t: t.site)
         return FoldReport(True, None, lift, tuple(transitions), sites, seen, events.fingerprint)
@@ -384,6 +387,30 @@ class Sensor:
         self._tracks.observe(positions, seen)
         return self._tracks.rows["site"][positions], seen
 
+    def _look_beside(self, samples: Samples, events: FrameEvents) -> None:
+        """Add up how much of their excess the adjacent sites share, of those that this frame gives cause to suspect."""
+        tracks = self._tracks
+        row, col = np.divmod(tracks.rows["site"], self.layout.shape[1])
+        high = events.events[row, col] & core.kernels.HIGH != 0
+        suspected = np.flatnonzero(high & (tracks.rows["status"] != Status.STABLE))
+        sites = tracks.rows["site"][suspected]
+        adjacent, telling, _ = self._adjacent(sites)
+        around = np.zeros(adjacent.shape)
+        around[telling] = defects.excess_in(samples, adjacent[telling], self.layout)
+        own = defects.excess_in(samples, sites, self.layout)
+        # Each frame has one vote: a detail of a moving scene may be brighter than a star in ten frames.
+        share = around.sum(axis=0) / np.maximum(telling.sum(axis=0), 1) / np.maximum(own, 1e-9)
+        tracks.beside[suspected] += np.where(own > 0, [np.ones(len(own)), np.clip(share, -1, 1)], 0.0).T
+
+    def _adjacent(self, sites: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.float64]]:
+        """Return the 8 adjacent sites of each, (8, K), which of them tell of a star, and the share on the sensor."""
+        y, x = np.divmod(sites, self.layout.shape[1])
+        ny, nx = y + _ADJACENT[:, :1], x + _ADJACENT[:, 1:]
+        there = (ny >= 0) & (nx >= 0) & (ny < self.layout.shape[0]) & (nx < self.layout.shape[1])
+        adjacent = np.where(there, ny * self.layout.shape[1] + nx, 0)
+        # An adjacent defect is no sign of a star.
+        return adjacent, there & ~np.isin(adjacent, self._tracks.rows["site"]), there.mean(axis=0)
+
     def _settle(self, seen: NDArray[Any], seq: int) -> list[Transition]:
         """Move sites through their life cycle after a counted frame."""
         tracks = self._tracks
@@ -427,6 +454,7 @@ class Sensor:
         # What made it stable is spent: to come back it needs new evidence.
         rows["base"][healed] = self.accumulator.counts_at(rows["site"][healed]).T
         rows["base_counted"][healed] = self.accumulator.counted
+        self._tracks.beside[healed] = 0.0
         return self._transitions("recovered", healed)
 
     def _is_no_defect(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -440,27 +468,26 @@ class Sensor:
         return np.zeros(len(positions), bool)
 
     def _is_point_source(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """A star that stays raises its 8 adjacent sites over their own planes, in the mean frame; a defect does not."""
-        rows = self._tracks.rows
-        sites = rows["site"][positions]
-        y, x = np.divmod(sites, self.layout.shape[1])
+        """A star that stays raises its 8 adjacent sites over their own planes; a defect does not.
+
+        In the frames that suspect the site, whatever other frames show; and in the mean frame, which knows of more.
+        """
+        sites = self._tracks.rows["site"][positions]
+        adjacent, telling, on_sensor = self._adjacent(sites)
+        # Of a star beyond the border, those on the sensor are the farther ones.
+        limit = self.settings.spread_limit * on_sensor
+        frames, share = self._tracks.beside[positions].T
+        then = (frames > 0) & (share >= limit * frames)
         own = self._mean_excess(sites)
-        ny, nx = y + _ADJACENT[:, :1], x + _ADJACENT[:, 1:]
-        there = (ny >= 0) & (nx >= 0) & (ny < self.layout.shape[0]) & (nx < self.layout.shape[1])
-        neighbour = np.where(there, ny * self.layout.shape[1] + nx, 0)
-        # An adjacent defect is no sign of a star.
-        there &= ~np.isin(neighbour, rows["site"])
-        around, clear = np.full((2, *there.shape), np.nan)
-        excess, spread = self._mean_excess_and_spread(neighbour[there])
-        around[there] = excess
-        clear[there] = excess / spread
-        n = np.maximum(np.isfinite(around).sum(axis=0), 1)
-        ratio = np.nansum(around, axis=0) / n / np.maximum(own, 1e-9)
+        around, clear = np.zeros((2, *adjacent.shape))
+        excess, spread = self._mean_excess_and_spread(adjacent[telling])
+        around[telling], clear[telling] = excess, excess / spread
+        n = np.maximum(telling.sum(axis=0), 1)
         # After few frames of moving scenes the mean frame is uneven everywhere, not only here.
-        stands_out = np.nansum(clear, axis=0) / n > _STANDS_OUT
+        stands_out = clear.sum(axis=0) / n > _STANDS_OUT
+        always = (own > 0) & stands_out & (around.sum(axis=0) / n >= limit * own)
         counts = self.accumulator.counts_at(sites)
-        bright = (counts[0] > counts[1]) & (own > 0)
-        return np.asarray(bright & stands_out & (ratio >= self.settings.spread_limit))
+        return np.asarray((counts[0] > counts[1]) & (then | always))
 
     def _is_echo(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
         rows = self._tracks.rows

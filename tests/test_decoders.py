@@ -126,6 +126,21 @@ def test_formats_whose_readers_are_found_later_decode_too(plain: Decoders, tmp_p
             assert same(frame, expected), path
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("options", [{}, {"planarconfig": "separate"}, {"tile": (32, 32)}, {"byteorder": ">"}])
+def test_colour_tiffs_decode_whether_or_not_they_are_read_straight_into_the_memory(
+    plain: Decoders, tmp_path: Path, dtype: type, options: dict[str, object]
+):
+    """Found by a user: memory was asked for in three dimensions, and every uncompressed RGB TIFF was refused."""
+    tifffile = pytest.importorskip("tifffile")
+    samples = colour().astype(dtype) * (257 if dtype is np.uint16 else 1)
+    stored = np.moveaxis(samples, -1, 0) if "planarconfig" in options else samples
+    tifffile.imwrite(tmp_path / "shot.tif", stored, photometric="rgb", **options)
+    frame = plain.decode(tmp_path / "shot.tif")
+    assert same(frame, decode(tmp_path / "shot.tif"))
+    assert np.array_equal(frame.samples, samples.reshape(len(samples), -1))
+
+
 def test_refusals_are_those_of_this_process(plain: Decoders, tmp_path: Path, good: Path):
     """With their reasons, word by word."""
     cases = {"empty.jpg": b"", "text.jpg": b"no picture at all", "cut.dng": good.read_bytes()[:4000]}

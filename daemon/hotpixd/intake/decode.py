@@ -102,8 +102,8 @@ _CFA, _LINEAR_RAW = 32803, 34892
 _RAW_COMPRESSIONS = {262, 32767, 32769, 32770, 34713, 65000, 65535}
 
 
-Place = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
-"""Gives memory for samples, by shape and type; C-contiguous."""
+Place = Callable[[tuple[int, int], np.dtype[Any]], NDArray[Any]]
+"""Gives memory for samples, by shape (rows, columns * channels) and type; C-contiguous."""
 
 _Loaded = TypeVar("_Loaded")
 _warnings_lock = threading.Lock()
@@ -120,7 +120,7 @@ class _Memory:
         self._place = place
         self._given: NDArray[Any] | None = None
 
-    def give(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    def give(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Return memory for samples; those who ask for it cannot return any others."""
         self._given = (self._place or np.empty)(shape, dtype)
         return self._given
@@ -354,7 +354,8 @@ def _read_tiff(file: BinaryIO, place: Place | None) -> _Picture:
             # Read straight to where they are wanted, if nothing has to be made of them.
             out = None
             if place is not None and page.dtype is not None and _is_plain(page):
-                out = place(page.shape, page.dtype)
+                rows = page.shape[0]
+                out = place((rows, page.size // rows), page.dtype)
             try:
                 samples = page.asarray(out=out)
             except ValueError as error:

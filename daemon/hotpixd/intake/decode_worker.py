@@ -73,7 +73,7 @@ class _Worker:
             # Of ours or of a library: it must cost this shot only, and be told.
             return {"fault": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()[-8000:]}
 
-    def _place(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    def _place(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Return shared memory for samples."""
         self._talk.send(json.dumps({"place": list(shape), "dtype": dtype.name}).encode())
         given, files = self._hear()

@@ -150,6 +150,23 @@ def test_binary_formats_want_a_file_and_files_are_not_overwritten(root, tmp_path
     assert pipe.is_fifo()
 
 
+def test_the_picture_to_copy_is_never_replaced(root, camera: Camera, tmp_path):
+    """Whatever is wanted, by whatever name: it may be the only one there is."""
+    raw = tmp_path / "frame.dng"
+    shutil.copy(camera.shots[0], raw)
+    (tmp_path / "linked.dng").symlink_to(raw)
+    (tmp_path / "same.dng").hardlink_to(raw)
+    before = raw.read_bytes()
+    for like in (raw, tmp_path / "linked.dng"):
+        for out in ("frame.dng", "linked.dng", "same.dng"):
+            order = ("export", "dng", "--like", like, "-o", tmp_path / out, "--force")
+            assert "never replaced" in command(*order, state=root, code=2)
+    assert raw.read_bytes() == before
+    assert (tmp_path / "linked.dng").is_symlink()
+    command("export", "dng", "--like", raw, "-o", tmp_path / "copy.dng", state=root)
+    command("export", "dng", "--like", raw, "-o", tmp_path / "copy.dng", "--force", state=root)
+
+
 def test_wrong_orders_are_told_what_is_right(root, tmp_path):
     """Each in a sentence, exit code 2."""
     assert "these are: dcraw" in command("export", "nonsense", state=root, code=2)

@@ -121,6 +121,9 @@ def run_export(ask: Ask, order: ExportOrder) -> None:
             if wanted.beside is not None:
                 contents[_beside(out)] = wanted.beside(about, extras)
             for path in contents:
+                if order.like is not None and path.exists() and path.samefile(order.like):
+                    # As `repair` does: --force is for what a program has made, not for what a camera has.
+                    raise WrongUse(f"{path} is the picture of --like, which is never replaced; name another file")
                 require_place(path, force=order.force)
             for path, content in contents.items():
                 write_anew(path, content, force=order.force)

@@ -455,13 +455,21 @@ def test_a_whole_file_with_a_state_that_is_not_whole_is_refused(camera, tmp_path
     assert "not of one state" in sentence
 
 
-@pytest.mark.parametrize("make", [lambda p: p.mkdir(), os.mkfifo, lambda _: None], ids=["folder", "fifo", "nothing"])
-def test_what_is_no_file_is_refused_at_once(make: Callable[[Path], object], tmp_path):
-    """A pipe with the name of a backup must not make anybody wait."""
+@pytest.mark.parametrize(
+    ("make", "code", "sentence"),
+    [
+        (lambda p: p.mkdir(), 2, "{} is a folder; name a backup's file."),
+        (os.mkfifo, 3, "The backup {} is no file."),
+        (lambda _: None, 2, "There is no file {}."),
+    ],
+    ids=["folder", "fifo", "nothing"],
+)
+def test_what_is_no_file_is_refused_at_once(make: Callable[[Path], object], code: int, sentence: str, tmp_path):
+    """A pipe with the name of a backup must not make anybody wait. Of a folder it once said "Is a directory: 3"."""
     make(tmp_path / "b")
     done = run("restore", tmp_path / "b", "--state", tmp_path / "state")
-    assert done.returncode == 3
-    assert done.stderr.count("\n") == 1
+    assert done.returncode == code
+    assert done.stderr == f"hotpixd: {sentence.format(tmp_path / 'b')}\n"
     assert not (tmp_path / "state").exists()
 
 

@@ -41,6 +41,7 @@ from hotpixd.store.declared import DeclaredError
 from hotpixd.store.durable import (
     StateError,
     StateFull,
+    WrongUse,
     fsync_folder,
     full_disk_as_state_full,
     make_folder,
@@ -470,10 +471,16 @@ def restore(root: Path, file: Path, *, force: bool) -> list[str]:
         If the backup is not whole, or there are shots in the state and `force` is not given.
     StateLocked
         If a process has the state open.
+    WrongUse
+        If there is no such file.
     """
     root = root.expanduser().resolve()
+    if file.is_dir():
+        raise WrongUse(f"{file} is a folder; name a backup's file.")
     try:
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise WrongUse(f"There is no file {file}.") from error
     except OSError as error:
         raise BackupError(f"The backup {file} cannot be read: {error.strerror}.") from error
     with open(fd, "rb") as content:  # noqa: PTH123 - of a descriptor

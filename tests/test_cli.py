@@ -550,6 +550,21 @@ def test_2_when_simulated_shots_cannot_be_written(tmp_path):
     assert str(tmp_path / "file") in done.stderr
 
 
+def test_3_when_the_disk_does_not_take_simulated_shots(small_disk, like_everyone):
+    """Found by a user: a full disk was wrong use, told in numbers of bytes, and a part of a shot stayed."""
+    (small_disk / "rest").write_bytes(bytes(10_000_000))
+    done = run("simulate", small_disk / "shots", "--frames", 2)
+    assert done.returncode == 3
+    assert f"No space left for the shots in {small_disk / 'shots'}" in done.stderr
+    assert [path.name for path in (small_disk / "shots").iterdir()] == ["truth.json"]
+    (small_disk / "rest").unlink()
+    assert run("simulate", small_disk / "shots", "--frames", 2).returncode == 0
+    small_disk.chmod(0o555)
+    done = run("simulate", small_disk / "others", "--frames", 1, prefix=like_everyone)
+    assert done.returncode == 3
+    assert f"Permission denied: {small_disk / 'others'}" in done.stderr
+
+
 def test_3_when_there_is_no_state(tmp_path):
     """Asking must not make one."""
     done = run("defects", "--state", tmp_path / "state")

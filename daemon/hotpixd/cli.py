@@ -868,6 +868,7 @@ def simulate(
     """Write shots of a virtual sensor with known defects, and truth.json that says which."""
     from hotpixd.scanning import progress
     from hotpixd.simulate import VirtualSensor, write_series
+    from hotpixd.store.durable import full_disk_as_state_full
 
     try:
         sensor = VirtualSensor(
@@ -876,10 +877,10 @@ def simulate(
     except ValueError as error:
         _fail(str(error), WRONG_USE)
     try:
-        with progress("shot", frames) as advance:
+        with full_disk_as_state_full(f"for the shots in {out}"), progress("shot", frames) as advance:
             for _ in write_series(out, sensor, frames, kind.value, file_format.value, exposure_s=exposure, iso=iso):
                 advance("")
-    except (OSError, ValueError) as error:
+    except (FileExistsError, IsADirectoryError, NotADirectoryError, ValueError) as error:
         _fail(_words(error) if isinstance(error, OSError) else str(error), WRONG_USE)
     print(f"{many(frames, 'shot')} and truth.json with {many(len(sensor.defects), 'defect')} are in {out}")
 

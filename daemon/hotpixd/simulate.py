@@ -11,6 +11,7 @@ same numbers give the same samples again.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import struct
@@ -314,9 +315,9 @@ class VirtualSensor:
                 (50721, "2i", 9, to_camera, True),  # ColorMatrix1
                 (50728, "2I", 3, neutral, True),  # AsShotNeutral
             ]
-        part = _part_of(path)
+        content = io.BytesIO()
         tifffile.imwrite(
-            part,
+            content,
             shot.mosaic,
             photometric=32803 if layout.mosaic else 1,  # CFA or grey
             extratags=tags,
@@ -324,10 +325,11 @@ class VirtualSensor:
             software=False,
         )
         if not layout.mosaic:
-            with tifffile.TiffFile(part, mode="r+") as written:
+            content.seek(0)
+            with tifffile.TiffFile(content) as written:
                 # LinearRaw, as DNG wants it; tifffile writes that for three samples only.
                 written.pages.first.tags[262].overwrite(34892)
-        part.replace(path)
+        _write_whole(path, content.getbuffer())
 
     def write_jpeg(self, path: Path, shot: VirtualShot, quality: int = 95) -> None:
         """Write the picture that the camera would make of the shot, with its EXIF."""
@@ -338,10 +340,8 @@ class VirtualSensor:
             encoded = simplejpeg.encode_jpeg(rendered, quality, colorspace="RGB", colorsubsampling="422")
         exif = self._exif(shot)
         segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
-        part = _part_of(path)
         # EXIF wants its segment right after the start of the image.
-        part.write_bytes(encoded[:2] + segment + encoded[2:])
-        part.replace(path)
+        _write_whole(path, encoded[:2] + segment + encoded[2:])
 
     def rendered(self, shot: VirtualShot) -> NDArray[np.uint8]:
         """Develop the shot as a camera does: (h, w, 3) uint8, or (h, w) for a sensor without colours."""
@@ -752,13 +752,11 @@ def write_series(
         "white_level_adu": WHITE_LEVEL_ADU,
         "defects": [asdict(defect) for defect in sensor.defects],
     }
-    text, place = json.dumps(truth, indent=1) + "\n", out / "truth.json"
-    holds_others = place.read_bytes() != text.encode() if place.exists() else any(out.glob("frame_*"))
+    text, place = (json.dumps(truth, indent=1) + "\n").encode(), out / "truth.json"
+    holds_others = place.read_bytes() != text if place.exists() else any(out.glob("frame_*"))
     if holds_others:
         raise FileExistsError(f"{out} holds shots of another run; name another folder, or remove this one first")
-    part = _part_of(place)
-    part.write_text(text, encoding="utf-8")
-    part.replace(place)
+    _write_whole(place, text)
     for index in range(frames):
         path = out / f"frame_{index + 1:04d}.{format}"
         shot = sensor.shot(index, scene, exposure_s=exposure_s, iso=iso)
@@ -769,9 +767,15 @@ def write_series(
         yield path
 
 
-def _part_of(path: Path) -> Path:
+def _write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file, so that all of it is there, or nothing; not durably: it can be simulated anew."""
     # Hidden and of another ending: nobody watching the directory takes it for a shot.
-    return path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:

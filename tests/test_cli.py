@@ -565,6 +565,34 @@ def test_3_when_the_disk_does_not_take_simulated_shots(small_disk, like_everyone
     assert f"Permission denied: {small_disk / 'others'}" in done.stderr
 
 
+def test_2_when_corrected_pictures_are_to_go_into_a_file(scanned, camera, tmp_path):
+    """Or below one. Found by a user: it was told of each picture."""
+    (tmp_path / "precious.txt").write_text("mine")
+    for folder in (tmp_path / "precious.txt", tmp_path / "precious.txt" / "out"):
+        done = run("repair", *camera.shots[:2], "-o", folder, "--state", scanned)
+        assert done.returncode == 2
+        assert done.stderr == f"hotpixd: {tmp_path / 'precious.txt'} is a file; -o names a folder\n"
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_3_when_a_folder_takes_no_corrected_pictures(scanned, camera, small_disk, like_everyone):
+    """One sentence that names it, and what became of those before is told; no picture is to blame."""
+    size = camera.shots[0].stat().st_size
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    (small_disk / "rest").write_bytes(bytes(free - 3 * size // 2))
+    out = small_disk / "out"
+    done = run("repair", *camera.shots[:4], "-o", out, "--state", scanned, "--json")
+    assert done.returncode == 3
+    assert done.stderr == f"hotpixd: No space left for corrected pictures in {out}: No space left on device.\n"
+    assert [picture["refused"] for picture in json.loads(done.stdout)["pictures"]] == [None]
+    assert [path.name for path in out.iterdir()] == [camera.shots[0].name]
+    out.chmod(0o555)
+    for folder in (out, out / "deeper"):
+        done = run("repair", *camera.shots[2:4], "-o", folder, "--state", scanned, prefix=like_everyone)
+        assert (done.returncode, done.stdout) == (3, "")
+        assert done.stderr == f"hotpixd: The folder {folder} takes no pictures: Permission denied.\n"
+
+
 def test_3_when_there_is_no_state(tmp_path):
     """Asking must not make one."""
     done = run("defects", "--state", tmp_path / "state")

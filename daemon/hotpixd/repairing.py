@@ -6,12 +6,13 @@ was meant to be changed and nothing else.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from hotpixd.core.frame import Frame
 from hotpixd.intake.decode import DecodeError
 from hotpixd.intake.decoders import Decoders
 from hotpixd.scanning import progress
-from hotpixd.store.durable import written_beside
+from hotpixd.store.durable import StateError, WrongUse, full_disk_as_state_full, written_beside
 from hotpixd.views import rewriting
 from hotpixd.views.repair import Choice, PictureRefusedError, Plan, Sensor, Wish, WrongSensorError, planned, sensor_of
 from hotpixd.views.rewriting import jpeg
@@ -41,6 +42,9 @@ _MOST_LOST = 1.0
 Of six real and simulated pictures, progressive at qualities 30 to 100 with any subsampling, the mean was at most 0.5;
 of noise and checks of few pixels in pure colours, which no camera has seen, it is up to 20.
 """
+
+_FOR_ALL = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+"""What the system says where a folder takes no picture at all. Of one picture's name it says other things."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +88,23 @@ def run_repair(
     dry_run : write nothing, but list what would be corrected
     force : replace pictures that are there
     stop : becomes true when the user wants to stop
+
+    Raises
+    ------
+    WrongUse
+        If the folder can be none.
+    StateError
+        If the folder takes no pictures, once it is said what became of those before.
     """
+    if folder is not None:
+        _require_folder(folder)
     console = plain_console(stderr=True)
     sensors = answer["sensors"]
     if not sensors:
         console.print("hotpixd: no sensor is known yet; scan its pictures first")
         return 2
     done = []
+    fault: StateError | None = None
     try:
         with closing(Decoders(1)) as decoders, progress("picture", len(pictures)) as advance:
             repairer = _Repairer(sensors, pictures, None if dry_run else folder, wish, decoders, force=force)
@@ -99,6 +113,8 @@ def run_repair(
                     break
                 done.append(repairer.repaired(path))
                 advance("")
+    except StateError as error:
+        fault = error
     except WrongSensorError as error:
         console.print(f"hotpixd: {escape(printable(str(error)))}", soft_wrap=True)
         return 2
@@ -108,6 +124,8 @@ def run_repair(
     else:
         for each in done:
             _print(each, dry_run=dry_run)
+    if fault is not None:
+        raise fault
     if len(done) < len(pictures):
         console.print(f"hotpixd: interrupted; {many(len(pictures) - len(done), 'picture')} left")
     return 1 if len(done) < len(pictures) or any(each.refused for each in done) else 0
@@ -189,15 +207,35 @@ class _Repairer:
         require: Callable[[Frame, Frame, Plan], None],
     ) -> None:
         """Write a picture, check what can be read from it, and give it its name: all of it is there, or nothing."""
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with written_beside(output, data, replace=self._force, mode=0o644) as part:
-                if plan.sites.size:
-                    require(self._decoders.decode(part), frame, plan)
-                os.utime(part, ns=(original.st_atime_ns, original.st_mtime_ns))
-        except FileExistsError:
-            raise PictureRefusedError(f"{output} is there already; --force replaces it") from None
+        with _blamed_on(output.parent):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with written_beside(output, data, replace=self._force, mode=0o644) as part:
+                    if plan.sites.size:
+                        require(self._decoders.decode(part), frame, plan)
+                    os.utime(part, ns=(original.st_atime_ns, original.st_mtime_ns))
+            except FileExistsError:
+                raise PictureRefusedError(f"{output} is there already; --force replaces it") from None
         self._made.add(output)
+
+
+def _require_folder(folder: Path) -> None:
+    """Raise `WrongUse` if something else is where a folder should be, or on the way there."""
+    there = next((each for each in (folder, *folder.parents) if os.path.lexists(each)), None)
+    if there is not None and not there.is_dir():
+        raise WrongUse(f"{there} is {'a file' if there.is_file() else 'no folder'}; -o names a folder")
+
+
+@contextmanager
+def _blamed_on(folder: Path) -> Iterator[None]:
+    """Raise `StateError` where a folder takes no pictures at all: it is not the fault of each of them."""
+    try:
+        with full_disk_as_state_full(f"for corrected pictures in {folder}"):
+            yield
+    except OSError as error:
+        if error.errno not in _FOR_ALL:
+            raise
+        raise StateError(f"The folder {folder} takes no pictures: {error.strerror}.") from error
 
 
 def _status(path: Path) -> os.stat_result | None:

@@ -163,7 +163,8 @@ def test_nothing_hostile_reaches_what_a_daemon_tells(hostile: Path, tmp_path: Pa
                 assert done.returncode == 0, done.stderr
                 assert_plain(done.stdout + done.stderr, ask[0])
             picture = tmp_path / "screen.svg"
-            done = run("dashboard", "--picture", picture, "--size", "200x60", "--state", state, env=env)
+            picture.write_text("an older one")
+            done = run("dashboard", "--picture", picture, "--force", "--size", "200x60", "--state", state, env=env)
             assert done.returncode == 0, done.stderr
             shown = picture.read_text()
             assert "[red]Evil" in shown.replace("&#160;", " ").replace("&#x27;", "'")

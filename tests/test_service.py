@@ -593,9 +593,18 @@ def test_wrong_use_is_a_sentence(tmp_path):
     checked = run("check-config", configured(tmp_path, detection={"alhpa": 0.1}))
     assert checked.returncode == 2
     assert "alpha" in checked.stderr
-    alone = run("dashboard", "--picture", tmp_path / "p.svg", "--state", tmp_path / "none")
-    assert alone.returncode == 3
-    assert "No daemon" in alone.stderr
+    mine = tmp_path / "mine.svg"
+    mine.write_text("mine")
+    nowhere = tmp_path / "none" / "p.svg"
+    for picture, words in ((nowhere, f"There is no folder {nowhere.parent}."), (mine, "--force")):
+        kept = run("dashboard", "--picture", picture, "--state", tmp_path / "none")
+        assert kept.returncode == 2
+        assert words in kept.stderr
+    for picture in ((tmp_path / "p.svg",), (mine, "--force")):
+        alone = run("dashboard", "--picture", *picture, "--state", tmp_path / "none")
+        assert alone.returncode == 3
+        assert "No daemon" in alone.stderr
+    assert mine.read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -480,9 +480,11 @@ def dashboard(
         Path | None, typer.Option(metavar="FILE.svg", help="Save the screen as a picture instead of showing it.")
     ] = None,
     size: Annotated[str, typer.Option(metavar="COLUMNSxROWS", help="Size of the picture.")] = "120x36",
+    force: Annotated[bool, typer.Option("--force", help="Replace a picture of that name.")] = False,
 ) -> None:
     """Attach to the running daemon; q detaches."""
     from hotpixd.attached import run_attached, save_attached
+    from hotpixd.store.durable import require_place
 
     where = socket or _socket(state)
     if picture is None:
@@ -492,6 +494,7 @@ def dashboard(
     width, _, height = size.partition("x")
     if not (width.isdecimal() and height.isdecimal() and 80 <= int(width) <= 500 and 24 <= int(height) <= 200):
         _fail(f"--size is given as 120x36, from 80x24 to 500x200, not {size!r}", WRONG_USE)
+    require_place(picture, force=force)
     save_attached(where, picture, int(width), int(height))
 
 

@@ -593,6 +593,16 @@ def test_3_when_a_folder_takes_no_corrected_pictures(scanned, camera, small_disk
         assert done.stderr == f"hotpixd: The folder {folder} takes no pictures: Permission denied.\n"
 
 
+def test_3_names_the_file_that_was_asked_for_where_it_cannot_be_written(scanned, tmp_path, like_everyone):
+    """Found by a user of `backup`: it named the hidden file beside it, which is written first."""
+    shutil.copytree(scanned, tmp_path / "state")
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    for order in (("backup", closed / "b"), ("export", "dcraw", "-o", closed / "b")):
+        done = run(*order, "--state", tmp_path / "state", prefix=like_everyone)
+        assert (done.returncode, done.stderr) == (3, f"hotpixd: Permission denied: {closed / 'b'}\n")
+
+
 def test_3_when_there_is_no_state(tmp_path):
     """Asking must not make one."""
     done = run("defects", "--state", tmp_path / "state")

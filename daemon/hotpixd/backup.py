@@ -45,6 +45,7 @@ from hotpixd.store.durable import (
     fsync_folder,
     full_disk_as_state_full,
     make_folder,
+    named_after,
     replace_durably,
     require_place,
     write_all,
@@ -315,7 +316,8 @@ def save(
     size = int(begun["size"])
     try:
         with full_disk_as_state_full(f"for the backup {file}"):
-            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            with named_after(file, part):
+                fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
             try:
                 done = 0
                 while done < size:

@@ -160,6 +160,17 @@ def fsync_folder(folder: Path) -> None:
 
 
 @contextmanager
+def named_after(path: Path, part: Path) -> Iterator[None]:
+    """Have errors about a file that is written beside its place name that place: users know nothing of the other."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename == os.fspath(part):
+            error.filename = os.fspath(path)
+        raise
+
+
+@contextmanager
 def written_beside(path: Path, content: bytes, *, replace: bool, mode: int = 0o666) -> Iterator[Path]:
     """Write a file of the user's under a hidden name beside its place, and give it its name when the block has ended.
 
@@ -178,7 +189,8 @@ def written_beside(path: Path, content: bytes, *, replace: bool, mode: int = 0o6
     """
     part = path.with_name(f".{path.name[:200]}.{os.getpid()}.part")
     try:
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        with named_after(path, part):
+            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         try:
             write_all(fd, content)
             os.fsync(fd)

@@ -542,6 +542,17 @@ def test_a_kind_that_is_said_too_late_is_not_ignored_in_silence(camera, tmp_path
     assert "were folded as" not in done.stdout
 
 
+def test_2_when_a_file_is_to_be_watched(tmp_path):
+    """At once: it never becomes a directory, as one that is not there may when a card is mounted."""
+    (tmp_path / "conf.yaml").write_text("sources: []\n")
+    (tmp_path / "link").symlink_to("conf.yaml")
+    for name in ("conf.yaml", "link"):
+        done = run("watch", tmp_path, tmp_path / name, "--state", tmp_path / "state")
+        assert done.returncode == 2
+        assert f"{tmp_path / name} is a file; name the directory" in done.stderr
+    assert not (tmp_path / "state").exists()
+
+
 def test_2_when_simulated_shots_cannot_be_written(tmp_path):
     """Where they should go is the user's choice."""
     (tmp_path / "file").write_text("")

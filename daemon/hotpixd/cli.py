@@ -353,6 +353,10 @@ def watch(
     plain: Annotated[bool, typer.Option("--plain", help="Print lines, even to a terminal.")] = False,
 ) -> None:
     """Watch directories; shows the dashboard if stdout is a terminal."""
+    for directory in directories:
+        # What is not there yet may be mounted. Path's is_file() raises where it may not look.
+        if os.path.isfile(directory.expanduser()):  # noqa: PTH113
+            _fail(f"{directory} is a file; name the directory to watch (hotpixd scan takes files)", WRONG_USE)
     sources = [{"directory": str(d.expanduser().absolute()), "kind": kind.value} for d in directories]
     given = {"state": state, "log_level": log_level, "sources": sources, "cameras": []}
     raise typer.Exit(_shown(_config_loader(config, given), state, plain=plain))

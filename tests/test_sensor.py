@@ -276,6 +276,33 @@ def test_a_defect_that_disappears_recovers_and_can_return():
     assert not changes(later, "recovered")
 
 
+@pytest.mark.parametrize("rendered", [False, True], ids=["raw", "rendered"])
+def test_defects_of_every_kind_recover_as_what_they_were(rendered: bool):
+    """While more and more healthy frames are among those from which kinds are told."""
+    ill, well = camera(hot=6, stuck=3, dead=4), camera()
+    sensor = Sensor(shots(ill, "moving", range(1), rendered=rendered)[0].sensor)
+    fold(sensor, shots(ill, "moving", range(25), rendered=rendered))
+    before = {d.site: d.kind for d in sensor.defects()}
+    assert {"stuck", "dead"} < set(before.values())
+    reports = fold(sensor, shots(well, "moving", range(25, 85), rendered=rendered), first=26)
+    assert len(found(sensor)) <= 1
+    told = {t.site: t.kind for report in reports for t in report.transitions if t.change == "recovered"}
+    assert told == {site: before[site] for site in told}
+    after = {d.site: d.kind for d in sensor.defects(candidates=True) if d.status == "recovered"}
+    assert after == told
+
+
+def test_leaks_found_in_darks_stay_hot_in_light():
+    """Short exposures of uneven scenes dilute their mean excess to nothing, or less."""
+    source = camera(*(hot(x, 80, 4.0) for x in range(20, 280, 20)))
+    sensor = folded(shots(source, "dark", range(12), exposure_s=30.0))
+    assert found(sensor) >= sites(source)
+    fold(sensor, shots(source, "moving", range(12, 52), exposure_s=0.002), first=13)
+    kinds = {d.site: (d.kind, d.excess_sigma) for d in sensor.defects()}
+    assert min(kinds[site][1] for site in sites(source)) < 0
+    assert {kinds[site][0] for site in sites(source)} == {"hot"}
+
+
 def test_short_exposures_do_not_make_a_hot_sample_recover():
     """At 1/500 s nothing of a leak found in 30 s darks is to be seen; that is no news of it."""
     source = camera(hot(100, 80, 40.0), hot(200, 120, 90.0))

@@ -222,9 +222,7 @@ def classify(
     kind[seen.in_darks | seen.grows] = Kind.HOT
     kind[seen.comes_and_goes] = Kind.UNSTABLE
     # Once strong, always strong: darks show what a hundred short exposures after them do not.
-    strength = np.fmax(
-        np.abs(suspects.sigma), np.where(suspects.excess > 0, np.fmax(seen.clear, rows["strength"]), 0.0)
-    )
+    strength = np.fmax(np.abs(suspects.sigma), np.where(dim, 0.0, np.fmax(seen.clear, rows["strength"])))
     kind[(strength < floor_sigma) & (kind != Kind.UNSTABLE)] = Kind.WARM
     kind[dim] = Kind.DIM
     # Without a black level, a sample that hardly ever is above its neighbours has no response.

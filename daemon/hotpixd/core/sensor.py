@@ -593,8 +593,14 @@ class Sensor:
         return log_e
 
     def _classify(self, tracks: Tracks) -> None:
+        rows = tracks.rows
+        # What looks healthy is no longer what it was, and must be told from that: it stays what it was called.
+        known = np.flatnonzero(
+            (rows["status"] == Status.RECOVERED) | ((rows["status"] == Status.STABLE) & (rows["recovery"] > 0))
+        )
+        before = rows[known]
         suspects = defects.weigh(self.accumulator, tracks, self._noise(), self._running.black_level_adu)
-        counts = self.accumulator.counts_at(tracks.rows["site"])
+        counts = self.accumulator.counts_at(rows["site"])
         defects.classify(
             tracks,
             suspects,
@@ -603,6 +609,7 @@ class Sensor:
             self._white_level(),
             self.settings.floor_sigma,
         )
+        rows[known] = before
 
     def _transitions(self, change: Change, positions: NDArray[np.int64]) -> list[Transition]:
         if not positions.size:

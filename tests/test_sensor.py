@@ -292,6 +292,20 @@ def test_defects_of_every_kind_recover_as_what_they_were(rendered: bool):
     assert after == told
 
 
+def test_stuck_samples_are_told_from_leaks_in_darks():
+    """A leak has noise; one that saturates does not do so in a fraction of a second."""
+    source = camera(hot=6, stuck=6)
+    kinds = {
+        d.site: (d.kind, d.dark_current_adu_per_s is None) for d in folded(shots(source, "dark", range(20))).defects()
+    }
+    assert {kinds[site] for site in sites(source, "stuck")} == {("stuck", True)}
+    assert {kinds[site] for site in sites(source, "hot")} == {("hot", False)}
+    glowing = camera(hot(100, 80, 12_000.0))
+    listed = folded(shots(glowing, "dark", range(20), exposure_s=30.0)).defects()
+    (saturated,) = (d for d in listed if d.site in sites(glowing))
+    assert (saturated.kind, saturated.level_adu) == ("hot", glowing.frame(glowing.shot(0, "dark")).white_level_adu)
+
+
 def test_leaks_found_in_darks_stay_hot_in_light():
     """Short exposures of uneven scenes dilute their mean excess to nothing, or less."""
     source = camera(*(hot(x, 80, 4.0) for x in range(20, 280, 20)))

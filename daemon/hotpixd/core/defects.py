@@ -25,6 +25,12 @@ TELLING = 6.0
 _ENOUGH = 4
 """Observations whose median says how strong an excess is: fewer may be high by chance."""
 
+_CONSTANT_IN = 12
+"""Darks in which a value must be the same to be no leak's."""
+
+_SATURATES_IN_S = 0.5
+"""Exposure, s x ISO / 100, in which only a sample that is stuck is saturated: a leak is a tenth of that, and less."""
+
 QUANTISATION_ADU = 0.3
 """Deviation of a value rounded to whole ADU, 1/sqrt(12): no noise is believed to be smaller."""
 
@@ -228,7 +234,7 @@ def classify(
     # Without a black level, a sample that hardly ever is above its neighbours has no response.
     no_response = suspects.response < 0.25
     unknown = np.isnan(suspects.response)
-    kind[suspects.still] = Kind.STUCK
+    kind[suspects.still | (seen.constant & ~dim)] = Kind.STUCK
     sinks = counts[1] > 3 * counts[0]
     kind[suspects.still & (no_response | (unknown & sinks))] = Kind.DEAD
     kind[dim & ~suspects.still & (suspects.response < 0.5)] = Kind.DEAD
@@ -252,6 +258,9 @@ class _Seen:
 
     comes_and_goes: NDArray[np.bool_]
 
+    constant: NDArray[np.bool_]
+    """In darks it varies far less than noise does."""
+
     clear: NDArray[np.float64]
     """Median excess in deviations of the neighbourhood; 0 where there are too few."""
 
@@ -271,7 +280,7 @@ class _Seen:
 def _seen(tracks: Tracks, sample_kind: SampleKind, white_level_adu: float) -> _Seen:
     count = len(tracks)
     never, nothing = np.zeros(count, bool), np.zeros(count)
-    every = _Seen(never, never, never, nothing, nothing, nothing, nothing, np.full(count, np.nan))
+    every = _Seen(never, never, never, never, nothing, nothing, nothing, nothing, np.full(count, np.nan))
     # The others are told by counts and sums alone; there may be many times as many of them.
     positions = tracks.observed()
     of_observed = _seen_at(tracks, positions, sample_kind, white_level_adu)
@@ -313,12 +322,30 @@ def _seen_at(tracks: Tracks, positions: NDArray[np.int64], sample_kind: SampleKi
         in_darks=(held & (recent["dark"] != 0)).sum(axis=1) >= 3,
         grows=_grows(excess, exposure_of(recent), useful),
         comes_and_goes=(n_telling >= 8) & (n_telling - present.sum(axis=1) >= 3) & (share_on < 0.8),
+        constant=_is_constant(recent, held, white_level_adu),
         clear=clear,
         rate=np.nan_to_num(rate),
         on_rate=np.nan_to_num(on_rate),
         level=np.nan_to_num(_quantile(np.where(held, recent["value"], np.nan), 0.5)),
         share_on=share_on,
     )
+
+
+def _is_constant(recent: NDArray[Any], held: NDArray[np.bool_], white_level_adu: float) -> NDArray[np.bool_]:
+    """Whether the values in darks vary by less than a fifth of the noise around them: no leak, as leaks have noise.
+
+    A saturated sample does not vary either; but no leak saturates one in half a second. Where noise is lost in whole
+    numbers, nothing can be told.
+    """
+    dark = held & (recent["dark"] != 0)
+    values, exposures, spreads = (
+        np.where(dark, each, np.nan) for each in (recent["value"], exposure_of(recent), recent["spread"])
+    )
+    spread = _quantile(spreads, 0.5)
+    low, high = _quantile(values, 0.0), _quantile(values, 1.0)
+    no_leak = (high < 0.98 * white_level_adu) | (_quantile(exposures, 0.0) <= _SATURATES_IN_S)
+    told = (dark.sum(axis=1) >= _CONSTANT_IN) & (spread > 0.7) & no_leak
+    return np.asarray(told & (high - low < 0.2 * spread))
 
 
 def exposure_of(recent: NDArray[Any]) -> NDArray[np.float64]:

@@ -12,6 +12,7 @@ from hotpixd import archive
 from hotpixd.intake.files import find_shots
 from hotpixd.monitor import Monitor
 from hotpixd.store import checkpoint
+from hotpixd.store.spool import Spool
 from hotpixd.store.state import State, StateDamaged
 from hotpixd.views import answers
 
@@ -201,3 +202,62 @@ def test_a_healthy_state_says_nothing(scanned, tmp_path):
         shutil.copytree(state.root, tmp_path / "killed")
     assert replayed(tmp_path / "killed") == []
     assert not (tmp_path / "killed" / "damaged").exists()
+
+
+def _missing(copy: Path) -> None:
+    copy.unlink()
+
+
+def _replaced(copy: Path) -> None:
+    copy.unlink()
+    copy.write_bytes(b"something else")
+
+
+@pytest.mark.parametrize("harm", [damage, _missing, _replaced])
+@pytest.mark.parametrize("generations_kept", [1, 2])
+def test_a_bad_copy_of_a_shot_that_only_the_newest_generation_has_is_told_and_made_anew(
+    harm, generations_kept, camera, tmp_path
+):
+    """Were that generation damaged next, the shot would be lost."""
+    root = tmp_path / "state"
+    if generations_kept == 2:
+        feed(root, *camera.shots[:3])
+    feed(root, *camera.shots[3:6])
+    shot = camera.shots[4]
+    harm(root / "spool" / Spool.hash_file(shot))
+    for _ in range(2):
+        done = run("verify", "--state", root)
+        assert done.returncode == 3
+        assert f"The copy of {shot.name} in the spool" in done.stdout
+        assert str(shot) in done.stdout
+    done = run("scan", "--state", root, shot)
+    assert done.returncode == 0, done.stderr
+    assert run("verify", "--state", root).returncode == 0
+    assert len(list((root / "damaged").iterdir()) if harm is not _missing else [1]) == 1
+    newest, *_ = generations(root)
+    damage(newest)
+    replayed(root)
+    with State(root, create=False) as state:
+        assert state.ledger.refused() == []
+
+
+def test_new_shots_make_a_bad_copy_superfluous(camera, tmp_path):
+    """The generation that held the shot is the older one then."""
+    root = tmp_path / "state"
+    feed(root, *camera.shots[:3])
+    _missing(root / "spool" / Spool.hash_file(camera.shots[0]))
+    assert run("verify", "--state", root).returncode == 3
+    feed(root, *camera.shots[3:])
+    assert run("verify", "--state", root).returncode == 0
+
+
+def test_shots_that_need_no_copy_are_not_missed(gone, camera):
+    """Neither after the older generation was put aside, nor where a known shot is offered then."""
+    damage(generations(gone)[1])
+    replayed(gone)
+    assert len(generations(gone)) == 1
+    with State(gone, create=False) as state:
+        assert answers.verify(state)["ok"]
+    held = sorted(path.name for path in (gone / "spool").iterdir())
+    feed(gone, camera.folder)
+    assert sorted(path.name for path in (gone / "spool").iterdir()) == held

@@ -50,6 +50,9 @@ class Kept:
     chain: Any
     """Running BLAKE3 of the shots folded into it: see `Ledger.chain`."""
 
+    spooled_after: int = 0
+    """Ledger row after which the spool must have every shot of it, as it was loaded: see `Standing`."""
+
     damage: tuple[str, ...] = ()
     """Sentences about generations that could not be used."""
 
@@ -105,8 +108,9 @@ def load(state: State, id_: str, sensor: Sensor) -> Kept:
             raise _another_version(path, error) from error
         covers = standing.covers[0]
         older = standing.covers[1] if len(standing.covers) > 1 else None
-        return Kept(id_, sensor, generation.number, covers, older, covers, state.ledger.chain(id_, covers), damage)
-    return Kept(id_, sensor, 0, 0, None, 0, state.ledger.chain(id_, 0), damage)
+        chain = state.ledger.chain(id_, covers)
+        return Kept(id_, sensor, generation.number, covers, older, covers, chain, standing.spooled_after, damage)
+    return Kept(id_, sensor, 0, 0, None, 0, state.ledger.chain(id_, 0), damage=damage)
 
 
 def overview(state: State, id_: str, identity: SensorIdentity) -> Overview:
@@ -237,6 +241,13 @@ class Standing:
     unusable: tuple[tuple[Path, str], ...] = ()
     """Others that were met on the way, and why each cannot be used, in a sentence."""
 
+    spooled_after: int = 0
+    """Ledger row after which the spool must have every shot of it, if generations were looked for until there are two.
+
+    Those that the older one covers were dropped. If there is but one, and was another, it was damaged: how far it went
+    is not known. A scan on a cluster makes no copies, and a restored state has none.
+    """
+
     @property
     def reach(self) -> int:
         """Ledger row up to which the newest usable generation contains the sensor's shots; 0 if there is none."""
@@ -247,6 +258,7 @@ def look(state: State, id_: str, enough: int = 2) -> Standing:
     """Look at the generations of a sensor, newest first, until there are enough that can be used."""
     usable: list[Path] = []
     covers: list[int] = []
+    newest: Mapping[str, Any] = {}
     unusable: list[tuple[Path, str]] = []
     for path in checkpoint.generations(state.sensor_folder(id_)):
         if len(usable) == enough:
@@ -259,9 +271,18 @@ def look(state: State, id_: str, enough: int = 2) -> Standing:
             if not usable:
                 state.unusable[path] = f"{error} {REFOLDED}"
             continue
+        newest = newest or header
         usable.append(path)
         covers.append(int(header["covers"]))
-    return Standing(tuple(usable), tuple(covers), tuple(unusable))
+    if len(usable) < 2:
+        was_alone = not usable or (usable[0].name == checkpoint.FIRST and not unusable)
+        dropped = 0 if was_alone else covers[0]
+    else:
+        dropped = covers[1]
+    if newest.get("ahead_of_ledger"):
+        dropped = covers[0]
+    spooled_after = max(dropped, state.ledger.restored_upto)
+    return Standing(tuple(usable), tuple(covers), tuple(unusable), spooled_after)
 
 
 def _belongs(state: State, id_: str, path: Path, header: Mapping[str, Any]) -> None:

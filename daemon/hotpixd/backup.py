@@ -562,6 +562,8 @@ def _proved(made: Path, backup: _Checked, file: Path) -> list[str]:
     """Verify a restored state, and settle in it what must not be done twice."""
     said = []
     with State(made, create=False) as state:
+        state.ledger.note_restored()
+        state.ledger.commit()
         checked = answers.verify(state)
         wrong = [problem for problem in checked["problems"] if "received but" not in problem]
         if wrong:

@@ -264,6 +264,8 @@ class Monitor:
         self._saving: _Checkpoint | None = None
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._covered_by_older: dict[str, int] = {}
+        self._spooled_after: dict[str, int] = {}
+        """Of the sensors that were known before the replay: see `archive.Standing`."""
         self._checkpointed_at = clock()
         self._since_checkpoint = 0
         self._bytes_since = 0
@@ -304,6 +306,7 @@ class Monitor:
             found = archive.standings(self._state)
             self.warnings.extend(archive.set_aside_unusable(self._state, found))
             covers = {id_: standing.reach for id_, standing in found.items()}
+            self._spooled_after = {id_: standing.spooled_after for id_, standing in found.items()}
             rows = self._ledger.rows_to_replay(covers)
             for id_ in {row.sensor_id for row in rows if row.sensor_id in covers}:
                 if id_ is not None:
@@ -605,6 +608,7 @@ class Monitor:
                     self._ledger.forget(key)
                     self.lost.pop(key, None)
                 elif row is not None:
+                    self._mend(row, read.held)
                     self._let_go(future)
                     yield self._known(shot, row)
                     continue
@@ -685,6 +689,20 @@ class Monitor:
                 return shot.frame.exception() is None
         row = None if key is None else self._ledger.find(key)
         return row is not None and row.verdict == "folded"
+
+    def _mend(self, row: ShotRow, held: Held) -> None:
+        """Make the copy in the spool of a shot that is known anew, if it is damaged or gone, and still needed."""
+        id_ = row.sensor_id or ""
+        if row.verdict != "folded" or id_ not in self._spooled_after:
+            return
+        spool, copy = self._state.spool, self._state.spool.path(row.key)
+        there = os.path.lexists(copy)
+        after = max(self._spooled_after[id_], self._covered_by_older.get(id_, 0))
+        if (there or row.seq > after) and not spool.has(held):
+            with contextlib.suppress(StateFull):
+                if there:
+                    self._state.set_aside(copy)
+                spool.keep(held)
 
     def _known(self, shot: FoundShot, row: ShotRow | None) -> Outcome:
         if row is not None and row.verdict == "refused":

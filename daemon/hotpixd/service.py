@@ -870,7 +870,7 @@ class _Service:
             self._monitor.checkpoint()
         ids = [str(arguments["sensor"])] if name == "report" else list(self._ledger.sensors())
         sensors = self._monitor.sensors(ids)
-        answer = answers.answer(self._state, name, arguments, sensors)
+        answer = answers.answer(self._state, name, arguments, sensors, self._notifier.beat)
         if name == "status":
             answer.update(
                 daemon=self._facts(),

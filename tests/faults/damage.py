@@ -364,6 +364,8 @@ def wrong_with(ground: Ground, damage: Damage) -> tuple[str | None, str]:
                 return f"no sentence: {sentence!r}", "said"
         # A ledger, and what is beside it, goes on being written.
         used = damage.file.startswith("ledger") or damage.file in ("lock", "acknowledged")
+        # A copy in the spool that the replay does not ask for is dropped by its checkpoint.
+        used |= damage.file.startswith("spool/") and not replayed.said
         lost_evidence = evidence is not None and not _is_kept(root, evidence)
         if ended.refused is not None:
             return _wrong_refusal(ground, root, ended.refused, lost_evidence), "refused"

@@ -56,6 +56,9 @@ _HEADER_LENGTH = struct.Struct("<I")
 _DTYPE = re.compile(r"\|[biu]1|<[iuf][248]")
 _NAME = re.compile(r"gen-(\d{8})\.hpx")
 
+FIRST = "gen-00000001.hpx"
+"""Name of a sensor's first generation."""
+
 # Left free for the ledger, which must still commit when generations no longer fit.
 _RESERVE_BYTES = 8 << 20
 

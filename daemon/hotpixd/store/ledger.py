@@ -138,7 +138,8 @@ CREATE TABLE delivery(
 # Since format 3. Of a camera's file it is known which shot it held: its JPEG may come in another run.
 _SCHEMA_3 = "ALTER TABLE seen ADD COLUMN shot BLOB;"
 
-# Since format 4: how often it was tried to decode a shot, and the seals of rows. `proof` holds a digest of the schema.
+# Since format 4: how often it was tried to decode a shot, and the seals of rows. `proof` holds a digest of the schema,
+# and up to which shot the state was restored from a backup.
 _SCHEMA_4 = """
 ALTER TABLE shot ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0;
 CREATE TABLE proof(name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -623,6 +624,15 @@ class Ledger:
     def last_seq(self) -> int:
         """The highest seq ever given, be its row still there or not."""
         return next((int(seq) for (seq,) in self.rows("SELECT seq FROM sqlite_sequence WHERE name = 'shot'")), 0)
+
+    def note_restored(self) -> None:
+        """Write down that the state is made from a backup, in which shots that a generation covers have no copy."""
+        self.later("INSERT OR REPLACE INTO proof VALUES ('restored', ?)", [(self.last_seq,)])
+
+    @property
+    def restored_upto(self) -> int:
+        """The highest seq when the state was restored; 0 if it never was."""
+        return next((int(seq) for (seq,) in self.rows("SELECT value FROM proof WHERE name = 'restored'")), 0)
 
     def find(self, key: str) -> ShotRow | None:
         """Return the shot of this key, if it was ever received."""

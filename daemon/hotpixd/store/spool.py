@@ -209,15 +209,19 @@ class Spool:
             raise SpoolError(f"{os.fspath(path)!r} is not what it was when its key was taken.")
         return self.keep(held, placed)
 
-    def verify(self, key: str) -> bool:
+    def verify(self, key: str, progress: Callable[[], object] = lambda: None) -> bool:
         """Tell whether the shot is there with the content of its name.
 
         A linked original may have been edited in place since. What cannot be read, or is no file, is not there.
         """
         try:
-            return self.hash_file(self.path(key)) == key
+            return self.hash_file(self.path(key), progress=progress) == key
         except SpoolError:
             return False
+
+    def has(self, held: Held) -> bool:
+        """Tell whether what is held is there already, whole."""
+        return self._is(held.fd, self.path(held.key)) or self.verify(held.key)
 
     def keys(self) -> Iterator[str]:
         """Go through the keys of all shots in custody, in no order."""

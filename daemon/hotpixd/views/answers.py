@@ -6,7 +6,8 @@ The keys are a contract with programs outside this repository.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
@@ -27,8 +28,18 @@ Sensors = Iterable[tuple[str, Kept]]
 """Sensors with their ids. Whoever holds some in memory gives them; else all are read from the disk."""
 
 
-def answer(state: State, question: str, arguments: Mapping[str, Any], sensors: Sensors | None = None) -> Answer:
+def answer(
+    state: State,
+    question: str,
+    arguments: Mapping[str, Any],
+    sensors: Sensors | None = None,
+    progress: Callable[[], object] = lambda: None,
+) -> Answer:
     """Answer a question by its name, be it asked here or over the daemon's socket.
+
+    Parameters
+    ----------
+    progress : called now and then while an answer takes long
 
     Raises
     ------
@@ -46,7 +57,7 @@ def answer(state: State, question: str, arguments: Mapping[str, Any], sensors: S
         case "least-variance":
             return least_variance(state, int(arguments.get("k", 10)), sensors)
         case "verify":
-            return verify(state)
+            return verify(state, progress)
         case "generation":
             return {
                 "path": generation(state, str(arguments["sensor"])),
@@ -208,11 +219,15 @@ def least_variance(state: State, k: int, sensors: Sensors | None = None) -> Answ
     return {"sensors": answer}
 
 
-def verify(state: State) -> Answer:
+def verify(state: State, progress: Callable[[], object] = lambda: None) -> Answer:
     """Check every digest of the state.
 
     `ok` is false if anything that was written can no longer be believed; `problems` says what, in sentences. Shots
     received and not folded yet are no damage: the next run folds them from the spool, if they are whole there.
+
+    Parameters
+    ----------
+    progress : called for each block of the spool that was read
     """
     problems = []
     try:
@@ -223,8 +238,10 @@ def verify(state: State) -> Answer:
     problems += state.declared.problems()
     sensors: list[Answer] = []
     covers: dict[str, int] = {}
+    older: dict[str, int] = {}
+    spooled_after: dict[str, int] = {}
     for id_, kept in _given(state, None):
-        covers[id_] = kept.covers
+        covers[id_], older[id_], spooled_after[id_] = kept.covers, kept.covered_by_older or 0, kept.spooled_after
         keys = state.ledger.frame_keys(id_, kept.covers)
         problems += [f"{sentence} {archive.REFOLDED}" for sentence in kept.damage]
         sensors.append({**describe(kept), "digest": kept.sensor.digest(keys)})
@@ -240,8 +257,20 @@ def verify(state: State) -> Answer:
         f"{row.name} was received but its copy in the spool is gone or was changed. If the original is not in its place"
         " either, scan its file once more."
         for row in waiting
-        if not state.spool.verify(row.key)
+        if not state.spool.verify(row.key, progress)
     ]
+    seqs = {row.seq for row in waiting}
+    for row in state.ledger.rows_to_replay(older):
+        copy = state.spool.path(row.key)
+        there = os.path.lexists(copy)
+        wanted = there or row.seq > spooled_after.get(row.sensor_id or "", 0)
+        if row.seq not in seqs and wanted and not state.spool.verify(row.key, progress):
+            problems.append(
+                f"The copy of {row.name} in the spool ({copy}) is {'damaged' if there else 'gone'}. Nothing is lost as"
+                " long as the newest generation of its sensor is whole: the copy is needed if that is damaged. Scan"
+                f" the original ({row.path}) once more, if it is as it was, and the copy is made anew; the next scan of"
+                " new shots of that sensor makes it superfluous."
+            )
     return {"ok": not problems, "sensors": sensors, "waiting": len(waiting), "problems": problems}
 
 

@@ -199,7 +199,7 @@ def test_a_transition_is_alerted_once_whatever_is_replayed(bench: Callable[..., 
     ]
     one.fold(stable(102), seq=7)
     assert [(entry["topic"], entry["at"]) for entry in one.alerts.recent()] == [
-        ("stable", "2026-11-21T09:00:00.000+00:00")
+        ("stable", "2026-11-21T09:00:00.000Z")
     ] * 2
 
 
@@ -569,6 +569,7 @@ def test_a_message_reaches_a_web_server_and_the_command(bench: Callable[..., Ben
     assert web.got[0]["title"] == "hotpixd: 1 stable defect"
     assert web.ids() == inbox.ids() * 2
     assert inbox.messages()[0]["body"] == web.got[0]["message"]
+    assert inbox.messages()[0]["alerts"][0]["at"] == "2026-11-21T09:00:00.000Z"
     assert one.alerts.waiting == 0
 
 

@@ -16,7 +16,7 @@ ROOT = Path(hotpixd.__file__).parent
 
 MAY_IMPORT = {
     "core": {"core"},
-    "store": {"durable", "store"},
+    "store": {"durable", "store", "words"},
     "durable": set(),
     "words": set(),
     "intake": {"core", "durable", "intake", "words"},

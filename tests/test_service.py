@@ -74,6 +74,9 @@ def test_readers_are_answered_while_it_runs_as_after_it(camera: Camera, tmp_path
     live = [daemon.ask(*question) for question in questions]
     assert live[4]["sources"][0]["name"] == str(camera.folder)
     assert live[4]["daemon"]["pid"] == daemon.process.pid
+    shot = live[4]["last_shot"]
+    times = (shot["received_at"], shot["taken_at"], live[4]["sources"][0]["since"], live[4]["daemon"]["started_at"])
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", one) for one in times), times
     assert daemon.stop() == 0
     after = [daemon.ask(*question) for question in questions]
     assert live[:4] == after[:4]

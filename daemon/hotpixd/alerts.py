@@ -42,7 +42,7 @@ from hotpixd.core.sensor import FoldReport, Transition
 from hotpixd.store.durable import StateFull, failpoint
 from hotpixd.store.ledger import Ledger
 from hotpixd.store.outbox import Alert, Outbox
-from hotpixd.words import many
+from hotpixd.words import many, utc
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class Message:
     def json(self) -> str:
         """Return the message as the command gets it."""
         names = ("id", "at", "topic", "text", "detail")
-        alerts = [{name: getattr(alert, name) for name in names} for alert in self.alerts]
+        alerts = [{name: getattr(alert, name) for name in names} | {"at": utc(alert.at)} for alert in self.alerts]
         return json.dumps({"id": self.id, "title": self.title, "body": self.body, "alerts": alerts})
 
 

@@ -54,7 +54,7 @@ from hotpixd.store.state import State, StateError, StateFull
 from hotpixd.systemd import Notifier
 from hotpixd.views import answers
 from hotpixd.views.text import identity_words, printable, sensor_name
-from hotpixd.words import many
+from hotpixd.words import many, utc
 
 log = logging.getLogger("hotpixd")
 
@@ -550,7 +550,7 @@ class _Service:
         if self._sources_changed and not shooting:
             self._start_sources()
         self._feed.publish({"series": series})
-        described = [asdict(state) for state in states]
+        described = [_described(state) for state in states]
         self._live.daemon(self._facts(), described, queued)
         if not shooting and self._series is not None:
             self._watchman.shoot_ends()
@@ -875,7 +875,7 @@ class _Service:
             answer.update(
                 daemon=self._facts(),
                 sources=[
-                    asdict(self._moving(state, time.monotonic()))
+                    _described(self._moving(state, time.monotonic()))
                     for source in self._sources.values()
                     for state in source.states()
                 ],
@@ -974,6 +974,10 @@ def _tether_of(camera: str | None, tethers: list[CameraSource]) -> CameraSource:
         if any(camera in (None, known["camera"]) for known in tether.cameras()):
             return tether
     return tethers[0]
+
+
+def _described(state: SourceState) -> dict[str, Any]:
+    return asdict(state) | {"since": utc(state.since)}
 
 
 def _activity(states: list[SourceState], queued: int, live: Live) -> str:

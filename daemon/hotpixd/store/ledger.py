@@ -41,6 +41,7 @@ from blake3 import blake3
 
 from hotpixd.store import wal
 from hotpixd.store.durable import StateDamaged, StateError, StateFull, failpoint, make_folder
+from hotpixd.words import utc
 
 if TYPE_CHECKING:
     # To run only where there are observations or timelines: `status` asks for neither.
@@ -728,7 +729,7 @@ class Ledger:
         for seq in seqs:
             for (moment,) in self.rows(query, (seq,)):
                 try:
-                    found[seq] = datetime.fromisoformat(moment).strftime("%Y-%m-%dT%H:%M:%SZ")
+                    found[seq] = utc(datetime.fromisoformat(moment))
                 except (ValueError, TypeError) as error:
                     raise self._damaged(f"the time of shot {seq} is {moment!r}") from error
         return found
@@ -953,7 +954,7 @@ class Ledger:
         """Return the latest alerts, oldest first: id, at (UTC, ISO 8601), topic, text."""
         query = "SELECT id, raised_at, topic, text FROM alert ORDER BY id DESC LIMIT ?"
         rows = self.rows(query, (last,))
-        return [dict(zip(("id", "at", "topic", "text"), row, strict=True)) for row in reversed(rows)]
+        return [{"id": id_, "at": utc(at), "topic": topic, "text": text} for id_, at, topic, text in reversed(rows)]
 
     def last_times(self, last: int) -> list[tuple[str, str, str | None]]:
         """Return path, time of receipt and time of taking (UTC, ISO 8601) of the latest shots, oldest first."""

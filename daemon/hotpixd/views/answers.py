@@ -21,6 +21,7 @@ from hotpixd.store.durable import StateDamaged, StateError
 from hotpixd.store.ledger import ShotRow, Tally
 from hotpixd.store.state import State
 from hotpixd.views.text import identity_words
+from hotpixd.words import utc
 
 Answer = dict[str, Any]
 
@@ -317,14 +318,14 @@ def _described(id_: str, identity: SensorIdentity, overview: Overview, tally: Ta
 
 def now() -> str:
     """Return the time as all answers write it."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return utc(datetime.now(UTC))
 
 
 def _shot(row: ShotRow) -> Answer:
     return {
         "name": row.name,
-        "received_at": row.received_at,
-        "taken_at": row.taken_at,
+        "received_at": utc(row.received_at),
+        "taken_at": None if row.taken_at is None else utc(row.taken_at),
         "verdict": row.verdict,
         "kind": row.kind,
         "exposure_s": row.exposure_s,

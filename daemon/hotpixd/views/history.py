@@ -20,6 +20,7 @@ from hotpixd.core.frame import SensorIdentity
 from hotpixd.store.ledger import Ledger, Timeline, TransitionRow
 from hotpixd.store.state import State
 from hotpixd.views.text import called, identity_words, sensor_name
+from hotpixd.words import utc
 
 Answer = dict[str, Any]
 
@@ -164,7 +165,7 @@ def _since(answer: Answer, since_s: float) -> Answer:
 
 def when(time_s: float) -> str:
     """Write a UNIX time as all answers do."""
-    return datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return utc(float(time_s))
 
 
 class Sessions:

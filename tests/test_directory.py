@@ -450,6 +450,31 @@ def test_where_raws_are_about_a_jpeg_waits_for_its_mate_to_appear(tmp_path, serv
     assert service.names(2) == ["IMG_2.NEF", "IMG_2.JPG"]
 
 
+@pytest.mark.parametrize("use_events", [True, False])
+def test_the_jpeg_of_the_very_first_pair_waits_for_its_raw(tmp_path, serve, use_events):
+    """A plain copy has it first, where NEF, ORF, RAF and RW2 sort after JPG."""
+    service = serve(tmp_path, settle_s=0.1, scan_every_s=0.2, use_events=use_events).watching()
+    put(tmp_path, "IMG_1.JPG")
+    assert service.delivers_nothing_for(0.7)
+    put(tmp_path, "IMG_1.NEF")
+    assert service.names(2) == ["IMG_1.NEF", "IMG_1.JPG"]
+
+
+def test_only_the_first_jpegs_of_a_shoot_without_raws_wait_and_briefly(tmp_path, serve):
+    """Those that were there at first do not; from the fourth on none does."""
+    put(tmp_path, "IMG_0.JPG")
+    service = serve(tmp_path, settle_s=0.1)
+    service.names(1)
+    took = []
+    for number in range(1, 6):
+        began = time.monotonic()
+        put(tmp_path, f"IMG_{number}.JPG")
+        service.names(1)
+        took.append(time.monotonic() - began)
+    assert all(1.5 < s < 4 for s in took[:2])
+    assert all(s < 1 for s in took[2:])
+
+
 def test_a_jpeg_does_not_wait_for_ever(tmp_path, serve, monkeypatch):
     """Nor for a raw that never comes, nor for one that is there and never gets ready."""
     monkeypatch.setattr(directory, "_MATE_WITHIN_S", 0.5)

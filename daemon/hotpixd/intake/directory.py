@@ -71,6 +71,12 @@ _WRITER_GONE_AFTER_S = 60.0
 _MATE_WITHIN_S = 10.0
 """How long a JPEG waits for its raw file to appear, where raw files are about."""
 
+_FIRST_MATE_WITHIN_S = 2.0
+"""The same while nothing tells yet whether raw files will come. A copy begins the next file at once."""
+
+_ALONE_TELLS = 3
+"""JPEGs that came without a raw file: no others are waited for then."""
+
 _MATE_AFTER = 15.0
 """Times the settling time that a JPEG waits for a raw file which is there, but neither finished nor growing."""
 
@@ -224,6 +230,9 @@ class DirectorySource:
         self._files: dict[str, _File] = {}
         self._mates: dict[str, list[_File]] = {}
         self._raws = 0
+        self._alone = 0
+        """JPEGs that were there, or offered, without a raw file."""
+        self._first_listed_at: float | None = None
         self._list_at = 0.0
         self._listed_at = 0.0
         self._list_now = False
@@ -521,6 +530,8 @@ class DirectorySource:
             if self._files[below].since < began:
                 self._drop(self._files[below])
         now = time.monotonic()
+        if self._first_listed_at is None:
+            self._first_listed_at = now
         found = False
         for below, picture in snapshot.pictures.items():
             file = self._files.get(below)
@@ -546,6 +557,7 @@ class DirectorySource:
         with self._lock:
             if self._is_seen(file):
                 file.stage = _Stage.DONE
+                self._alone += file.is_rendered
             else:
                 self._schedule(file, now + self._settle_s(file))
         return file
@@ -661,11 +673,15 @@ class DirectorySource:
 
     def _hold_s(self, file: _File, now: float) -> float:
         """How long a JPEG that is finished waits for the raw file of its shot."""
-        if not file.is_rendered or not self._raws:
+        if not file.is_rendered:
             return 0.0
         raw = self._raw_of(file)
         if raw is None:
-            return file.appeared + _MATE_WITHIN_S - now
+            if self._raws:
+                return file.appeared + _MATE_WITHIN_S - now
+            # The raw file of one that was there at first would be there, too.
+            is_new = self._first_listed_at is not None and file.appeared > self._first_listed_at
+            return file.appeared + _FIRST_MATE_WITHIN_S - now if is_new and self._alone < _ALONE_TELLS else 0.0
         if raw.stage is _Stage.WAITING and not raw.tries:
             return raw.since + _MATE_AFTER * self._settle_s(raw) - now
         return 0.0
@@ -677,6 +693,7 @@ class DirectorySource:
 
     def _offer(self, file: _File) -> None:
         raw = self._raw_of(file)
+        self._alone += raw is None and file.is_rendered
         place = (file.key, False) if raw is None else (raw.key, True)
         with self._lock:
             if self._is_seen(file):

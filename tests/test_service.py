@@ -84,6 +84,19 @@ def test_readers_are_answered_while_it_runs_as_after_it(camera: Camera, tmp_path
         assert live[4][key] == after[4][key]
 
 
+def test_what_status_says_of_the_daemon_is_of_the_same_moment_as_its_numbers(camera: Camera, start):
+    """It was of the last look around, up to a second ago: "17 shots folded, 6 to go" above "19 folded"."""
+    daemon = start("watch", camera.folder)
+    folded = 0
+    with contextlib.closing(daemon.client()) as client:
+        while folded < 12:
+            told = client.ask("status")
+            folded = told["shots"]["folded"]
+            (said,) = re.findall(r"(\d+) shots? folded", told["daemon"]["activity"])
+            assert int(said) == folded
+            time.sleep(0.01)
+
+
 def test_a_restart_does_not_read_known_files_again(camera: Camera, tmp_path, start):
     """What was folded is recognised by name, size and time; a new one is taken."""
     inbox = tmp_path / "inbox"

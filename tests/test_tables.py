@@ -11,7 +11,10 @@ import pytest
 
 import live_states as made_up
 from conftest import environment
-from hotpixd.views import tables
+from hotpixd.intake.files import find_shots
+from hotpixd.monitor import Monitor
+from hotpixd.store.state import State
+from hotpixd.views import answers, tables
 from hotpixd.views.text import printable
 
 SENSOR: dict[str, Any] = {
@@ -149,6 +152,19 @@ def test_one_of_a_thing_is_no_plural(capsys):
     assert "1 stable, 1 candidate, 1 recovered" in said
     assert "1 frame of 1 sensor" in said
     assert "1 shot received but not folded" in said
+
+
+def test_status_calls_no_shot_folded_that_is_to_be_folded_again(camera, tmp_path, capsys):
+    """After a kill the ledger has their verdict, but no generation has them; it was "8 folded, 8 counted"."""
+    with State(tmp_path / "state") as state, Monitor(state) as monitor:
+        list(monitor.process(find_shots(map(str, camera.shots[:5])).shots))
+        monitor.checkpoint()
+        list(monitor.process(find_shots(map(str, camera.shots[5:8])).shots))
+    with State(tmp_path / "state") as state:
+        answer = answers.status(state)
+    assert answer["shots"]["folded"] == 8
+    tables.print_status(answer)
+    assert "\n3 received but not folded, 5 folded, 5 counted\n" in capsys.readouterr().out
 
 
 def test_an_answer_that_lacks_shots_is_warned_of_on_stderr(capsys):

@@ -521,7 +521,7 @@ class _Service:
     def _look_around(self, now: float) -> None:
         assert self._feed is not None
         assert self._live is not None
-        states = [self._moving(state, now) for source in self._sources.values() for state in source.states()]
+        states = self._states(now)
         for concern in (state for source in self._sources.values() for state in source.concerns()):
             self._watchman.source(concern.name, concern.status, concern.detail)
         for state in states:
@@ -540,11 +540,7 @@ class _Service:
             if self._degraded is None:
                 self._recover(surely=False)
             self._packing.submit(self._backups.end_if_idle)
-        queued = sum(state.waiting for state in states) or self._monitor.in_flight
-        if self._watching:
-            self._activity = self._degraded or _activity(states, queued, self._live)
-            if self._reload_failed:
-                self._activity += "; the changed configuration is wrong, the old one stays in use"
+        queued = self._note_activity(states)
         series = None if self._series is None else self._series.state()
         shooting = self._series is not None and not self._series.ended
         if self._sources_changed and not shooting:
@@ -564,6 +560,19 @@ class _Service:
             alerts_waiting=self._alerts.waiting,
             disk_free_bytes=self._disk_free,
         )
+
+    def _states(self, now: float) -> list[SourceState]:
+        return [self._moving(state, now) for source in self._sources.values() for state in source.states()]
+
+    def _note_activity(self, states: list[SourceState]) -> int:
+        """Say anew what the daemon does; return how many shots wait."""
+        assert self._live is not None
+        queued = sum(state.waiting for state in states) or self._monitor.in_flight
+        if self._watching:
+            self._activity = self._degraded or _activity(states, queued, self._live)
+            if self._reload_failed:
+                self._activity += "; the changed configuration is wrong, the old one stays in use"
+        return queued
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -872,13 +881,12 @@ class _Service:
         sensors = self._monitor.sensors(ids)
         answer = answers.answer(self._state, name, arguments, sensors, self._notifier.beat)
         if name == "status":
+            states = self._states(time.monotonic())
+            # Not that of the last look around: its numbers would contradict those told here.
+            self._note_activity(states)
             answer.update(
                 daemon=self._facts(),
-                sources=[
-                    _described(self._moving(state, time.monotonic()))
-                    for source in self._sources.values()
-                    for state in source.states()
-                ],
+                sources=[_described(state) for state in states],
                 metrics=self._metrics.as_dict(),
                 series=None if self._series is None else self._series.state(),
             )

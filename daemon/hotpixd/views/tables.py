@@ -22,6 +22,8 @@ _ALERTS_SHOWN = 5
 
 _WIDEST_TABLE = 200
 
+_RECEIVED = "received but not folded"
+
 _NAMED = 3
 """Sensors that one line names."""
 
@@ -182,7 +184,7 @@ def print_status(answer: Answer) -> None:
         told = f"{source['name']} {source.get('condition') or source['status']}"
         told += f": {source['detail']}" if source["detail"] else ""
         console.print(f"  {escape(printable(told))}", soft_wrap=True)
-    shots = answer["shots"]
+    shots = _as_folded(answer)
     console.print(", ".join(f"{n} {word}" for word, n in shots.items() if n) or "No shot yet.")
     for sensor in answer["sensors"]:
         console.print(f"\n[bold]{escape(sensor_name(sensor))}[/bold]  {_frames(sensor)}", soft_wrap=True)
@@ -201,6 +203,21 @@ def print_status(answer: Answer) -> None:
         for shot in answer["refused"]:
             words = printable(f"{shot['path']}: {shot['reason'] or ''}")
             console.print(f"  {escape(words)}", soft_wrap=True)
+
+
+def _as_folded(answer: Answer) -> dict[str, int]:
+    """Return the numbers of shots of a status; those that are to be folded again are not among those folded.
+
+    An interruption came between their verdict, which the ledger has, and the next generation.
+    """
+    sensors = answer["sensors"]
+    again = sum(sensor.get("frames_waiting", 0) for sensor in sensors)
+    shots = dict(answer["shots"])
+    if again:
+        shots["received"] += again
+        shots["folded"] -= again
+        shots["counted"] = min(shots["counted"], sum(sensor["frames_counted"] for sensor in sensors))
+    return {_RECEIVED if word == "received" else word: n for word, n in shots.items()}
 
 
 def print_least_variance(answer: Answer) -> None:
@@ -246,7 +263,7 @@ def warn_of_waiting(count: int) -> None:
 
 
 def _waiting_words(count: int) -> str:
-    return f"{many(count, 'shot')} received but not folded"
+    return f"{many(count, 'shot')} {_RECEIVED}"
 
 
 # Texts from outside are printed with soft_wrap: broken by us, they could begin a line with what looks like one of ours.

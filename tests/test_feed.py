@@ -143,14 +143,23 @@ def follow(client: FeedClient, wanted: Callable[[Any], bool]) -> list[Any]:
 # The protocol
 
 
-def test_a_client_is_greeted(connect: Callable[[], Raw]) -> None:
-    """It learns what it talks to before it has said anything."""
-    assert connect().hello == {
+@pytest.mark.parametrize(("variable", "invocation"), [(None, None), ("0123456789abcdef" * 2, "0123456789abcdef" * 2)])
+def test_a_client_is_greeted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, variable: str | None, invocation: str | None
+) -> None:
+    """It learns what it talks to before it has said anything, and of which of systemd's invocations."""
+    monkeypatch.delenv("INVOCATION_ID", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("INVOCATION_ID", variable)
+    with served(folder / "feed.sock") as server, closing(Raw(server.path)) as raw:
+        hello = raw.hello
+    assert hello == {
         "type": "hello",
         "proto": 1,
         "app": "hotpixd",
         "version": __version__,
         "pid": os.getpid(),
+        "invocation": invocation,
         "state": "/somewhere",
     }
 

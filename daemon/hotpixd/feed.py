@@ -1,6 +1,7 @@
 """Live state for other processes: lines of JSON over a unix socket, and the client that reads them.
 
-Each line is one object. The server greets with ``{"type":"hello","proto":1,...}``. A client may send:
+Each line is one object. The server greets with ``{"type":"hello","proto":1,...}``, with its pid and
+systemd's `invocation` (null if that did not start it). A client may send:
 
 - ``{"ask":"watch"}`` and gets ``{"type":"snapshot","n":17,"set":{key:value,...}}``, then
   ``{"type":"change","n":18,"set":{...},"gone":[...]}`` as things change, at most ten per second, and an empty change

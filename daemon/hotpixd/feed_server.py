@@ -134,7 +134,9 @@ class FeedServer:
         self._stuck_s = stuck_s
         self._heartbeat_s = heartbeat_s
         greeting = {"type": "hello", "proto": PROTO, "app": "hotpixd", "version": __version__, "pid": os.getpid()}
-        self._hello = as_json({**greeting, **hello}) + b"\n"
+        # systemd's name for this run, by which its journal can be asked for.
+        invocation = os.environ.get("INVOCATION_ID") or None
+        self._hello = as_json({**greeting, "invocation": invocation, **hello}) + b"\n"
         self._published = _Published(0, {})
         self._waiting: deque[Question] = deque()
         self._served: dict[int, int] = {}

@@ -727,6 +727,18 @@ def test_3_when_the_state_cannot_be_made(where, camera):
     assert where in done.stderr
 
 
+@pytest.mark.parametrize("below", ["", "state"])
+def test_3_when_a_file_is_in_the_way_of_the_state(camera, tmp_path, below):
+    """Named in a sentence; it was "[Errno 17] File exists"."""
+    file = tmp_path / "conf.yaml"
+    file.write_text("sources: []")
+    where = file / below
+    done = run("scan", camera.shots[0], "--state", where)
+    assert done.returncode == 3
+    assert f"The state {where} cannot be used: {file} is in the way, which is no folder." in done.stderr
+    assert "Errno" not in done.stderr
+
+
 def test_3_when_the_state_cannot_be_written(scanned, tmp_path, camera, like_everyone):
     """Its folder, or one above it, is for reading only."""
     root = harmed(scanned, tmp_path / "state")
@@ -734,10 +746,14 @@ def test_3_when_the_state_cannot_be_written(scanned, tmp_path, camera, like_ever
     (root / "lock").chmod(0o400)
     tmp_path.chmod(0o500)
     try:
-        for where in (root, tmp_path / "new"):
+        for where, what in (
+            (root, f"used: you have no right to write {root / 'lock'}, which"),
+            (tmp_path / "new", f"made: you have no right to write {tmp_path}. Name another folder with --state."),
+            (tmp_path / "new" / "state", f"made: you have no right to write {tmp_path}. Name another"),
+        ):
             done = run("scan", camera.shots[0], "--state", where, prefix=like_everyone)
             assert done.returncode == 3
-            assert f"The state {where} cannot be used: you have no right to write" in done.stderr
+            assert f"The state {where} cannot be {what}" in done.stderr
     finally:
         tmp_path.chmod(0o700)
         root.chmod(0o700)

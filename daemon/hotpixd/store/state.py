@@ -122,8 +122,18 @@ class State:
                     lock.release(self._lock)
                     raise
         except (FileExistsError, NotADirectoryError) as error:
-            raise StateError(f"The state {self.root} is not a directory: {error}.") from error
+            raise StateError(
+                f"The state {self.root} cannot be used: {_nearest(Path(error.filename))} is in the way, which is no"
+                " folder. Move it away, or name another folder with --state."
+            ) from error
         except PermissionError as error:
+            nearest = _nearest(self.root)
+            # In a folder closed to us it may be there.
+            if nearest != self.root and os.access(nearest, os.X_OK, effective_ids=True):
+                raise StateError(
+                    f"The state {self.root} cannot be made: you have no right to write {nearest}. Name another folder"
+                    " with --state."
+                ) from error
             raise StateError(
                 f"The state {self.root} cannot be used: you have no right to write {error.filename}, which reading"
                 " takes, too. Use it as the user whose it is."
@@ -373,6 +383,11 @@ def _exchange(one: Path, other: Path) -> bool:
     if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
     raise OSError(code, os.strerror(code), str(other))
+
+
+def _nearest(path: Path) -> Path:
+    """Return a path, or what is there of it."""
+    return next((p for p in (path, *path.absolute().parents) if os.path.lexists(p)), path)
 
 
 def _look_for_ledger(root: Path) -> Path | None:

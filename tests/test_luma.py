@@ -86,6 +86,23 @@ def test_it_finds_the_defects_that_red_green_and_blue_show(jpegs: Path, scanned_
     assert checked.stdout.count("320x240 rendered, luma") == 1
 
 
+def test_a_scan_without_luma_says_what_was_folded_as_luma(jpegs: Path, scanned_luma: Path, tmp_path: Path):
+    """And how to change that, as the other way round. A grey JPEG is luma in any case."""
+    shutil.copytree(scanned_luma, tmp_path / "state")
+    done = run("scan", "--state", tmp_path / "state", jpegs)
+    assert done.returncode == 0
+    said = f"{FRAMES} of those known were folded as luma, which stays so. To change that: hotpixd rebuild FOLDER\n"
+    assert said in done.stdout
+    again = run("scan", "--luma", "--state", tmp_path / "state", jpegs)
+    assert "stays so" not in again.stdout
+    with Image.open(min(jpegs.iterdir())) as image:
+        image.convert("L").save(tmp_path / "grey.jpg", quality=95)
+    for _ in range(2):
+        grey = run("scan", "--state", tmp_path / "grey", tmp_path / "grey.jpg")
+    assert "1 known already" in grey.stdout
+    assert "stays so" not in grey.stdout
+
+
 def test_a_healthy_sensor_has_no_defects_in_its_luma(tmp_path: Path):
     """The control."""
     healthy = VirtualSensor(320, 240, hot=0, stuck=0, dead=0, seed=12)

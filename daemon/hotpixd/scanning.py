@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
-from hotpixd.core.frame import ShotKind
+from hotpixd.core.frame import SampleKind, ShotKind
+from hotpixd.intake.decode import DecodeError
 from hotpixd.intake.files import Listing, find_shots
 from hotpixd.monitor import Fate, Monitor, Outcome
 from hotpixd.store.state import State
@@ -145,8 +147,7 @@ def _scan(state: State, listing: Listing, start: Callable[[], Monitor], stop: Ca
                 f"  {others} of those known {_were(others)} folded as {kind}, which stays so. To change that:"
                 " hotpixd rebuild FOLDER --kind ..."
             )
-        if luma:
-            _print_folded_in_colours(state, outcomes)
+        _print_folded_otherwise(monitor, state, outcomes, luma=luma)
         _print_found(monitor, state, outcomes)
     if left:
         print(f"Interrupted: {many(left, 'shot')} left. Run the same command again to go on where it stopped.")
@@ -201,16 +202,33 @@ def _print_found(monitor: Monitor, state: State, outcomes: list[Outcome]) -> Non
         tables.print_defects(found, most=_DEFECTS_SHOWN, not_counted=answers.reasons_not_counted(state))
 
 
-def _print_folded_in_colours(state: State, outcomes: list[Outcome]) -> None:
-    """Say how many shots are known by their colours, where luma was asked for."""
-    known = Counter(o.sensor_id for o in outcomes if o.fate is Fate.KNOWN and o.sensor_id is not None)
-    coloured = [id_ for id_, about in state.ledger.sensors().items() if about["layout"]["channels"] > 1]
-    others = sum(known[id_] for id_ in coloured)
+def _print_folded_otherwise(monitor: Monitor, state: State, outcomes: list[Outcome], *, luma: bool) -> None:
+    """Say how many shots are known by their colours, where luma was asked for, or the other way round."""
+    known: dict[str, list[Path]] = {}
+    for outcome in outcomes:
+        if outcome.fate is Fate.KNOWN and outcome.sensor_id is not None:
+            known.setdefault(outcome.sensor_id, []).append(outcome.path)
+    others = 0
+    for id_, about in state.ledger.sensors().items():
+        if id_ not in known or about["samples"] != SampleKind.RENDERED:
+            continue
+        channels = about["layout"]["channels"]
+        if channels > 1 if luma else channels == 1 and _is_coloured(monitor, known[id_][0]):
+            others += len(known[id_])
     if others:
+        kept, cure = ("red, green and blue", "--luma ") if luma else ("luma", "")
         print(
-            f"  {others} of those known {_were(others)} folded as red, green and blue, which stays so. To change that:"
-            " hotpixd rebuild --luma FOLDER"
+            f"  {others} of those known {_were(others)} folded as {kept}, which stays so. To change that:"
+            f" hotpixd rebuild {cure}FOLDER"
         )
+
+
+def _is_coloured(monitor: Monitor, path: Path) -> bool:
+    """Tell whether a shot folded as luma would be folded in colours else: a grey JPEG is luma in any case."""
+    try:
+        return monitor.decoders.decode(path, luma=False).sensor.layout.channels > 1
+    except (DecodeError, OSError):
+        return False
 
 
 def _were(count: int) -> str:

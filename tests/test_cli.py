@@ -33,6 +33,7 @@ from daemons import Daemon, eventually
 from hotpixd import __version__
 from hotpixd.cli import app
 from hotpixd.feed_server import FeedServer
+from hotpixd.simulate import write_series
 from hotpixd.store.checkpoint import generations
 from hotpixd.store.state import State
 
@@ -540,6 +541,20 @@ def test_a_kind_that_is_said_too_late_is_not_ignored_in_silence(camera, tmp_path
     assert "2 of those known were folded as light, which stays so" in done.stdout
     done = run("scan", *camera.shots[:2], "--kind", "light", "--state", tmp_path / "state")
     assert "were folded as" not in done.stdout
+
+
+def test_lights_that_are_called_darks_are_no_evidence(camera, tmp_path):
+    """Every detail of a scene would be a defect: nothing excuses an extreme in a dark. True darks count."""
+    darks = tmp_path / "darks"
+    for _ in write_series(darks, camera.sensor, 6, "dark", "dng"):
+        pass
+    done = run("scan", camera.folder, darks, "--kind", "dark", "--state", tmp_path / "state")
+    assert done.returncode == 0
+    assert "12 frames not counted: light has fallen on the sensor, though they are to be darks" in done.stdout
+    (sensor,) = json.loads(run("defects", "--json", "--state", tmp_path / "state").stdout)["sensors"]
+    assert (sensor["frames"], sensor["frames_counted"]) == (18, 6)
+    planted = {(d.x, d.y) for d in camera.sensor.defects}
+    assert {(d["x"], d["y"]) for d in sensor["defects"]} <= planted
 
 
 def test_2_when_a_file_is_to_be_watched(tmp_path):

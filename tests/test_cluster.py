@@ -21,6 +21,7 @@ from hotpixd.cluster import connection
 from hotpixd.cluster.connection import ClusterError, connected
 from hotpixd.cluster.coordinator import ClusterMonitor
 from hotpixd.cluster.inputs import find_inputs
+from hotpixd.core.frame import ShotKind
 from hotpixd.monitor import Fate
 from hotpixd.simulate import VirtualSensor, write_series
 from hotpixd.store.state import State
@@ -97,6 +98,16 @@ def test_the_luma_of_jpegs_is_what_one_machine_makes_of_it(client, shoebox, tmp_
     assert run("scan", "--luma", "--state", tmp_path / "here", folder).returncode == 0
     assert whole(tmp_path / "luma") == whole(tmp_path / "here")
     assert whole(tmp_path / "luma")["digests"] != whole(tmp_path / "colours")["digests"]
+
+
+def test_lights_that_are_called_darks_are_no_evidence_there_either(client, shoebox, tmp_path):
+    """A worker tells that light has fallen on them."""
+    wanted = shoebox / "b moving", shoebox / "d darks"
+    cluster_feed(client, tmp_path / "cluster", *wanted, kind=ShotKind.DARK, chunk_shots=3)
+    assert run("scan", "--kind", "dark", "--state", tmp_path / "here", *wanted).returncode == 0
+    assert whole(tmp_path / "cluster") == whole(tmp_path / "here")
+    (sensor,) = whole(tmp_path / "cluster")["defects"]["sensors"]
+    assert (sensor["frames"], sensor["frames_counted"]) == (14, 6)
 
 
 def test_the_shoebox_holds_what_it_should(here):

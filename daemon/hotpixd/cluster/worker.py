@@ -91,6 +91,7 @@ class Seen:
     info: ShotInfo
     black_level_adu: float | None
     white_level_adu: float | None
+    lit: bool
 
     events: bytes
     """`Accumulator.pack`, compressed."""
@@ -102,7 +103,8 @@ class Seen:
 
     def frame(self, samples: Samples) -> Frame:
         """Return the frame with these samples."""
-        return Frame(self.sensor, samples, self.kind, self.info, self.black_level_adu, self.white_level_adu)
+        levels = self.black_level_adu, self.white_level_adu
+        return Frame(self.sensor, samples, self.kind, self.info, *levels, self.lit)
 
     def planes(self) -> NDArray[np.uint8]:
         """Return the planes of its events."""
@@ -317,6 +319,7 @@ def _seen(frame: Frame, sums: Accumulator) -> Seen:
         frame.info,
         frame.black_level_adu,
         frame.white_level_adu,
+        frame.lit,
         zstandard.ZstdCompressor(level=1).compress(sums.pack(events).data),
         events.totals,
         events.phases,

@@ -187,6 +187,9 @@ class Frame:
     white_level_adu: float | None = None
     """Largest value a sample can take, black level included, if the file says."""
 
+    lit: bool = False
+    """It is to be a dark, as the user says, and light has plainly fallen on the sensor."""
+
     @property
     def lone(self) -> bool:
         """Whether extremes that touch an extreme of another plane are no events, see `Accumulator.fold`."""

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+LIT_DARK = "light has fallen on the sensor, though they are to be darks"
+"""Why frames that the user has called dark are no evidence."""
+
 STATIC_SCENE = "the scene does not move"
 """Why a light frame is no evidence if it repeats an earlier one."""
 

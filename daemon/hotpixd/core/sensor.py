@@ -20,7 +20,7 @@ from hotpixd.core import defects, evidence
 from hotpixd.core.accumulator import HELD_BYTES, Accumulator, EachSlab, FrameEvents, Loan, Zeros
 from hotpixd.core.defects import Defect
 from hotpixd.core.frame import Frame, SampleKind, Samples, SensorIdentity, SensorLayout, ShotInfo, ShotKind
-from hotpixd.core.overview import STATIC_SCENE, Overview
+from hotpixd.core.overview import LIT_DARK, STATIC_SCENE, Overview
 from hotpixd.core.tracks import OBSERVATION, RECENT, Kind, Status, Tracks, neighbours_of
 
 
@@ -304,6 +304,9 @@ class Sensor:
         running.black_level_adu = frame.black_level_adu
         running.white_level_adu = frame.white_level_adu
         self._noise_squares += noise**2
+        if frame.lit:
+            # In darks nothing excuses an extreme: every detail of a scene would be one.
+            return FoldReport(False, LIT_DARK, None, (), *_NO_OBSERVATIONS, events.fingerprint)
         pattern = self._gate.pattern(events) if light else None
         lift = None if pattern is None else self._gate.lift(pattern)
         if lift is not None and lift > self._lift_limit:

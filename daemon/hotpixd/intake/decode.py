@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from hotpixd.core.darkness import looks_dark
+from hotpixd.core.darkness import looks_dark, looks_lit
 from hotpixd.core.frame import Frame, SampleKind, Samples, SensorIdentity, SensorLayout, ShotInfo, ShotKind
 from hotpixd.intake import dng, extent, metadata
 from hotpixd.intake.dng import Reading
@@ -196,10 +196,10 @@ def decode_file(
         _refuse_levels(samples, picture.black_level_adu, picture.white_level_adu)
     else:
         _refuse_edited(picture.about, width, height)
-    about = picture.about
+    about, levels = picture.about, (picture.black_level_adu, picture.white_level_adu)
     decided = kind or picture.kind
     if decided is None:
-        dark = looks_dark(samples, layout, picture.black_level_adu, picture.white_level_adu)
+        dark = looks_dark(samples, layout, *levels)
         decided = ShotKind.DARK if dark else ShotKind.LIGHT
     return Frame(
         sensor=SensorIdentity(
@@ -215,6 +215,7 @@ def decode_file(
         info=ShotInfo(about.exposure_s, about.iso, about.sensor_temp_c, about.taken_at),
         black_level_adu=picture.black_level_adu,
         white_level_adu=picture.white_level_adu,
+        lit=kind is ShotKind.DARK and looks_lit(samples, layout, *levels),
     )
 
 

@@ -114,6 +114,7 @@ def _described(frame: Frame) -> dict[str, Any]:
         "taken_at": None if info.taken_at is None else info.taken_at.isoformat(),
         "black_level_adu": frame.black_level_adu,
         "white_level_adu": frame.white_level_adu,
+        "lit": frame.lit,
     }
     return {name: _sendable(value) for name, value in about.items()}
 

@@ -586,9 +586,11 @@ class _Described:
     info: ShotInfo
     black_level_adu: float | None
     white_level_adu: float | None
+    lit: bool
 
     def __call__(self, samples: NDArray[Any]) -> Frame:
-        return Frame(self.sensor, samples, self.kind, self.info, self.black_level_adu, self.white_level_adu)
+        levels = self.black_level_adu, self.white_level_adu
+        return Frame(self.sensor, samples, self.kind, self.info, *levels, self.lit)
 
 
 def _frame(said: Any, shape: tuple[int, int], dtype: np.dtype[Any]) -> _Described:
@@ -617,6 +619,7 @@ def _frame(said: Any, shape: tuple[int, int], dtype: np.dtype[Any]) -> _Describe
             ),
             _number(said["black_level_adu"]),
             _number(said["white_level_adu"]),
+            said["lit"] is True,
         )
     except (DecodeError, KeyError, TypeError, ValueError) as error:
         raise _Died("it made no sense") from error

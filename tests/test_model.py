@@ -876,7 +876,7 @@ class Machine(RuleBasedStateMachine):
 _statvfs, _link = os.statvfs, os.link
 
 # Starting a worker process takes longer than all of an example; its jail has its own tests.
-_IN_THIS_PROCESS: Any = SimpleNamespace(decode=decode, close=lambda: None)
+_IN_THIS_PROCESS: Any = SimpleNamespace(decode=lambda path, kind=None, **_: decode(path, kind), close=lambda: None)
 
 
 class _SaverAtOnce(ThreadPoolExecutor):

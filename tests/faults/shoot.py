@@ -47,6 +47,7 @@ from hotpixd.intake.decode import decode
 from hotpixd.store.spool import Spool
 from hotpixd.store.state import State
 from hotpixd.views import answers
+from hotpixd.words import utc
 
 SIDES = 96, 64
 BODIES = "AB"
@@ -522,7 +523,7 @@ def judge(shoot: Shoot, findings: Findings) -> None:
         told = {key for key, _, topic, _ in alerts if topic in ("stable", "recovered")}
         if told != wanted_alerts:
             wrong.append(f"{len(wanted_alerts - told)} transitions without alert, {len(told - wanted_alerts)} for none")
-        _judge_messages(shoot, findings, {(at, topic, text) for _, at, topic, text in alerts})
+        _judge_messages(shoot, findings, {(utc(at), topic, text) for _, at, topic, text in alerts})
 
 
 def _judge_messages(shoot: Shoot, findings: Findings, alerts: set[tuple[str, str, str]]) -> None:

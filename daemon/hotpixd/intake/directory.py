@@ -653,7 +653,9 @@ class DirectorySource:
         elif self._path(file) in self._taken or not self._is_finished(file, look, now - file.since):
             self._check_again(file, again_s)
         elif (hold_s := self._hold_s(file, now)) > 0:
-            self._check_again(file, min(hold_s, again_s))
+            with self._lock:
+                # At that very moment: those that came together are offered in their order.
+                self._schedule(file, now + min(hold_s, again_s))
         else:
             self._offer(file)
 
@@ -693,9 +695,15 @@ class DirectorySource:
 
     def _offer(self, file: _File) -> None:
         raw = self._raw_of(file)
-        self._alone += raw is None and file.is_rendered
+        alone = raw is None and file.is_rendered
         place = (file.key, False) if raw is None else (raw.key, True)
         with self._lock:
+            self._alone += alone
+            if alone and self._alone == _ALONE_TELLS:
+                # Those that wait come before those that will not have to.
+                for other in self._files.values():
+                    if other is not file and other.is_rendered and other.stage is _Stage.WAITING:
+                        self._schedule(other, 0.0)
             if self._is_seen(file):
                 # The service had a file of this name and time when this one was found.
                 file.stage = _Stage.DONE

@@ -26,7 +26,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-from hotpixd.core.darkness import looks_lit
 from hotpixd.core.frame import Frame, ShotKind
 from hotpixd.intake import metadata
 from hotpixd.intake.arrivals import CameraFile
@@ -739,11 +738,10 @@ class DarkSeries:
 
     def _is_lit(self, path: Path) -> bool:
         try:
-            frame = self._decode(path, ShotKind.DARK)
+            return self._decode(path, ShotKind.DARK).lit
         except DecodeError:
             # What is wrong with it is said when it is to be folded.
             return False
-        return looks_lit(frame.samples, frame.sensor.layout, frame.black_level_adu, frame.white_level_adu)
 
     def _shot_of(self, file: CameraFile) -> str:
         """Return what a file shares with those of the same shot. A name that comes again is another shot's."""

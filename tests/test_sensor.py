@@ -13,7 +13,7 @@ import pytest
 import rawpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, SensorLayout, ShotInfo, ShotKind
 from hotpixd.core.sensor import DetectionSettings, FoldReport, Sensor
@@ -128,6 +128,48 @@ def test_a_second_field_of_stars_makes_no_defects_of_the_first():
     """One camera, two targets."""
     fields = [VirtualSensor(600, 400, **NONE, seed=seed, serial="V") for seed in (3, 4)]
     assert not found(folded([fields[i // 12].frame(fields[i // 12].shot(i, "tracked")) for i in range(24)]))
+
+
+def test_ground_that_stays_below_a_sky_that_moves_is_no_defect():
+    """Each frame is another scene, but not there. Defects are found, in the ground as well if they are strong."""
+    source = VirtualSensor(900, 600, **NONE, seed=1)
+    source.defects = tuple(hot(x, y, 8_000.0) for x, y in ((100, 50), (450, 300), (700, 560), (301, 577)))
+    sensor = folded([source.frame(source.shot(i, "horizon")) for i in range(24)])
+    assert sensor.frames_counted >= 8
+    assert found(sensor) == {d.y * 900 + d.x for d in source.defects}
+
+
+@pytest.mark.parametrize("opacity", [1.0, 0.5])
+def test_burnt_in_text_is_no_defect(opacity: float, tmp_path: Path):
+    """Letters are in the same place in every frame, and all around a sample of one are others of it."""
+    source = VirtualSensor(600, 400, **NONE, seed=1)
+    source.defects = tuple(hot(x, y, 20_000.0) for x, y in ((100, 50), (301, 200), (501, 301)))
+    frames = []
+    for i in range(16):
+        path = tmp_path / f"{i:02d}.jpg"
+        source.write_jpeg(path, source.shot(i, "moving"), 98)
+        with Image.open(path) as opened:
+            exif, picture = opened.info["exif"], opened.convert("RGB")
+        marked = picture.copy()
+        letters = ImageDraw.Draw(marked)
+        letters.text((10, 376), "OBSERVATORY 47N 11E", (255, 255, 255), ImageFont.load_default())
+        letters.text((10, 8), f"2026-11-{i + 1:02d} {i:02d}:{7 * i % 60:02d} EXP {i + 1} s", (255, 255, 255))
+        Image.blend(picture, marked, opacity).save(path, quality=90, exif=exif)
+        frames.append(decode(path))
+    sensor = folded(frames)
+    assert sensor.frames_counted >= 14
+    near = {(d.x + dx, d.y + dy) for d in source.defects for dx in (-1, 0, 1) for dy in (-1, 0, 1)}
+    places = [sensor.layout.address(site)[:2] for site in found(sensor)]
+    assert len(places) == len(source.defects)
+    assert set(places) <= near
+
+
+def test_a_scene_seen_many_times_does_not_hide_defects_in_those_after_it():
+    """Thirty frames from a tripod count as one; in their mean every detail stands out, as if burnt in."""
+    source = camera(hot=12)
+    sensor = folded([*shots(source, "tripod", range(30)), *shots(source, "moving", range(30, 55))])
+    assert sensor.frames_counted <= 27
+    assert found(sensor) == sites(source)
 
 
 @pytest.mark.parametrize("rendered", [False, True], ids=["raw", "rendered"])

@@ -145,6 +145,7 @@ class SceneOption(StrEnum):
     DITHERED = "dithered"
     DARK = "dark"
     FLAT = "flat"
+    HORIZON = "horizon"
 
 
 def main() -> None:

@@ -31,8 +31,8 @@ from PIL.TiffImagePlugin import IFDRational
 
 from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, SensorLayout, ShotInfo, ShotKind
 
-Scene = Literal["moving", "tripod", "tracked", "dithered", "dark", "flat"]
-SCENES: Final[tuple[Scene, ...]] = ("moving", "tripod", "tracked", "dithered", "dark", "flat")
+Scene = Literal["moving", "tripod", "tracked", "dithered", "dark", "flat", "horizon"]
+SCENES: Final[tuple[Scene, ...]] = ("moving", "tripod", "tracked", "dithered", "dark", "flat", "horizon")
 
 FileFormat = Literal["dng", "jpg"]
 DefectKind = Literal["hot", "stuck", "dead", "unstable"]
@@ -502,8 +502,12 @@ class VirtualSensor:
         full_scale_e = SPAN_ADU * gain
         rng = self._rng("scene", index, SCENES.index(scene))
         match scene:
-            case "moving":
+            case "moving" | "horizon":
                 light = self._natural_scene(rng)
+                if scene == "horizon":
+                    # The lowest tenth is ground, and stays.
+                    top = self.layout.height * 9 // 10
+                    light[top:] = self._fixed_scene[top:]
                 # The camera meters: the median lands where a photographer wants it.
                 light *= np.float32(_log_uniform(rng, 0.06, 0.28) * full_scale_e)
             case "tripod":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import rawpy
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from hotpixd.core.frame import Frame, SampleKind, SensorIdentity, SensorLayout
 from hotpixd.core.sensor import DetectionSettings, Sensor
@@ -46,6 +46,9 @@ class Series:
     develop: str | None
     """LibRaw's interpolation by which they are developed, and sharpened; None: `VirtualSensor`'s, not sharpened."""
 
+    caption: bool
+    """Whether a place and the time are written into JPEGs."""
+
     prnu: float
     alpha: float
 
@@ -62,6 +65,8 @@ def frame_of(camera: VirtualSensor, index: int, series: Series) -> Frame:
                 _develop(path, series.develop, series.jpeg)
             else:
                 camera.write_jpeg(path, shot, series.jpeg)
+            if series.caption:
+                _burn_in(path, index, series.jpeg)
             return decode(path)
     frame = camera.frame(shot)
     if not series.rendered:
@@ -85,6 +90,16 @@ def _develop(path: Path, algorithm: str, quality: int) -> None:
         developed = raw.postprocess(demosaic_algorithm=interpolation, use_camera_wb=True, no_auto_bright=True)
     sharpened = Image.fromarray(developed).filter(ImageFilter.UnsharpMask(1.0, 100, 0))
     sharpened.save(path, quality=quality, subsampling="4:2:2")
+
+
+def _burn_in(path: Path, index: int, quality: int) -> None:
+    """Write a place and the time into a JPEG, as cameras that watch the sky do."""
+    with Image.open(path) as opened:
+        exif, picture = opened.info["exif"], opened.convert("RGB")
+    letters, font = ImageDraw.Draw(picture), ImageFont.load_default()
+    letters.text((10, picture.height - 24), "OBSERVATORY 47N 11E", (255, 255, 255), font)
+    letters.text((10, 8), f"2026-11-29 00:{index % 60:02d} EXP {index % 30} s", (255, 255, 255), font)
+    picture.save(path, quality=quality, exif=exif)
 
 
 def false_ones(seed: int, series: Series) -> tuple[int, Counter[str]]:
@@ -112,13 +127,14 @@ def main() -> None:
     parser.add_argument("--rendered", action="store_true", help="8-bit RGB instead of raw")
     parser.add_argument("--jpeg", type=int, metavar="QUALITY", help="JPEGs of this quality instead, from files")
     parser.add_argument("--develop", choices=INTERPOLATIONS, help="them, by LibRaw's interpolation, and sharpened")
+    parser.add_argument("--caption", action="store_true", help="a place and the time written into them")
     parser.add_argument("--prnu", type=float, default=0.01, help="spread of the healthy sites' response")
     parser.add_argument("--first-seed", type=int, default=1000)
     parser.add_argument("--cores", type=int, default=2)
     given = parser.parse_args()
-    if given.develop and not given.jpeg:
-        parser.error("--develop needs --jpeg")
-    seen = tuple(given.scene), given.rendered, given.jpeg, given.develop
+    if (given.develop or given.caption) and not given.jpeg:
+        parser.error("--develop and --caption need --jpeg")
+    seen = tuple(given.scene), given.rendered, given.jpeg, given.develop, given.caption
     series = Series(given.frames, *given.size, *seen, given.prnu, given.alpha)
     seeds = range(given.first_seed, given.first_seed + given.sensors)
     # Spawned: numba's threads do not survive a fork.
@@ -132,6 +148,7 @@ def main() -> None:
     samples = "rendered" if given.rendered else "raw"
     if given.jpeg:
         samples = f"JPEG {given.jpeg}" + (f", {given.develop}, sharpened" if given.develop else "")
+        samples += ", captioned" if given.caption else ""
     listed = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none"
     out = sys.stdout.write
     heads = ("samples", "scene", "PRNU", "sensors", "frames (counted)", "false ones")

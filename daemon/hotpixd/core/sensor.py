@@ -147,6 +147,24 @@ _MERGED_WITHIN = 2
 _AT_ONCE = 512
 """Sites whose surroundings are looked at together."""
 
+_DETAIL_REACH_RAW, _DETAIL_REACH_RENDERED = 4, 6
+"""Plane rows and columns on either side of a site among which detail is looked for. In a rendered picture the nearest
+do not tell: a defect lights those up to two away as well."""
+
+_DETAIL_SHARE, _LEAST_DETAIL = 0.5, 4
+"""So many samples around a site, as uneven in the mean frame as this share of the site itself, are detail."""
+
+_DETAIL_STAYS = 0.3
+"""Mean agreement of detail with that of the other frames, -1 to 1, from which it is taken to be always the same.
+
+Measured on six sensors of 900x600 with 170 defects each, moving scenes: found after 5, 10, 20 frames 665, 844, 949; at
+0.35 668, 849, 950; without this 677, 855, 955. On 48 without any, ground below moving skies, 30 frames: 4 false ones,
+all of them points of light; without this more than 500; with a reach of 6 instead of 4 (653, 845, 953) 8.
+"""
+
+_LOOKS_AT_LEAST = 2
+"""Frames that have suspected a site, before it is known whether it is amid such detail."""
+
 _ECHOES = ((8, 4.0), (20, 8.0))
 """(pixels, ratio): a site with that many times less excess than what is shown by one that near is its echo. JPEG codes
 blocks of 8 or 16 pixels, and a strong defect, with what it smears, rings through its own."""
@@ -321,6 +339,7 @@ class Sensor:
             self.accumulator.unmask(frame.samples, events, known, lone=lone)
         transitions = self._count(events, seq)
         sites, seen = self._observe(frame, events)
+        self._look_around(frame, events)
         if light and self.layout.mosaic:
             self._look_beside(frame.samples, events)
         transitions += self._settle(seen, seq)
@@ -340,9 +359,11 @@ class Sensor:
         log_e = evidence.combined_log_e(n, self.accumulator.counts_at(new), self._rates)
         new, log_e = new[log_e >= level], log_e[log_e >= level]
         self.accumulator.require(new)
+        looks = np.zeros((len(new), 2))
         if self._rendered:
-            new, log_e = self._strongest(new, log_e)
+            new, log_e, looks = self._strongest(new, log_e)
         positions = self._tracks.add(new, log_e, seq)
+        self._tracks.around[positions] = looks[: len(positions)]
         return self._transitions("appeared", positions)
 
     def _start_epoch(self) -> None:
@@ -354,10 +375,10 @@ class Sensor:
 
     def _strongest(
         self, sites: NDArray[np.int64], log_e: NDArray[np.float64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
         """Of the sites that one bad photosite lights in a rendered picture, keep the strongest.
 
-        Candidates that turn out weaker than a new neighbour are dropped.
+        Candidates that turn out weaker than a new neighbour are dropped; it inherits what was seen around them.
         """
         tracks = self._tracks
         tx, ty = self._pixels(tracks.rows["site"])
@@ -369,6 +390,7 @@ class Sensor:
         excess = np.abs(self._mean_excess(sites))
         order = np.lexsort((sites, -excess, -log_e))
         kept: list[int] = []
+        looks = np.zeros((len(sites), 2))
         x, y = self._pixels(sites)
         strength = np.where(fixed, np.inf, tracks.rows["log_e"])
         weaker = np.zeros(len(tracks), bool)
@@ -378,17 +400,67 @@ class Sensor:
                 continue
             if kept and _near(x[kept], y[kept], x[i], y[i], _MERGED_WITHIN).any():
                 continue
+            looks[i] = max(tracks.around[near].tolist(), default=[0.0, 0.0])
             weaker |= near
             kept.append(int(i))
         tracks.drop(np.flatnonzero(weaker))
         kept.sort()
-        return sites[kept], log_e[kept]
+        return sites[kept], log_e[kept], looks[kept]
 
     def _observe(self, frame: Frame, events: FrameEvents) -> tuple[NDArray[np.int64], NDArray[Any]]:
         positions = self._tracks.observed()
         seen = defects.observe(frame, events.events, self._tracks, positions)
         self._tracks.observe(positions, seen)
         return self._tracks.rows["site"][positions], seen
+
+    def _look_around(self, frame: Frame, events: FrameEvents) -> None:
+        """Add up how far the detail around sites that this frame gives cause to suspect is in all other frames, too."""
+        tracks = self._tracks
+        row, col = np.divmod(tracks.rows["site"], self.layout.shape[1])
+        suspected = np.flatnonzero((events.events[row, col] != 0) & (tracks.rows["status"] != Status.STABLE))
+        if frame.kind is ShotKind.DARK or self.frames < 2:
+            # No scene, or nothing to compare it with.
+            tracks.around[suspected, 0] += 1
+            return
+        for start in range(0, len(suspected), _AT_ONCE):
+            part = suspected[start : start + _AT_ONCE]
+            sites = tracks.rows["site"][part]
+            around, telling = self._around(sites)
+            now = frame.samples.ravel()[around].astype(np.float64)
+            mean = self.accumulator.mean(around.ravel()).reshape(around.shape)
+            others = mean + (mean - now) / (self.frames - 1)
+            now, others = _from_median(now, telling), _from_median(others, telling)
+            detail = telling & (np.abs(others) > _DETAIL_SHARE * np.abs(self._mean_excess(sites))[:, None])
+            # White letters on white are not seen.
+            much, seen = detail.sum(axis=1) >= _LEAST_DETAIL, (detail & (now != 0)).sum(axis=1)
+            agreement = np.where(detail, np.sign(now * others), 0.0).sum(axis=1) / np.maximum(seen, 1)
+            tells = ~much | (seen >= _LEAST_DETAIL)
+            tracks.around[part] += np.stack([tells, np.where(much & tells, agreement, 0.0)], axis=1)
+
+    def _around(self, sites: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return the sites of its plane around each and itself, (K, n), and which of them tell of the scene."""
+        layout = self.layout
+        y, x = np.divmod(sites[:, None], layout.shape[1])
+        reach = _DETAIL_REACH_RENDERED if self._rendered else _DETAIL_REACH_RAW
+        down, right = (each.ravel() for each in np.mgrid[-reach : reach + 1, -reach : reach + 1])
+        ys, xs = y + down * layout.row_step, x + right * layout.col_step
+        there = (ys >= 0) & (xs >= 0) & (ys < layout.shape[0]) & (xs < layout.shape[1])
+        around = np.where(there, ys * layout.shape[1] + xs, 0)
+        # Defects are no detail, nor what they light; of those that are none yet only the core, it may be detail.
+        rows, (px, py) = self._tracks.rows, self._pixels(around.ravel())
+        stable = rows["site"][rows["status"] == Status.STABLE]
+        lights, core = (_MERGED_WITHIN, 1) if self._rendered else (0, 0)
+        lit = _near_any(px, py, *self._pixels(rows["site"]), core) | _near_any(px, py, *self._pixels(stable), lights)
+        own = (np.maximum(np.abs(down), np.abs(right)) <= lights)[None, :]
+        return around, there & ~own & ~lit.reshape(around.shape)
+
+    def _is_amid_detail(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether sites are part of detail that stays where it is: ground below a moving sky, burnt-in text.
+
+        There is more of it around them, in the very frames that suspect them; around a defect are only other defects.
+        """
+        frames, agreement = self._tracks.around[positions].T
+        return np.asarray((frames < _LOOKS_AT_LEAST) | (agreement > _DETAIL_STAYS * frames))
 
     def _look_beside(self, samples: Samples, events: FrameEvents) -> None:
         """Add up how much of their excess the adjacent sites share, of those that this frame gives cause to suspect."""
@@ -431,6 +503,7 @@ class Sensor:
         slight = (rows["kind"][rising] == Kind.DIM) & (rows["strength"][rising] < self.settings.floor_sigma)
         rising = rising[~slight & ~self._is_no_defect(rising)]
         rising = rising[~self._may_be_response(rising)]
+        rising = rising[~self._is_amid_detail(rising)]
         rising = rising[self._log_e_here(rising) >= self.threshold]
         rows["status"][rising] = Status.STABLE
         rows["stable_seq"][rising] = seq
@@ -457,7 +530,7 @@ class Sensor:
         # What made it stable is spent: to come back it needs new evidence.
         rows["base"][healed] = self.accumulator.counts_at(rows["site"][healed]).T
         rows["base_counted"][healed] = self.accumulator.counted
-        self._tracks.beside[healed] = 0.0
+        self._tracks.beside[healed] = self._tracks.around[healed] = 0.0
         return self._transitions("recovered", healed)
 
     def _is_no_defect(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -786,6 +859,11 @@ class Sensor:
         self._noise_squares = np.array(arrays["noise_squares"])
         self._rates = evidence.NullRates(np.array(arrays["null_extreme"]), np.array(arrays["null_outstanding"]))
         self._running = _Running(**{f.name: header[f.name] for f in fields(_Running)})
+
+
+def _from_median(values: NDArray[np.float64], telling: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return how far values are above the median of those of their row that tell; NaN where there is none."""
+    return np.asarray(values - defects.medians(np.where(telling, values, np.nan))[:, None])
 
 
 def _near(xs: NDArray[np.int64], ys: NDArray[np.int64], x: int, y: int, within: int) -> NDArray[np.bool_]:

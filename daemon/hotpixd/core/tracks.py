@@ -96,6 +96,8 @@ class Tracks:
         self.neighbours: NDArray[np.int64] = np.empty((0, NEIGHBOURS), np.int64)
         self.beside: NDArray[np.float64] = np.empty((0, 2))
         """Light frames in which a row's site was high, and the sum of the shares that its adjacent sites had of it."""
+        self.around: NDArray[np.float64] = np.empty((0, 2))
+        """Frames with an event at a row's site, and the sum of their agreements with the others around it."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -104,7 +106,7 @@ class Tracks:
         """Return a copy whose rows can be changed without changing these. Observations are shared."""
         twin = Tracks(self._layout)
         twin.rows, twin.recent, twin.neighbours = self.rows.copy(), self.recent, self.neighbours
-        twin.beside = self.beside
+        twin.beside, twin.around = self.beside, self.around
         return twin
 
     def add(self, sites: NDArray[np.int64], log_e: NDArray[np.float64], seq: int) -> NDArray[np.int64]:
@@ -128,6 +130,7 @@ class Tracks:
         self.rows = np.concatenate([self.rows, new])
         self.neighbours = np.concatenate([self.neighbours, neighbours_of(sites, self._layout)])
         self.beside = np.concatenate([self.beside, np.zeros((len(new), 2))])
+        self.around = np.concatenate([self.around, np.zeros((len(new), 2))])
         return np.arange(first, len(self.rows))
 
     def drop(self, positions: NDArray[np.int64]) -> None:
@@ -136,7 +139,8 @@ class Tracks:
             return
         keep = np.ones(len(self.rows), bool)
         keep[positions] = False
-        self.rows, self.neighbours, self.beside = self.rows[keep], self.neighbours[keep], self.beside[keep]
+        self.rows, self.neighbours = self.rows[keep], self.neighbours[keep]
+        self.beside, self.around = self.beside[keep], self.around[keep]
 
     def observed(self) -> NDArray[np.int64]:
         """Return the positions of the rows whose observations are kept."""
@@ -163,6 +167,7 @@ class Tracks:
             "tracks": np.frombuffer(self.rows.tobytes(), np.uint8),
             "recent": np.frombuffer(self.recent[:used].tobytes(), np.uint8),
             "beside": self.beside.copy(),
+            "around": self.around.copy(),
         }
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -171,8 +176,9 @@ class Tracks:
         recent = np.frombuffer(arrays["recent"].tobytes(), OBSERVATION)
         self.recent = recent.reshape(-1, RECENT).copy()
         self.neighbours = neighbours_of(self.rows["site"], self._layout)
-        # States of earlier versions have none.
+        # States of earlier versions have none, and their candidates had been looked at in other ways.
         self.beside = np.array(arrays.get("beside", np.zeros((len(self.rows), 2))))
+        self.around = np.array(arrays.get("around", np.tile([2.0, 0.0], (len(self.rows), 1))))
 
 
 def neighbours_of(sites: NDArray[np.int64], layout: SensorLayout) -> NDArray[np.int64]:

@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 from conftest import HOTPIXD, Camera, environment, feed, run, told
-from daemons import eventually
+from daemons import Daemon, eventually
 from hotpixd import service as service_module
 from hotpixd.config import Config
 from hotpixd.feed import find_sockets
@@ -82,6 +82,122 @@ def test_readers_are_answered_while_it_runs_as_after_it(camera: Camera, tmp_path
     assert live[:4] == after[:4]
     for key in ("sensors", "shots", "last_shot"):
         assert live[4][key] == after[4][key]
+
+
+_SLOW_COPIES = """
+import time
+from pathlib import Path
+from hotpixd.store.spool import Spool
+
+quick = Spool.verify
+
+def slow(*arguments, **options):
+    Path({begun!r}).touch()
+    while not Path({go!r}).exists():
+        time.sleep(0.01)
+        options.get("progress", arguments[-1])()
+    return quick(*arguments, **options)
+
+Spool.verify = slow
+"""
+"""Has the check of a copy in the spool, which nothing else does here, take until a file is there."""
+
+
+@pytest.fixture
+def slow_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Return a file that is there when a copy in the spool is being checked, and one that ends this."""
+    begun, go = tmp_path / "begun", tmp_path / "go"
+    (tmp_path / "sitecustomize.py").write_text(_SLOW_COPIES.format(begun=str(begun), go=str(go)))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{environment()['PYTHONPATH']}")
+    return begun, go
+
+
+def verified(daemon: Daemon, *arguments: str) -> subprocess.Popen[str]:
+    """Begin to ask a daemon whether its state can be believed."""
+    command = [*HOTPIXD, "verify", *arguments, "--state", str(daemon.state)]
+    return subprocess.Popen(command, env=daemon.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_shots_are_folded_while_the_state_is_verified(camera: Camera, tmp_path, start, slow_copies):
+    """The loop read all copies in the spool itself. Those that it does not need any more meanwhile are not missed."""
+    begun, go = slow_copies
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    config = configured(tmp_path, sources=[{"directory": str(inbox)}], checkpoint={"every_shots": 1})
+    daemon = start("run", "--config", config, PYTHONPATH=os.environ["PYTHONPATH"])
+    for shot in camera.shots[:3]:
+        put(shot, inbox)
+    daemon.wait_folded(3)
+    one = verified(daemon, "--json")
+    eventually(begun.exists, "a copy is being checked")
+    copies = set(daemon.state.glob("spool/*"))
+    assert copies
+    another = verified(daemon, "--json")
+    for n, shot in enumerate(camera.shots[3:], 4):
+        put(shot, inbox)
+        daemon.wait_folded(n)
+    eventually(lambda: not copies & set(daemon.state.glob("spool/*")), "these copies are not needed any more")
+    assert one.poll() is None
+    assert another.poll() is None
+    go.touch()
+    said = [json.loads(asked.communicate(timeout=60)[0]) for asked in (one, another)]
+    assert [one.returncode, another.returncode] == [0, 0]
+    assert [(answer["ok"], answer["waiting"], answer["problems"]) for answer in said] == [(True, 0, [])] * 2
+    # Each is about what was there when it was begun.
+    assert [answer["sensors"][0]["frames"] for answer in said] == [3, 12]
+    assert not list(daemon.state.glob("backup-*"))
+    assert daemon.stop() == 0
+
+
+def test_a_daemon_tells_of_the_damage_that_is_told_without_it(camera: Camera, tmp_path, start):
+    """It reads a snapshot, whose name says nothing to anybody; what is no file there is not overlooked."""
+    daemon = start("watch", camera.folder)
+    daemon.wait_folded(12)
+    assert daemon.stop() == 0
+    (newest,) = daemon.state.glob("sensors/*/gen-*.hpx")
+    damaged, *others = sorted(daemon.state.glob("spool/*"))
+    assert len(others) == 11
+    damaged.unlink()
+    damaged.write_bytes(b"x")
+    daemon = start("watch", tmp_path / "elsewhere")
+    newest.rename(tmp_path / "kept")
+    newest.mkdir()
+    others[0].unlink()
+    others[0].symlink_to(tmp_path / "nothing")
+    live = run("verify", "--json", "--state", daemon.state, env=daemon.env)
+    assert daemon.stop() == 0
+    after = run("verify", "--json", "--state", daemon.state)
+    assert (live.returncode, live.stdout) == (after.returncode, after.stdout) == (3, after.stdout)
+    problems = json.loads(live.stdout)["problems"]
+    assert problems[0].startswith(f"Generation {newest} cannot be read")
+    assert len(problems) == 3
+
+
+def test_where_nothing_can_be_linked_the_state_is_verified_all_the_same(camera: Camera, tmp_path, start):
+    """On FAT, say: by the loop itself, as there is no snapshot without a copy of everything."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import errno, pathlib\n\ndef refuse(*_):\n    raise OSError(errno.EPERM, 'no links here')\n\n"
+        "pathlib.Path.hardlink_to = refuse\n"
+    )
+    daemon = start("watch", camera.folder, PYTHONPATH=f"{tmp_path}:{environment()['PYTHONPATH']}")
+    daemon.wait_folded(12)
+    assert daemon.ask("verify")["sensors"][0]["frames"] == 12
+    assert not list(daemon.state.glob("backup-*"))
+
+
+def test_a_daemon_that_stops_does_not_wait_for_a_verify(camera: Camera, start, slow_copies):
+    """Whoever asked reads the state itself then, and has an answer all the same."""
+    begun, go = slow_copies
+    daemon = start("watch", camera.folder, PYTHONPATH=os.environ["PYTHONPATH"])
+    daemon.wait_folded(12)
+    asked = verified(daemon)
+    eventually(begun.exists, "a copy is being checked")
+    assert daemon.stop() == 0
+    assert not list(daemon.state.glob("backup-*"))
+    go.touch()
+    said, wrong = asked.communicate(timeout=60)
+    assert (asked.returncode, wrong) == (0, "")
+    assert "can be believed" in said
 
 
 def test_what_status_says_of_the_daemon_is_of_the_same_moment_as_its_numbers(camera: Camera, start):

@@ -173,21 +173,38 @@ class Backups:
 QUESTIONS = frozenset(("backup", "backup-part", "backup-end"))
 
 
-def snapshot(state: State) -> Path:
-    """Put all that a backup could need into a folder of its own, a state itself. Takes no more room than a ledger."""
+def snapshot(state: State, *, exact: bool = False) -> Path:
+    """Put all that a backup could need into a folder of its own, a state itself. Takes no more room than a ledger.
+
+    Parameters
+    ----------
+    exact : whether what is in the place of a file or folder, and is none, is there as well; and no file is copied
+
+    Raises
+    ------
+    OSError
+        Also if a file cannot be linked, and must not be copied.
+    """
     taken = state.root / f"backup-{secrets.token_hex(8)}.tmp"
     try:
         with full_disk_as_state_full(f"for a backup in {state.root}"):
             taken.mkdir(mode=0o700)
             state.ledger.copy_to(taken / "ledger.sqlite")
             for folder in (state.root / "spool", state.root / "declared", *(state.root / "sensors").iterdir()):
-                if not folder.is_dir():
-                    continue
                 copy = taken / folder.relative_to(state.root)
+                if not folder.is_dir():
+                    if exact and os.path.lexists(folder):
+                        copy.parent.mkdir(mode=0o700, exist_ok=True)
+                        copy.symlink_to(folder.absolute())
+                    continue
                 copy.mkdir(mode=0o700, parents=True)
                 for path in folder.iterdir():
-                    if _MEMBER.fullmatch(str(path.relative_to(state.root))) and stat.S_ISREG(path.lstat().st_mode):
-                        _link(path, copy / path.name)
+                    if not _MEMBER.fullmatch(str(path.relative_to(state.root))):
+                        continue
+                    if stat.S_ISREG(path.lstat().st_mode):
+                        _link(path, copy / path.name, or_copy=not exact)
+                    elif exact:
+                        (copy / path.name).symlink_to(path.absolute())
             series = state.root / "series.json"
             if series.is_file():
                 shutil.copyfile(series, taken / "series.json")
@@ -197,11 +214,11 @@ def snapshot(state: State) -> Path:
     return taken
 
 
-def _link(path: Path, copy: Path) -> None:
+def _link(path: Path, copy: Path, *, or_copy: bool) -> None:
     try:
         copy.hardlink_to(path)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS, errno.EACCES):
+        if not or_copy or error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS, errno.EACCES):
             raise
         shutil.copyfile(path, copy)
 

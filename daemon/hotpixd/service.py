@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from types import FrameType
@@ -50,8 +51,9 @@ from hotpixd.monitor import Fate, Monitor, Outcome
 from hotpixd.store.durable import FULL
 from hotpixd.store.ledger import Ledger
 from hotpixd.store.lock import default_state_dir
-from hotpixd.store.state import State, StateError, StateFull
+from hotpixd.store.state import State, StateDamaged, StateError, StateFull
 from hotpixd.systemd import Notifier
+from hotpixd.verifying import Verifier
 from hotpixd.views import answers
 from hotpixd.views.text import identity_words, printable, sensor_name
 from hotpixd.words import many, utc
@@ -235,6 +237,8 @@ class _Service:
         """The last one that a backup was begun for."""
         self._early: list[Question] = []
         """Asked before there were any sources."""
+        self._to_verify: list[Question] = []
+        """Asked whether the state can be believed, while that was being found out for others."""
 
     def run(self) -> int:
         config = self._config
@@ -257,6 +261,8 @@ class _Service:
             self._packing = ThreadPoolExecutor(1, "backup")
             stack.callback(self._backups.close)
             stack.callback(self._packing.shutdown, wait=True, cancel_futures=True)
+            self._verifier = Verifier(state, self._wake)
+            stack.callback(self._end_verifying)
             self._monitor = stack.enter_context(self._make_monitor(state))
             live = self._despite_full_disk(lambda: Live(state, self._monitor, self._listen(stack).publish))
             if live is None:
@@ -800,13 +806,20 @@ class _Service:
         started = time.monotonic()
         if started < self._answer_at:
             return
-        for question in self._listening.questions():
-            self._answer(question)
+        for answer in self._answers_due():
+            answer()
             spent_s = time.monotonic() - started
             share = _ANSWERING_SHARE if self._monitor.in_flight else _ANSWERING_SHARE_IDLE
             self._answer_at = started + spent_s / share
             if spent_s > _ANSWERING_S:
                 break
+
+    def _answers_due(self) -> Iterator[Callable[[], None]]:
+        """Go through what answers those who wait, one after the other."""
+        if self._to_verify and not self._verifier.is_busy:
+            yield self._verify
+        for question in self._listening.questions():
+            yield partial(self._answer, question)
 
     def _answer(self, question: Question) -> None:
         """Answer who asks over the socket what the reading commands would read themselves."""
@@ -817,11 +830,19 @@ class _Service:
         if question.name in BACKUP_QUESTIONS:
             self._answer_backup(question)
             return
+        if question.name == "verify":
+            self._to_verify.append(question)
+            if not self._verifier.is_busy:
+                self._verify()
+            return
         if question.name in ("set", "list-cards"):
             # A camera may take its time; the loop has none.
             asked = threading.Thread(target=_ask_cameras, args=(question, self._tethers()), name="ask", daemon=True)
             asked.start()
             return
+        self._answer_here(question)
+
+    def _answer_here(self, question: Question) -> None:
         try:
             with self._patience(f"answering {question.name}"):
                 question.answer(self._answer_to(question.name, question.arguments))
@@ -857,6 +878,26 @@ class _Service:
                 question.refuse(f"{question.name!r} with these arguments is no question to this daemon: {error}")
 
         self._packing.submit(pack)
+
+    def _verify(self) -> None:
+        """Take a snapshot for all who asked, and have the rest done elsewhere: that reads the whole state."""
+        asked, self._to_verify = self._to_verify, []
+        try:
+            with self._patience("taking a snapshot"):
+                # It is about what is on the disk.
+                self._monitor.checkpoint()
+                self._verifier.begin(asked)
+        except StateDamaged as error:
+            for question in asked:
+                question.answer(answers.damaged(error))
+        except (StateError, OSError):
+            # The disk is full, or knows no links. What else is wrong is found there as well.
+            for question in asked:
+                self._answer_here(question)
+
+    def _end_verifying(self) -> None:
+        with self._patience("letting go of a snapshot"):
+            self._verifier.close()
 
     def _answer_to(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         if name == "cameras":

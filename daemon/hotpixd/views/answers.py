@@ -228,7 +228,7 @@ def verify(state: State, progress: Callable[[], object] = lambda: None) -> Answe
 
     Parameters
     ----------
-    progress : called for each block of the spool that was read
+    progress : called for each sensor, and for each block of the spool that was read
     """
     problems = []
     try:
@@ -242,6 +242,7 @@ def verify(state: State, progress: Callable[[], object] = lambda: None) -> Answe
     older: dict[str, int] = {}
     spooled_after: dict[str, int] = {}
     for id_, kept in _given(state, None):
+        progress()
         covers[id_], older[id_], spooled_after[id_] = kept.covers, kept.covered_by_older or 0, kept.spooled_after
         keys = state.ledger.frame_keys(id_, kept.covers)
         problems += [f"{sentence} {archive.REFOLDED}" for sentence in kept.damage]

@@ -221,12 +221,12 @@ def test_the_comparison_can_fail(inbox, undisturbed, tmp_path):
 
 
 def stopped(number: signal.Signals, camera: Camera, root: Path) -> None:
-    """Start a scan and send it a signal when it has begun; it must end in good order."""
+    """Start a scan and send it a signal when it has begun; it must end in good order, and not as if all were done."""
     scan = start(root, camera.folder)
     await_shots(scan, root, 2)
     scan.send_signal(number)
     code, said = finished(scan)
-    assert code == 0
+    assert code == 128 + number
     assert " left." in said
     assert "Run the same command again" in said
     with State(root, create=False) as state:
@@ -237,7 +237,7 @@ def stopped(number: signal.Signals, camera: Camera, root: Path) -> None:
 
 
 def test_ctrl_c_stops_a_scan_in_good_order(camera, scanned, tmp_path):
-    """It folds what it received, checkpoints, ends with 0 and says how to go on; going on ends where it should."""
+    """It folds what it received, checkpoints, ends with 130 and says how to go on; going on ends where it should."""
     root = tmp_path / "state"
     stopped(signal.SIGINT, camera, root)
     again = run("scan", "--state", root, camera.folder)
@@ -252,7 +252,7 @@ def test_ctrl_c_stops_a_scan_in_good_order(camera, scanned, tmp_path):
 
 
 def test_sigterm_stops_a_scan_in_good_order(camera, scanned, tmp_path):
-    """As a service manager or a shutdown sends it."""
+    """As a service manager or a shutdown sends it; the exit code is 143 then."""
     root = tmp_path / "state"
     stopped(signal.SIGTERM, camera, root)
     feed(root, camera.folder)

@@ -324,14 +324,15 @@ def scan(
         _fail("--on-disk is for a scan on this machine alone: workers hold what --cluster adds up.", WRONG_USE)
     if cluster is not None:
         with _interruptible() as stop:
-            raise typer.Exit(run_cluster_scan(lambda: _opened(state), cluster, paths, kind.given, stop, luma=luma))
+            code = run_cluster_scan(lambda: _opened(state), cluster, paths, kind.given, stop, luma=luma)
+        raise typer.Exit(stop.code if code is None else code)
     # Before there is a state, which a wrong name must not begin.
     listing = find(paths, kind.given)
     if isinstance(listing, int):
         raise typer.Exit(listing)
     with _opened(state) as opened, _interruptible() as stop:
         code = run_scan(opened, listing, stop, on_disk=on_disk, luma=luma)
-    raise typer.Exit(code)
+    raise typer.Exit(stop.code if code is None else code)
 
 
 @app.command()
@@ -1136,6 +1137,8 @@ class _Stop:
 
     def __init__(self) -> None:
         self.asked = False
+        self.code = DONE
+        """Exit code of what was stopped, as shells have it: 130 after Ctrl-C, 143 after SIGTERM."""
 
     def __call__(self) -> bool:
         return self.asked
@@ -1147,6 +1150,7 @@ class _Stop:
                 # The progress bar has hidden the cursor.
                 os.write(2, b"\x1b[?25h\n")
             os._exit(128 + number)
+        self.code = 128 + number
         self.asked = True
 
 

@@ -41,8 +41,8 @@ def find(wanted: list[str], kind: str | None) -> Listing | int:
 
 def run_scan(
     state: State, listing: Listing, stop: Callable[[], bool], *, on_disk: bool = False, luma: bool = False
-) -> int:
-    """Fold shots and print what was found; return the exit code.
+) -> int | None:
+    """Fold shots and print what was found; return the exit code, None if it was stopped before the last shot.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def run_cluster_scan(
     stop: Callable[[], bool],
     *,
     luma: bool = False,
-) -> int:
+) -> int | None:
     """Do as `find` and `run_scan` do, on a cluster.
 
     Parameters
@@ -118,7 +118,9 @@ def _why_missing(text: str, *, remote: bool) -> str:
     return f"nothing is at {text}"
 
 
-def _scan(state: State, listing: Listing, start: Callable[[], Monitor], stop: Callable[[], bool], *, luma: bool) -> int:
+def _scan(
+    state: State, listing: Listing, start: Callable[[], Monitor], stop: Callable[[], bool], *, luma: bool
+) -> int | None:
     console = plain_console(stderr=True)
     outcomes: list[Outcome] = []
     changes: Counter[str] = Counter()
@@ -151,6 +153,7 @@ def _scan(state: State, listing: Listing, start: Callable[[], Monitor], stop: Ca
         _print_found(monitor, state, outcomes)
     if left:
         print(f"Interrupted: {many(left, 'shot')} left. Run the same command again to go on where it stopped.")
+        return None
     bad = listing.unreadable or monitor.lost or any(o.fate in (Fate.REFUSED, Fate.UNREADABLE) for o in outcomes)
     return 1 if bad else 0
 

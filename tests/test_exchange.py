@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from conftest import Camera, feed, told
 from declarations import command, declared, only
 from hotpixd.backup import Backups, save
 from hotpixd.store.state import State
+from pictures import mosaic, write_dng
 
 
 @pytest.fixture
@@ -165,6 +167,26 @@ def test_the_picture_to_copy_is_never_replaced(root, camera: Camera, tmp_path):
     assert (tmp_path / "linked.dng").is_symlink()
     command("export", "dng", "--like", raw, "-o", tmp_path / "copy.dng", state=root)
     command("export", "dng", "--like", raw, "-o", tmp_path / "copy.dng", "--force", state=root)
+
+
+def test_our_own_map_says_since_when_and_where_in_a_raw_file(root, camera: Camera, tmp_path):
+    """As the history has it; and where the visible area lies in the file that is named, as margins differ by format."""
+    write_dng(tmp_path / "a.dng", mosaic(160, 212), active_area=(4, 8, 154, 208))
+    plain = json.loads(command("export", "json", "--which", "stable,warm,candidate", state=root))
+    (history,) = json.loads(command("history", "--json", state=root))["sensors"]
+    lives = {(life["x"], life["y"]): life for life in history["defects"]}
+    assert lives
+    for entry in plain["defects"]:
+        life = lives.get((entry["x"], entry["y"]), {"last_seen": None, "sessions": None})
+        assert (entry["last_seen"], entry["sessions"]) == (life["last_seen"], life["sessions"])
+        assert entry["first_seen"]
+    assert {entry["sessions"] for entry in plain["defects"] if entry["state"] == "stable"} == {1}
+    assert plain["raw_frame"] is None
+    placed = json.loads(command("export", "json", "--like", tmp_path / "a.dng", state=root))
+    assert placed["raw_frame"] == {"width": 212, "height": 160, "left": 8, "top": 4}
+    write_dng(tmp_path / "b.dng", mosaic(160, 212), active_area=(4, 8, 154, 206))
+    said = command("export", "json", "--like", tmp_path / "b.dng", state=root, code=2)
+    assert "b.dng has 198x150 pixels, the sensor 200x150" in said
 
 
 def test_wrong_orders_are_told_what_is_right(root, tmp_path):

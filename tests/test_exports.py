@@ -415,10 +415,11 @@ def test_a_png_mask_and_a_layer_mark_the_pixels():
 
 
 def test_the_map_of_ours_holds_all_that_is_known():
-    """As it was answered."""
+    """As it was answered, with what only its history tells, where that knows it."""
     about = map_of(40, 30, CORNERS[:3], declared=CORNERS[3:])
     content = json.loads(FORMATS["json"].make(about, Extras()))
-    assert content["defects"] == [entry for p in about.pixels for entry in p.found]
+    unknown = {"last_seen": None, "sessions": None}
+    assert content["defects"] == [{**entry, **unknown} for p in about.pixels for entry in p.found]
     assert [(d["x"], d["y"]) for d in content["declared"]] == [(5, 7), (39, 29)]
     assert content["sensor"]["serial"] == "0123"
 

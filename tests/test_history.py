@@ -58,6 +58,20 @@ def test_those_remapped_have_recovered_and_no_others(year, told):
     assert told["defects_now"] == len(year.onset) - len(year.healed)
 
 
+def test_each_defect_is_told_when_it_was_seen_last_and_in_how_many_sessions(state, told):
+    """Up to the one in which it recovered. When those were seen last cannot be known: healthy sites have events too."""
+    with State(state, create=False) as opened:
+        (id_,) = opened.ledger.sensors()
+        shape = opened.ledger.sensors()[id_]["layout"]["width"]
+        seen = {row.site: row.taken_at for row in opened.ledger.observations(id_) if row.events}
+    for defect in told["defects"]:
+        ended = 6 if defect["state"] == "stable" else 5
+        assert defect["sessions"] == ended - defect["onset_session"] + 1
+        last = None if ended == 5 else seen[defect["y"] * shape + defect["x"]]
+        assert defect["last_seen"] == (None if last is None else last.replace("+00:00", "Z"))
+    assert {defect["last_seen"] for defect in told["defects"]} > {None}
+
+
 def test_the_remap_is_named_with_its_date_and_number(year, told):
     """Between the end of one session and the begin of the next."""
     (remap,) = told["remaps"]

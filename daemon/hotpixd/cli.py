@@ -692,7 +692,9 @@ OneSensorOption = Annotated[
 LikeOption = Annotated[
     Path | None,
     typer.Option(
-        "--like", metavar="PICTURE", help="One of the sensor's: the DNG to copy, or how FITS rows are stored."
+        "--like",
+        metavar="PICTURE",
+        help="One of the sensor's: the DNG to copy, how FITS rows are stored, or where a raw file's visible area lies.",
     ),
 ]
 

@@ -111,7 +111,14 @@ def run_export(ask: Ask, order: ExportOrder) -> None:
     )
     out = None if order.out is None else _place(order.out, wanted, sensor)
     shift = (0, 0) if order.raw_crop is None else _shift(order, wanted)
-    extras = Extras(order.camera_clock, order.like, shift, lambda: _statistic(ask, sensor["id"]))
+    extras = Extras(
+        order.camera_clock,
+        order.like,
+        shift,
+        statistic=lambda: _statistic(ask, sensor["id"]),
+        history=lambda: ask("history", sensor=sensor["id"])["sensors"][0],
+        raw_frame=_raw_frame(order.like, sensor) if wanted.name == "json" else None,
+    )
     try:
         if out is None:
             sys.stdout.write(wanted.make(about, extras).decode())
@@ -149,13 +156,33 @@ def _shift(order: ExportOrder, wanted: Format) -> tuple[int, int]:
             "--raw-crop takes the first two numbers of raw_crop in RawTherapee's camconst.json, as 72,38; it is for"
             " the format rawtherapee, and needs a raw file of the camera (--like)"
         )
+    sizes = _raw_sizes(order.like)
+    return sizes.left_margin - int(left), sizes.top_margin - int(top)
+
+
+def _raw_frame(like: Path | None, sensor: Mapping[str, Any]) -> dict[str, int] | None:
+    """Return how large the whole frame of a raw file is, and where its visible area begins; None of other pictures."""
+    if like is None or sensor["samples"] != "raw" or like.name.lower().endswith(_FITS_NAMES):
+        return None
+    sizes = _raw_sizes(like)
+    if (sizes.width, sizes.height) != (sensor["width"], sensor["height"]):
+        raise WrongUse(
+            f"the visible area of {like} has {sizes.width}x{sizes.height} pixels, the sensor"
+            f" {sensor['width']}x{sensor['height']}: name a raw file of this camera with --like"
+        )
+    margins = {"left": sizes.left_margin, "top": sizes.top_margin}
+    return {"width": sizes.raw_width, "height": sizes.raw_height, **margins}
+
+
+def _raw_sizes(path: Path) -> Any:
+    """Return the sizes of a raw file's frame and of its visible area, as LibRaw has them."""
     import rawpy
 
     try:
-        with rawpy.imread(os.fspath(order.like)) as raw:
-            return raw.sizes.left_margin - int(left), raw.sizes.top_margin - int(top)
+        with rawpy.imread(os.fspath(path)) as raw:
+            return raw.sizes
     except (rawpy.LibRawError, OSError) as error:
-        raise WrongUse(f"{order.like} is no raw file that LibRaw can read: {error}") from error
+        raise WrongUse(f"{path} is no raw file that LibRaw can read: {error}") from error
 
 
 def _said(pixels: Sequence[object], wanted: Format) -> str:

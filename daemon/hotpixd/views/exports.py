@@ -51,6 +51,12 @@ class Extras:
     statistic: Callable[[], Generation] = field(default=lambda: _no_statistic())
     """Reads the newest generation of the sensor's statistic."""
 
+    history: Callable[[], Mapping[str, Any]] = field(default=lambda: {"defects": []})
+    """Reads the sensor's history."""
+
+    raw_frame: Mapping[str, int] | None = None
+    """Where the visible area lies in the raw file that was named as an example. None if none was."""
+
     suffix: str = ""
     """Of the file's name, in lower case: says which format a picture has."""
 
@@ -174,15 +180,22 @@ def _plain(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
 
 
-def own(about: DefectMap, _: Extras) -> bytes:
+def own(about: DefectMap, extras: Extras) -> bytes:
     """Return all that is known, as JSON."""
+    lives = {(life["x"], life["y"], life["colour"]): life for life in extras.history()["defects"]}
+
+    def with_history(entry: Mapping[str, Any]) -> dict[str, Any]:
+        life = lives.get((entry["x"], entry["y"], entry["colour"]), {})
+        return {**entry, "last_seen": life.get("last_seen"), "sessions": life.get("sessions")}
+
     content = {
         "hotpixd map": 1,
         "version": __version__,
         "made_at": about.made_at,
         "coordinates": COORDINATES,
+        "raw_frame": extras.raw_frame,
         "sensor": about.sensor,
-        "defects": [entry for pixel in about.pixels for entry in pixel.found],
+        "defects": [with_history(entry) for pixel in about.pixels for entry in pixel.found],
         "declared": [pixel.declared for pixel in about.pixels if pixel.declared is not None],
     }
     return json.dumps(content, indent=1).encode() + b"\n"

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from hotpixd import archive
 from hotpixd.core.frame import SensorIdentity
+from hotpixd.store import thinning
 from hotpixd.store.ledger import Ledger, Timeline, TransitionRow
 from hotpixd.store.state import State
 from hotpixd.views.text import called, identity_words, sensor_name
@@ -50,6 +51,9 @@ _COLDER_C = 6.0
 
 _SHOWN, _HEALTHY = 0.8, 0.04
 """Shares of frames in which a defect has an event, about, and in which a healthy site has: 2/49."""
+
+_EVENTS = 15
+"""Bits of an observation's events: of all four kinds."""
 
 _ALIKE_S = 86_400.0
 """Time after the first session below which there is no growth to speak of."""
@@ -118,7 +122,11 @@ def of_sensor(ledger: Ledger, id_: str, identity: SensorIdentity, gap_h: float, 
         life.from_start = life.from_start or shown.before(life) < _RECOVERY_FRAMES
     remaps = _remaps(lives, shown, frames, sessions)
     addresses = {life.site: identity.layout.address(life.site) for life in lives}
-    told = [_told(life, addresses[life.site], sessions) for life in lives]
+    last_seqs, numbers = _last_seen(ledger, id_, lives, frames), _sessions_with(lives, frames, sessions)
+    told = [
+        _told(life, addresses[life.site], sessions, last_seqs.get(life.site), number)
+        for life, number in zip(lives, numbers, strict=True)
+    ]
     changes = sorted(
         ((seq, change, life) for life in lives for seq, change in life.changes), key=lambda c: (c[0], c[2].site)
     )
@@ -244,7 +252,34 @@ def _lives(transitions: Iterable[TransitionRow], frames: Timeline) -> list[_Life
     return list(lives.values())
 
 
-def _told(life: _Life, address: tuple[int, int, str], sessions: Sessions) -> Answer:
+def _last_seen(ledger: Ledger, id_: str, lives: Sequence[_Life], frames: Timeline) -> dict[int, int]:
+    """Return by site the seq of the last counted frame in which a stable defect had an event.
+
+    Of the latest frames alone all observations are kept: of a defect that had none in these it is not known. Nor of one
+    that has recovered, as a healthy site has an event now and then.
+    """
+    latest = frames.seqs[frames.counted][-thinning.LATEST :]
+    sites = np.array(sorted(life.site for life in lives if life.stable), np.int64)
+    seen = ledger.excesses(id_, latest, sites)[2] & _EVENTS != 0
+    return {int(site): int(latest[np.flatnonzero(row)[-1]]) for site, row in zip(sites, seen, strict=True) if row.any()}
+
+
+def _sessions_with(lives: Sequence[_Life], frames: Timeline, sessions: Sessions) -> list[int]:
+    """Return in how many sessions each site was under suspicion or a defect: those with a frame of that time."""
+    spans = [
+        (n, start if k else life.appeared, 2**62 if end is None else end)
+        for n, life in enumerate(lives)
+        for k, (start, end) in enumerate(_spans(life.changes))
+    ]
+    owners, starts, ends = np.array(spans, np.int64).reshape(-1, 3).T
+    numbers = np.zeros(len(lives), np.int64)
+    for session in range(1, len(sessions.first_s) + 1):
+        seqs = frames.seqs[sessions.numbers == session]
+        numbers[np.unique(owners[np.searchsorted(seqs, starts) < np.searchsorted(seqs, ends)])] += 1
+    return [int(number) for number in numbers]
+
+
+def _told(life: _Life, address: tuple[int, int, str], sessions: Sessions, last_seq: int | None, number: int) -> Answer:
     ended = None if life.stable else life.changes[-1][0]
     return {
         **dict(zip(("x", "y", "colour"), address, strict=True)),
@@ -257,6 +292,8 @@ def _told(life: _Life, address: tuple[int, int, str], sessions: Sessions) -> Ans
         "stable_since": when(sessions.time_s(life.stable_seqs[-1])),
         "first_stable": when(sessions.time_s(life.stable_seqs[0])),
         "recovered": None if ended is None else when(sessions.time_s(ended)),
+        "last_seen": None if last_seq is None else when(sessions.time_s(last_seq)),
+        "sessions": number,
         "changes": [
             {"at": when(sessions.time_s(seq)), "session": sessions.of(seq), "change": change}
             for seq, change in life.changes
@@ -372,7 +409,7 @@ class _Shown:
         self._at = np.searchsorted(frames.seqs, seqs)
         ordered = np.array(sorted(sites), np.int64)
         self._rows = {int(site): row for row, site in enumerate(ordered)}
-        self._events = ledger.excesses(id_, seqs, ordered)[2] & 15 != 0
+        self._events = ledger.excesses(id_, seqs, ordered)[2] & _EVENTS != 0
 
     def _telling(self, life: _Life, at: NDArray[np.int64], *, surely: bool) -> NDArray[np.bool_]:
         """Tell for some frames, by their places in the timeline, whether they would have shown a defect.

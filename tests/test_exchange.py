@@ -189,6 +189,14 @@ def test_our_own_map_says_since_when_and_where_in_a_raw_file(root, camera: Camer
     assert "b.dng has 198x150 pixels, the sensor 200x150" in said
 
 
+def test_a_hyphen_is_the_standard_output(root, tmp_path):
+    """As other programs take it; a file of that name was written."""
+    plain = command("export", "dcraw", state=root).splitlines()
+    assert command("export", "dcraw", "-o", "-", state=root, cwd=tmp_path).splitlines()[1:] == plain[1:]
+    assert "no text" in command("export", "png-mask", "-o", "-", state=root, code=2, cwd=tmp_path)
+    assert not (tmp_path / "-").exists()
+
+
 def test_wrong_orders_are_told_what_is_right(root, tmp_path):
     """Each in a sentence, exit code 2."""
     assert "these are: dcraw" in command("export", "nonsense", state=root, code=2)
@@ -200,6 +208,9 @@ def test_wrong_orders_are_told_what_is_right(root, tmp_path):
     assert "these are: dcraw" in command("import", "--format", "x", tmp_path / "a", state=root, code=2)
     assert "cannot be read" in command("import", tmp_path / "a", state=root, code=2)
     assert "name a pixel" in command("unmark", 1, state=root, code=2)
+    for wrong, order in (("'a'", ("mark", "a", "b")), ("'2.5'", ("mark", 1, "2.5")), ("'b'", ("unmark", 1, "b"))):
+        said = " ".join(command(*order, state=root, code=2).replace("│", "").split())
+        assert f"whole numbers from 0 on, such as 1042 87, not {wrong}" in said
     listed = command("export", "--list", state=root)
     assert all(len(line) <= 120 for line in listed.splitlines())
     assert "rawtherapee" in listed

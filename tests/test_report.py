@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import feed, run
+from conftest import environment, feed, run
 from hotpixd.store.state import State
 from hotpixd.views import answers, evidence, report
 from years import Year, monthly, shoot
@@ -271,6 +271,18 @@ def test_a_file_of_others_is_not_replaced(state, page, tmp_path):
     assert lost.returncode == 2
     assert "There is no folder" in lost.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.html"]
+
+
+def test_a_hyphen_is_the_standard_output(state, tmp_path):
+    """The page and nothing else, in UTF-8 whatever the terminal speaks."""
+    done = run("report", "--state", state, "-o", "-", cwd=tmp_path, env=environment(PYTHONIOENCODING="latin-1"))
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "report.html"
+    assert run("report", "--state", state, "-o", path).returncode == 0
+    assert done.stdout.startswith("<!doctype html>")
+    assert done.stdout.endswith("</html>\n")
+    assert abs(len(done.stdout) - len(path.read_text("utf-8"))) < 100
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_without_the_library_a_sentence_says_how_to_get_it(state, tmp_path):

@@ -764,6 +764,21 @@ def test_a_right_configuration_is_said_to_be(tmp_path, sources, cameras, said):
     assert last == f"{path} is right{' except for what is said above' * len(warned)}, {said}"
 
 
+def test_without_a_file_the_environment_is_checked_all_the_same(tmp_path):
+    """A variable with a slip of the pen was passed over where there was no file, but ended `run`."""
+    env = environment(XDG_CONFIG_HOME=str(tmp_path))
+    done = run("check-config", env=env)
+    assert (done.returncode, done.stdout) == (
+        0,
+        "No configuration file: the defaults apply, but they name no sources or cameras: there is nothing to watch.\n",
+    )
+    done = run("check-config", env={**env, "HOTPIXD_SOURCES": f"[{{directory: {tmp_path}}}]"})
+    assert done.stdout == "No configuration file: the defaults apply, 1 source.\n"
+    done = run("check-config", env={**env, "HOTPIXD_FOO": "1"})
+    assert done.returncode == 2
+    assert "HOTPIXD_FOO: there is no key for this variable" in done.stderr
+
+
 def test_a_url_that_no_alert_can_be_sent_to_is_told_before_it_is_needed(tmp_path):
     """It is no error: the daemon goes on with the other channels."""
     done = run("check-config", configured(tmp_path, alerts={"notify": ["json://localhost", "foo://bar"]}))

@@ -36,6 +36,9 @@ DONE, SHOTS_REFUSED, WRONG_USE, STATE_UNUSABLE = 0, 1, 2, 3
 _TRIES, _AGAIN_S = 5, 0.2
 """How often a question is asked whose daemon ends before it has answered, and the pause before it is asked again."""
 
+_STDOUT = Path("-")
+"""What -o takes for the standard output, as other programs do."""
+
 _Ask = Callable[..., dict[str, Any]]
 
 _amiss: list[str] = []
@@ -512,9 +515,6 @@ def check_config(
     from hotpixd import config as configuration
 
     path = config or configuration.find_config(os.environ)
-    if path is None:
-        print("No configuration file: the defaults apply.")
-        raise typer.Exit(DONE)
     try:
         loaded = configuration.load(path, environ=os.environ, overrides={})
     except configuration.ConfigError as error:
@@ -527,8 +527,10 @@ def check_config(
     named = [
         many(count, word) for word, count in (("source", len(loaded.sources)), ("camera", len(loaded.cameras))) if count
     ]
-    said = " and ".join(named) or "but it names no sources or cameras: there is nothing to watch"
-    print(f"{path} is right{' except for what is said above' if warned else ''}, {said}.")
+    checked = f"{path} is right" if path else "No configuration file: the defaults apply"
+    names = "it names" if path else "they name"
+    said = " and ".join(named) or f"but {names} no sources or cameras: there is nothing to watch"
+    print(f"{checked}{' except for what is said above' if warned else ''}, {said}.")
 
 
 @app.command()
@@ -599,7 +601,9 @@ def least_variance(
 
 @app.command()
 def report(
-    file: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The page.")] = Path("report.html"),
+    file: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The page; - for stdout.")] = Path(
+        "report.html"
+    ),
     sensor: SensorOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is no report.")] = False,
     state: StateOption = None,
@@ -608,11 +612,18 @@ def report(
     from hotpixd.views import report as making
     from hotpixd.views.history import GAP_H
 
+    to_stdout = file == _STDOUT
     file = file.expanduser().absolute()
-    making.look_at(file, force=force)
+    if not to_stdout:
+        making.look_at(file, force=force)
     with _asking(state, _own_answers) as ask:
         told = _known_sensor(making.gathered(ask, sensor, GAP_H))
-    size = making.write(file, making.page_of(told))
+    page = making.page_of(told)
+    if to_stdout:
+        # As bytes: the page says that it is UTF-8, whatever the terminal speaks.
+        sys.stdout.buffer.write(page.encode())
+        return
+    size = making.write(file, page)
     print(f"{file} has {size / 1e6:.1f} MB; open it in a browser.")
 
 
@@ -734,7 +745,7 @@ def export(
         _fail(f"there is no folder {out}", WRONG_USE)
     order = ExportOrder(
         format_name,
-        None if out is None else Path(out).expanduser(),
+        None if out is None or Path(out) == _STDOUT else Path(out).expanduser(),
         sensor,
         [word.strip() for word in states.split(",") if word.strip()],
         least_sigma,
@@ -763,10 +774,25 @@ def import_(
     _exchanged(state, lambda ask: run_import(ask, files, format_name=format_name, sensor=sensor, like=like))
 
 
+def integer(text: str) -> int:
+    """Return a column or row. The help calls it by the name of this."""
+    try:
+        place = int(text)
+    except ValueError:
+        place = -1
+    if place < 0:
+        raise typer.BadParameter(f"a pixel's column and row are whole numbers from 0 on, such as 1042 87, not {text!r}")
+    return place
+
+
+ColumnArgument = typer.Argument(metavar="X", parser=integer, help="Column, 0-based.")
+RowArgument = typer.Argument(metavar="Y", parser=integer, help="Row, 0-based, from the top.")
+
+
 @app.command()
 def mark(
-    x: Annotated[int, typer.Argument(min=0, help="Column, 0-based.")],
-    y: Annotated[int, typer.Argument(min=0, help="Row, 0-based, from the top.")],
+    x: Annotated[int, ColumnArgument],
+    y: Annotated[int, RowArgument],
     sensor: OneSensorOption = None,
     state: StateOption = None,
 ) -> None:
@@ -778,8 +804,8 @@ def mark(
 
 @app.command()
 def unmark(
-    x: Annotated[int | None, typer.Argument(min=0, help="Column, 0-based.")] = None,
-    y: Annotated[int | None, typer.Argument(min=0, help="Row, 0-based, from the top.")] = None,
+    x: Annotated[int | None, ColumnArgument] = None,
+    y: Annotated[int | None, RowArgument] = None,
     source: Annotated[
         str | None, typer.Option("--source", help="All that a list declares, such as dcraw:.badpixels.")
     ] = None,

@@ -164,6 +164,22 @@ def test_burnt_in_text_is_no_defect(opacity: float, tmp_path: Path):
     assert set(places) <= near
 
 
+def test_corners_of_jpeg_blocks_are_no_defects(tmp_path: Path):
+    """In the dark a block is flat or has one coefficient, which is largest in its corner. A leak is found."""
+    source = VirtualSensor(900, 600, **NONE, seed=1)
+    source.defects = (hot(100, 50, 20_000.0), hot(304, 200, 20_000.0))
+    frames = []
+    for i in range(60):
+        shot = source.shot(i, "dark", exposure_s=0.5, iso=1600)
+        Image.fromarray(source.rendered(shot)).save(tmp_path / "dark.jpg", quality=80, subsampling="4:4:4")
+        frames.append(decode(tmp_path / "dark.jpg", ShotKind.DARK))
+    sensor = folded(frames)
+    places = sorted(sensor.layout.address(site)[:2] for site in found(sensor))
+    assert [(abs(x - d.x) <= 1, abs(y - d.y) <= 1) for (x, y), d in zip(places, source.defects, strict=True)] == [
+        (True, True)
+    ] * 2
+
+
 def test_a_scene_seen_many_times_does_not_hide_defects_in_those_after_it():
     """Thirty frames from a tripod count as one; in their mean every detail stands out, as if burnt in."""
     source = camera(hot=12)

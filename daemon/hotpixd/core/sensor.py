@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hotpixd import core
 from hotpixd.core import defects, evidence
-from hotpixd.core.accumulator import HELD_BYTES, Accumulator, EachSlab, FrameEvents, Loan, Zeros
+from hotpixd.core.accumulator import COUNTS, HELD_BYTES, Accumulator, EachSlab, FrameEvents, Loan, Zeros
 from hotpixd.core.defects import Defect
 from hotpixd.core.frame import Frame, SampleKind, Samples, SensorIdentity, SensorLayout, ShotInfo, ShotKind
 from hotpixd.core.overview import LIT_DARK, STATIC_SCENE, Overview
@@ -135,6 +135,9 @@ _RESTUDY = 8
 
 _AROUND_ROWS, _AROUND_PIXELS = 16, 32
 """Reach of the surroundings in which the null rate of outstanding is measured once more: 33x65 pixels."""
+
+_BLOCK_PIXELS, _BLOCKS = 8, 8
+"""Side of the blocks that JPEGs are coded in, and how many of them on either side tell of a place in them."""
 
 _ADJACENT = np.array([(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx])
 
@@ -632,10 +635,11 @@ class Sensor:
         return may_be
 
     def _log_e_here(self, positions: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return ln e with the null rate of outstanding around each site, where that is larger than the sensor's.
+        """Return ln e with the null rates around each site, where those are larger than the sensor's.
 
         A null rate is a mean over the frame. Where there is foliage below the sky in every frame, or glints in one
-        corner, healthy samples are outstanding more often than that.
+        corner, healthy samples are outstanding more often than that. So are the corners of the blocks that a JPEG is
+        coded in: 30 times as often in darks of quality 92, and extreme three times as often.
         """
         rows = self._tracks.rows
         ky, kx = np.divmod(rows["site"], self.layout.shape[1])
@@ -658,15 +662,34 @@ class Sensor:
                     slice(max(b - smear, 0), b + smear + 1),
                 )
                 high[near] = low[near] = 0
-            events = np.array([high.sum(), low.sum(), high.sum() + low.sum()], np.float64)
-            # What is surely there: an edge in one of a few frames is no rate.
-            sure = np.maximum(events - 3 * np.sqrt(events), 0.0)
-            here = sure / (self.accumulator.counted * high.size)
-            rates = evidence.NullRates(self._rates.extreme, np.maximum(self._rates.outstanding, here))
+            extreme, outstanding = self._rates.extreme, np.maximum(self._rates.outstanding, self._rates_of(high, low))
+            if self._rendered:
+                extreme_here, outstanding_here = self._rates_in_block(y, x)
+                extreme, outstanding = np.maximum(extreme, extreme_here), np.maximum(outstanding, outstanding_here)
+            rates = evidence.NullRates(extreme, outstanding)
             counts = self.accumulator.counts_at(row["site"][None]) - row["base"][:, None]
             n = self.accumulator.counted - int(row["base_counted"])
             log_e[i] = evidence.combined_log_e(n, counts, rates)[0]
         return log_e
+
+    def _rates_in_block(self, y: int, x: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return how often samples that are in their blocks where one is in its are extreme, and outstanding."""
+        step = _BLOCK_PIXELS * self.layout.channels
+        alike = slice(
+            max(y - _BLOCKS * _BLOCK_PIXELS, y % _BLOCK_PIXELS), y + _BLOCKS * _BLOCK_PIXELS + 1, _BLOCK_PIXELS
+        )
+        beside = slice(max(x - _BLOCKS * step, x % step), x + _BLOCKS * step + 1, step)
+        counts = [self.accumulator.counts[name][alike, beside].astype(np.int64) for name in COUNTS]
+        own = (y - alike.start) // _BLOCK_PIXELS, (x - beside.start) // step
+        for count in counts:
+            count[own] = 0
+        return self._rates_of(*counts[:2]), self._rates_of(*counts[2:])
+
+    def _rates_of(self, high: NDArray[np.int64], low: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return how often samples with these counts surely have an event: high, low, either."""
+        events = np.array([high.sum(), low.sum(), high.sum() + low.sum()], np.float64)
+        # An edge in one of a few frames is no rate.
+        return np.asarray(np.maximum(events - 3 * np.sqrt(events), 0.0) / (self.accumulator.counted * high.size))
 
     def _classify(self, tracks: Tracks) -> None:
         rows = tracks.rows

@@ -212,7 +212,10 @@ def surroundings_of(sites: NDArray[np.int64], layout: SensorLayout) -> NDArray[n
     cols = layout.shape[1]
     reach = np.arange(1 - WINDOW, WINDOW)
     row, col = np.divmod(sites, cols)
-    windows = _within(row, col, reach * layout.row_step, reach * layout.col_step, layout)
+    # In a rendered picture of all channels.
+    channels = np.arange(1 - layout.channels, layout.channels)
+    right = np.unique(reach[:, None] * layout.col_step + channels)
+    windows = _within(row, col, reach * layout.row_step, right, layout)
     beside = _within(row, col, np.arange(-1, 2), np.arange(-1, 2), layout)
     return np.unique(np.concatenate([windows, beside, neighbours_of(beside, layout).ravel()]))
 

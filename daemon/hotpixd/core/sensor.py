@@ -433,20 +433,24 @@ class Sensor:
             mean = self.accumulator.mean(around.ravel()).reshape(around.shape)
             others = mean + (mean - now) / (self.frames - 1)
             now, others = _from_median(now, telling), _from_median(others, telling)
-            detail = telling & (np.abs(others) > _DETAIL_SHARE * np.abs(self._mean_excess(sites))[:, None])
+            detail = telling & (np.abs(others) > _DETAIL_SHARE * np.abs(self._mean_excess(sites))[:, None, None])
             # White letters on white are not seen.
-            much, seen = detail.sum(axis=1) >= _LEAST_DETAIL, (detail & (now != 0)).sum(axis=1)
-            agreement = np.where(detail, np.sign(now * others), 0.0).sum(axis=1) / np.maximum(seen, 1)
+            much, seen = detail.sum(axis=(1, 2)) >= _LEAST_DETAIL, (detail & (now != 0)).sum(axis=(1, 2))
+            agreement = np.where(detail, np.sign(now * others), 0.0).sum(axis=(1, 2)) / np.maximum(seen, 1)
             tells = ~much | (seen >= _LEAST_DETAIL)
             tracks.around[part] += np.stack([tells, np.where(much & tells, agreement, 0.0)], axis=1)
 
     def _around(self, sites: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Return the sites of its plane around each and itself, (K, n), and which of them tell of the scene."""
+        """Return the sites around each, (K, channels, n), and which of them tell of the scene.
+
+        In a mosaic those of its plane; in a rendered picture those of all channels: text may be red, or blue.
+        """
         layout = self.layout
-        y, x = np.divmod(sites[:, None], layout.shape[1])
+        y, x = np.divmod(sites[:, None, None], layout.shape[1])
         reach = _DETAIL_REACH_RENDERED if self._rendered else _DETAIL_REACH_RAW
         down, right = (each.ravel() for each in np.mgrid[-reach : reach + 1, -reach : reach + 1])
-        ys, xs = y + down * layout.row_step, x + right * layout.col_step
+        channel = np.arange(layout.channels)[:, None] - x % layout.channels
+        ys, xs = y + down * layout.row_step, x + channel + right * layout.col_step
         there = (ys >= 0) & (xs >= 0) & (ys < layout.shape[0]) & (xs < layout.shape[1])
         around = np.where(there, ys * layout.shape[1] + xs, 0)
         # Defects are no detail, nor what they light; of those that are none yet only the core, it may be detail.
@@ -454,7 +458,7 @@ class Sensor:
         stable = rows["site"][rows["status"] == Status.STABLE]
         lights, core = (_MERGED_WITHIN, 1) if self._rendered else (0, 0)
         lit = _near_any(px, py, *self._pixels(rows["site"]), core) | _near_any(px, py, *self._pixels(stable), lights)
-        own = (np.maximum(np.abs(down), np.abs(right)) <= lights)[None, :]
+        own = np.maximum(np.abs(down), np.abs(right)) <= lights
         return around, there & ~own & ~lit.reshape(around.shape)
 
     def _is_amid_detail(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -886,7 +890,8 @@ class Sensor:
 
 def _from_median(values: NDArray[np.float64], telling: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Return how far values are above the median of those of their row that tell; NaN where there is none."""
-    return np.asarray(values - defects.medians(np.where(telling, values, np.nan))[:, None])
+    known = np.where(telling, values, np.nan).reshape(-1, values.shape[-1])
+    return np.asarray(values - defects.medians(known).reshape(*values.shape[:-1], 1))
 
 
 def _near(xs: NDArray[np.int64], ys: NDArray[np.int64], x: int, y: int, within: int) -> NDArray[np.bool_]:

@@ -164,6 +164,24 @@ def test_burnt_in_text_is_no_defect(opacity: float, tmp_path: Path):
     assert set(places) <= near
 
 
+def test_a_star_near_the_pole_is_no_defect_in_jpegs(tmp_path: Path):
+    """It creeps by a pixel in half an hour, while clouds and all other stars move on. A defect beside it is found."""
+    source = VirtualSensor(600, 400, **NONE, seed=1)
+    source.defects = (hot(440, 250, 8_000.0),)
+    y, x = np.mgrid[:400, :600]
+    frames = []
+    for i in range(16):
+        shot = source.shot(i, "dithered", exposure_s=1.0, iso=400)
+        disc = 110 * np.exp(-((x - 200.2 - 0.02 * i) ** 2 + (y - 150.1) ** 2) / (2 * 1.2**2))
+        night = source.rendered(shot) + disc[..., None]
+        Image.fromarray(np.clip(night, 0, 240).astype(np.uint8)).save(tmp_path / "night.jpg", quality=90)
+        frames.append(decode(tmp_path / "night.jpg"))
+    sensor = folded(frames)
+    assert sensor.frames_counted >= 10
+    (site,) = found(sensor)
+    assert np.abs(np.array(sensor.layout.address(site)[:2]) - (440, 250)).max() <= 1
+
+
 def test_corners_of_jpeg_blocks_are_no_defects(tmp_path: Path):
     """In the dark a block is flat or has one coefficient, which is largest in its corner. A leak is found."""
     source = VirtualSensor(900, 600, **NONE, seed=1)

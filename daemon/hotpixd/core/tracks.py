@@ -95,7 +95,10 @@ class Tracks:
         self.recent: NDArray[Any] = np.zeros((0, RECENT), OBSERVATION)
         self.neighbours: NDArray[np.int64] = np.empty((0, NEIGHBOURS), np.int64)
         self.beside: NDArray[np.float64] = np.empty((0, 2))
-        """Light frames in which a row's site was high, and the sum of the shares that its adjacent sites had of it."""
+        """Light frames that suspect a row's site, and the sum of the shares that its adjacent sites have of its excess.
+
+        Of a rendered picture, where a defect lights these as well: frames that tell, and how many of them show a star.
+        """
         self.around: NDArray[np.float64] = np.empty((0, 2))
         """Frames with an event at a row's site, and the sum of their agreements with the others around it."""
 

@@ -462,6 +462,8 @@ def test_1_when_a_file_cannot_be_read(camera, tmp_path, like_everyone):
         ["scan"],
         ["scan", "--kind", "grey", "x"],
         ["scan", "--unknown", "x"],
+        ["scan", "--ignore", "thumbnails/", "/"],
+        ["watch", "--ignore", "", "/"],
         ["defects", "--unknown"],
         ["unknown"],
         ["least-variance", "-k", "0"],
@@ -512,6 +514,19 @@ def test_2_says_which_path_leads_to_nothing(tmp_path):
     assert done.returncode == 2
     assert "no pictures" in done.stderr
     assert not (tmp_path / "state").exists()
+
+
+def test_what_a_scan_ignores_is_neither_folded_nor_refused_nor_missing(camera, broken, tmp_path):
+    """Even if nothing is left: that is said in other words than of an empty folder."""
+    folder = tmp_path / "sky"
+    (folder / "thumbnails").mkdir(parents=True)
+    shutil.copy(camera.shots[0], folder)
+    shutil.copy(broken, folder / "thumbnails")
+    done = run("scan", folder, "--ignore", "keogram*", "--ignore", "Thumb*", "--state", tmp_path / "state")
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "1 shot folded.")
+    done = run("scan", folder, "--ignore", "*", "--state", tmp_path / "other")
+    assert done.returncode == 2
+    assert f"there are no pictures in {folder} but for what --ignore leaves out" in done.stderr
 
 
 def test_2_says_what_is_there_that_cannot_be_scanned(tmp_path):

@@ -202,4 +202,8 @@ def test_the_order_is_that_of_a_folder(web, store):
     names = [(str(s.origin).removeprefix(web).replace("%20", " "), s.raw and s.raw.name) for s in found]
     assert names == expected
     assert {s.kind for s in found} == {ShotKind.DARK}
+    ignored = find_inputs([web, f"{web}pairs/frame_0001.dng"], None, ("Pair?", "B_*", "frame_0001.dng"))
+    kept = [name for name, _ in names if name.startswith("DCIM 1/frame") and "0001" not in name]
+    assert [str(s.origin).removeprefix(web).replace("%20", " ") for s in ignored.listing.shots] == kept
+    assert not ignored.listing.missing
     assert names.index(("DCIM 1/b_9.dng", None)) < names.index(("DCIM 1/b_10.dng", None))

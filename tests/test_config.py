@@ -146,10 +146,12 @@ def test_the_defaults_of_alerts_are_those_of_the_sender():
 def test_a_source_becomes_what_the_watcher_takes(path: Path):
     """With "auto" as no kind at all."""
     pytest.importorskip("hotpixd.intake.directory")
-    config = loaded(path, "sources: [{directory: /a}, {directory: /b, kind: dark, camera: X, events: no}]")
+    text = "sources: [{directory: /a}, {directory: /b, kind: dark, camera: X, ignore: [thumbs, keo*], events: no}]"
+    config = loaded(path, text)
     first, second = (source.settings() for source in config.sources)
     assert (first.directory, first.kind, first.camera, first.use_events) == (Path("/a"), None, None, True)
     assert (second.kind, second.camera, second.use_events) == ("dark", "X", False)
+    assert (first.ignore, second.ignore) == ((), ("thumbs", "keo*"))
 
 
 def test_a_camera_becomes_what_tethers_it(path: Path, tmp_path: Path):
@@ -387,6 +389,16 @@ def test_an_unknown_key_like_no_other_lists_those_there_are(path: Path):
         ("on: 1", "line 1, column 1: on is no key; those known here are state, "),
         ("feed: {group: ''}", "line 1, column 8: feed.group must be a non-empty text, got ''."),
         ("sources: [5]", "line 1, column 11: sources[0] must be a section with the keys directory, "),
+        (
+            "sources:\n- directory: /a\n  ignore: [keo*, thumbnails/]",
+            'line 3, column 18: sources[0].ignore[1] must be a pattern for the name of a file or folder, without "/",',
+        ),
+        ("sources: [{directory: /a, ignore: ['']}]", "line 1, column 36: sources[0].ignore[0] must be a pattern for"),
+        ("sources: [{directory: /a, ignore: [5]}]", "line 1, column 36: sources[0].ignore[0] must be a pattern for"),
+        (
+            "sources: [{directory: /a, ignore: keo*}]",
+            "line 1, column 27: sources[0].ignore must be a list, each item a",
+        ),
         ("metrics: {listen: 127.0.0.1:65536}", "line 1, column 11: metrics.listen must be a numeric address"),
         ("metrics: {listen: 127.0.0.256:80}", "line 1, column 11: metrics.listen must be a numeric address"),
     ],

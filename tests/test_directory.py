@@ -23,6 +23,7 @@ import pytest
 from conftest import environment, nobody
 from hotpixd.core.frame import ShotKind
 from hotpixd.intake import directory, source, volumes, walk
+from hotpixd.intake.complete import look_at
 from hotpixd.intake.directory import DirectorySettings, DirectorySource
 from hotpixd.intake.files import FoundShot
 
@@ -213,6 +214,24 @@ def test_only_pictures_are_delivered(tmp_path, serve):
     service = serve(tmp_path, settle_s=0.2)
     assert service.names(1) == ["IMG_1.JPG"]
     assert service.delivers_nothing_for(0.6)
+
+
+def test_what_is_to_be_ignored_is_never_looked_at(tmp_path, serve, monkeypatch):
+    """Files and folders of such names, whether a listing or an event finds them; the folder above may be called so."""
+    root = tmp_path / "thumbnails"
+    put(root, "a.jpg", "Thumbnails/a.jpg", "night/keogram.jpg", "night/x/thumbnails/b.jpg")
+    service = serve(root, settle_s=0.1, ignore=("thumbnails", "Keogram*"))
+    assert service.names(1) == ["a.jpg"]
+    assert {Path(folder).name for folder in service.source._snapshot.folders} == {"thumbnails", "night", "x"}
+    looked = []
+    monkeypatch.setattr(directory, "look_at", lambda path, **more: looked.append(path.name) or look_at(path, **more))
+    put(root, "night/keogram2.jpg", "night/x/thumbnails/c.jpg", "b.jpg")
+    assert service.names(1) == ["b.jpg"]
+    (root / "night/x/thumbnails/c.jpg").rename(root / "night/c.jpg")
+    assert service.names(1) == ["c.jpg"]
+    assert service.delivers_nothing_for(0.6)
+    assert set(looked) <= {"b.jpg", "c.jpg"}
+    assert service.source.state().detail == "3 files, 0 waiting"
 
 
 def test_what_the_user_says_of_a_directory_goes_with_each_shot(tmp_path, serve):

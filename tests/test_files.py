@@ -132,6 +132,23 @@ def test_an_empty_folder_is_not_missing(tmp_path):
     assert found(tmp_path) == []
 
 
+@pytest.mark.parametrize("wanted", [".", "night*", "**/*.jpg"])
+def test_what_is_to_be_ignored_is_left_out_and_not_missing(tmp_path, wanted):
+    """By the name of a file or of a folder below what was named, in any case; such a folder need not be readable.
+
+    An all-sky camera's owner had sensors made of the thumbnails, keograms and star trails beside the shots.
+    """
+    shots = touch(tmp_path, "thumbnails/night1/a.jpg", "thumbnails/night1/keo.jpg")
+    touch(
+        tmp_path, "thumbnails/night1/Keogram-1.jpg", "thumbnails/night1/Thumbnails/a.jpg", "thumbnails/startrails.jpg"
+    )
+    ignore = ("thumbnails", "KEOGRAM*", "startrail[sz].jpg")
+    listing = find_shots([str(tmp_path / "thumbnails" / wanted)], ignore=ignore)
+    assert [shot.path for shot in listing.shots] == shots
+    kept, *others = (str(tmp_path / "thumbnails" / name) for name in ("night1/a.jpg", "night1/Keogram-1.jpg"))
+    assert find_shots([kept, *others], ignore=ignore) == find_shots([kept])
+
+
 def test_a_folder_that_cannot_be_listed_is_named_with_the_reason(public):
     """And its neighbours are listed."""
     touch(public, "open/a.dng", "shut/b.dng")

@@ -296,6 +296,27 @@ def test_reload_takes_what_is_safe_and_says_what_is_not(camera: Camera, other_ca
     assert daemon.stop() == 0
 
 
+def test_a_reload_takes_what_is_to_be_ignored(camera: Camera, tmp_path, start):
+    """What is not ignored any more is folded; what was folded before stays so. The command line says the same."""
+    folder = tmp_path / "sky"
+    shutil.copytree(camera.folder, folder / "night")
+    ignored = {"directory": str(folder), "ignore": ["NIGHT"]}
+    daemon = start("run", "--config", configured(tmp_path, sources=[ignored]))
+    eventually(lambda: daemon.ask("status")["sources"][0]["status"] == "watching", "the folder is listed")
+    assert daemon.ask("status")["sources"][0]["waiting"] == 0
+    configured(tmp_path, sources=[ignored | {"ignore": []}])
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_folded(12)
+    configured(tmp_path, sources=[ignored])
+    daemon.process.send_signal(signal.SIGHUP)
+    eventually(lambda: daemon.log.count("the configuration is reloaded") == 2, "the reload is told")
+    assert daemon.folded() == 12
+    assert daemon.stop() == 0
+    daemon = start("watch", folder, "--plain", "--ignore", "frame_0*", "--ignore", "x")
+    eventually(lambda: daemon.ask("status")["sources"][0]["detail"] == "0 files, 0 waiting", "nothing is found")
+    assert daemon.stop() == 0
+
+
 def test_a_camera_is_a_source_like_others(pairs: Camera, tmp_path, start):
     """Its shots are folded and saved, its JPEGs are companions; and a reload lets go of it.
 

@@ -124,6 +124,29 @@ class KindOption(StrEnum):
 KindGiven = Annotated[KindOption, typer.Option(help="What the shots are; auto: the file's header or samples say.")]
 
 
+def _pattern(text: str) -> str:
+    from hotpixd.intake.files import check_pattern
+
+    try:
+        check_pattern(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}, got {text!r}") from error
+    return text
+
+
+IgnoreOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore",
+        metavar="PATTERN",
+        help="Leave out files and folders of such a name below DIR or PATH, such as thumbnails or 'keogram*', in any"
+        " case. May be repeated.",
+        parser=_pattern,
+        show_default="none",
+    ),
+]
+
+
 class ExistingOption(StrEnum):
     """What is done with what was on the card before."""
 
@@ -301,6 +324,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 def scan(
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders (with all below) or globs.")],
     kind: KindGiven = KindOption.AUTO,
+    ignore: IgnoreOption = None,
     cluster: Annotated[
         str | None,
         typer.Option(
@@ -325,12 +349,13 @@ def scan(
     _Out.answers = False
     if on_disk and cluster is not None:
         _fail("--on-disk is for a scan on this machine alone: workers hold what --cluster adds up.", WRONG_USE)
+    ignored = tuple(ignore or ())
     if cluster is not None:
         with _interruptible() as stop:
-            code = run_cluster_scan(lambda: _opened(state), cluster, paths, kind.given, stop, luma=luma)
+            code = run_cluster_scan(lambda: _opened(state), cluster, paths, kind.given, stop, ignore=ignored, luma=luma)
         raise typer.Exit(stop.code if code is None else code)
     # Before there is a state, which a wrong name must not begin.
-    listing = find(paths, kind.given)
+    listing = find(paths, kind.given, ignored)
     if isinstance(listing, int):
         raise typer.Exit(listing)
     with _opened(state) as opened, _interruptible() as stop:
@@ -352,6 +377,7 @@ def run(
 def watch(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Cards or tether directories.")],
     kind: KindGiven = KindOption.AUTO,
+    ignore: IgnoreOption = None,
     config: ConfigOption = None,
     state: StateOption = None,
     log_level: LogLevelOption = None,
@@ -362,7 +388,7 @@ def watch(
         # What is not there yet may be mounted. Path's is_file() raises where it may not look.
         if os.path.isfile(directory.expanduser()):  # noqa: PTH113
             _fail(f"{directory} is a file; name the directory to watch (hotpixd scan takes files)", WRONG_USE)
-    sources = [{"directory": str(d.expanduser().absolute()), "kind": kind.value} for d in directories]
+    sources = [{"directory": str(d.expanduser().absolute()), "kind": kind.value, "ignore": ignore} for d in directories]
     given = {"state": state, "log_level": log_level, "sources": sources, "cameras": []}
     raise typer.Exit(_shown(_config_loader(config, given), state, plain=plain))
 

@@ -129,6 +129,15 @@ def _template(value: object) -> str:
     return value
 
 
+def _name_pattern(value: object) -> str:
+    from hotpixd.intake.files import check_pattern
+
+    if not isinstance(value, str):
+        raise ValueError
+    check_pattern(value)
+    return value
+
+
 def _address(value: object) -> str:
     match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[0-9.]+):(\d{1,5})", value, re.ASCII) if isinstance(value, str) else None
     if match is None or not 0 < int(match[2]) < 65536:
@@ -161,6 +170,11 @@ _Template: TypeAlias = Annotated[
         " {serial}, with {name} or {stem} in it"
     ),
 ]
+_NamePattern: TypeAlias = Annotated[
+    str,
+    PlainValidator(_name_pattern),
+    _Meant('a pattern for the name of a file or folder, without "/", such as "keogram*"'),
+]
 _Topic: TypeAlias = Literal[
     "stable", "recovered", "source", "silence", "refused", "scene", "disk", "checkpoint", "clock", "damage"
 ]
@@ -191,6 +205,9 @@ class SourceSection(_Section):
     camera: _Text | None = None
     """Name for a camera whose files hold no serial number. None: such files count as of one camera per model."""
 
+    ignore: Annotated[tuple[_NamePattern, ...], Field(strict=False)] = ()
+    """Shell patterns: files of such a name below the directory, and folders with all in them, are no shots."""
+
     settle_s: Annotated[float, Field(ge=0.1, le=600)] = 1.0
     """A file is complete when it has not changed for so long, where no event says so earlier."""
 
@@ -210,6 +227,7 @@ class SourceSection(_Section):
             directory=self.directory,
             kind=None if self.kind == "auto" else ShotKind(self.kind),
             camera=self.camera,
+            ignore=self.ignore,
             settle_s=self.settle_s,
             scan_every_s=self.scan_every_s,
             use_events=self.events,

@@ -28,15 +28,16 @@ _REFUSALS_SHOWN = 20
 _DEFECTS_SHOWN = 20
 
 
-def find(wanted: list[str], kind: str | None) -> Listing | int:
+def find(wanted: list[str], kind: str | None, ignore: tuple[str, ...] = ()) -> Listing | int:
     """Return the shots that some paths lead to; if there are none, say so and return the exit code.
 
     Parameters
     ----------
     wanted : files, folders, glob patterns
     kind : "light" or "dark", if the user says so
+    ignore : see `find_shots`
     """
-    return _some_of(find_shots(wanted, None if kind is None else ShotKind(kind)), wanted)
+    return _some_of(find_shots(wanted, None if kind is None else ShotKind(kind), ignore), wanted, ignore)
 
 
 def run_scan(
@@ -60,6 +61,7 @@ def run_cluster_scan(
     kind: str | None,
     stop: Callable[[], bool],
     *,
+    ignore: tuple[str, ...] = (),
     luma: bool = False,
 ) -> int | None:
     """Do as `find` and `run_scan` do, on a cluster.
@@ -69,6 +71,7 @@ def run_cluster_scan(
     opened : opens the state, once the cluster has answered and there are shots: nothing else must begin one
     address : see `cluster.connection.connected`
     wanted : URLs too
+    ignore : see `find_shots`
     luma : see `Monitor`
     """
     from hotpixd.cluster.connection import ClusterError, connected
@@ -79,8 +82,8 @@ def run_cluster_scan(
             # The cluster first: where its extra is missing, this may be what URLs lack as well.
             from hotpixd.cluster.coordinator import ClusterMonitor
 
-            inputs = find_inputs(wanted, None if kind is None else ShotKind(kind))
-            listing = _some_of(inputs.listing, wanted, remote=True)
+            inputs = find_inputs(wanted, None if kind is None else ShotKind(kind), ignore)
+            listing = _some_of(inputs.listing, wanted, ignore, remote=True)
             if isinstance(listing, int):
                 return listing
             with opened() as state:
@@ -92,7 +95,7 @@ def run_cluster_scan(
         return 2
 
 
-def _some_of(listing: Listing, wanted: list[str], *, remote: bool = False) -> Listing | int:
+def _some_of(listing: Listing, wanted: list[str], ignore: tuple[str, ...], *, remote: bool = False) -> Listing | int:
     console = plain_console(stderr=True)
     if listing.missing:
         for text in listing.missing:
@@ -101,7 +104,8 @@ def _some_of(listing: Listing, wanted: list[str], *, remote: bool = False) -> Li
     for folder, reason in listing.unreadable:
         _say(console, f"{folder} cannot be listed: {reason}")
     if not listing.shots:
-        _say(console, "there are no pictures in " + ", ".join(wanted))
+        others = " but for what --ignore leaves out" if ignore else ""
+        _say(console, f"there are no pictures in {', '.join(wanted)}{others}")
         return 1 if listing.unreadable else 2
     return listing
 

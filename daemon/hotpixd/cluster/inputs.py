@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hotpixd.core.frame import ShotKind
-from hotpixd.intake.files import FoundShot, Listing, find_shots, is_picture, natural, with_companions
+from hotpixd.intake.files import FoundShot, Listing, find_shots, is_ignored, is_picture, natural, with_companions
 
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "ssh": "sshfs", "sftp": "sshfs", "http": "aiohttp", "https": "aiohttp"}
 """What fsspec needs for the kinds of URLs that the extra `cluster` does not bring along, or does."""
@@ -46,7 +46,7 @@ def url_of(shot: FoundShot) -> str:
     return shot.origin or str(shot.path.absolute())
 
 
-def find_inputs(wanted: Iterable[str], kind: ShotKind | None) -> Inputs:
+def find_inputs(wanted: Iterable[str], kind: ShotKind | None, ignore: tuple[str, ...] = ()) -> Inputs:
     """List the shots of files, folders and patterns: those here, then those behind URLs.
 
     Raises
@@ -60,13 +60,13 @@ def find_inputs(wanted: Iterable[str], kind: ShotKind | None) -> Inputs:
     for text in wanted:
         if "://" not in text or text.startswith("file://"):
             here.append(text.removeprefix("file://"))
-        elif not _list(text, marks):
+        elif not _list(text, ignore, marks):
             missing.append(text)
     there = [
         FoundShot(Path(url), raw=None if raw is None else Path(raw), kind=kind, origin=url)
         for url, raw in with_companions(list(marks))
     ]
-    listing = find_shots(here, kind)
+    listing = find_shots(here, kind, ignore)
     for shot in listing.shots:
         marks[url_of(shot)] = _mark_of_file(shot.path)
     shots = (*listing.shots, *there)
@@ -81,8 +81,8 @@ def _mark_of_file(path: Path) -> Mark:
     return Mark(status.st_size, _digest(str(path.absolute()), status.st_size, status.st_mtime_ns))
 
 
-def _list(url: str, marks: dict[str, Mark]) -> bool:
-    """Add the URLs of the pictures at or below a URL to `marks`; tell whether there are any."""
+def _list(url: str, ignore: tuple[str, ...], marks: dict[str, Mark]) -> bool:
+    """Add the URLs of the pictures at or below a URL to `marks`; tell whether there are any, ignored ones too."""
     from fsspec.core import url_to_fs
 
     protocol = url.partition("://")[0]
@@ -105,6 +105,8 @@ def _list(url: str, marks: dict[str, Mark]) -> bool:
     names = [name for name, info in infos.items() if info.get("type") == "file" and _is_wanted(name, path, infos)]
     names.sort(key=lambda name: [natural(part) for part in name.split("/")])
     for name in names:
+        if is_ignored(_parts_below(name, path), ignore):
+            continue
         whole = name if "://" in name else system.unstrip_protocol(name)
         if protocol in ("ssh", "sftp") and "://" not in name:
             # The host is no part of the name there.
@@ -126,9 +128,14 @@ def _file(system: Any, path: str) -> dict[str, Any]:
 def _is_wanted(name: str, below: str, infos: Mapping[str, Any]) -> bool:
     if len(infos) == 1 and name == below:
         return True
-    inner = name.removeprefix(below.split("*")[0].rpartition("/")[0] if "*" in below else below)
-    parts = inner.split("/")
+    parts = _parts_below(name, below)
     return is_picture(parts[-1]) and not any(part.startswith(".") for part in parts)
+
+
+def _parts_below(name: str, below: str) -> list[str]:
+    if name == below:
+        return [name.rpartition("/")[2]]
+    return name.removeprefix(below.split("*")[0].rpartition("/")[0] if "*" in below else below).split("/")
 
 
 def _mark_of(url: str, info: Mapping[str, Any]) -> Mark:

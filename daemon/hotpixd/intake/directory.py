@@ -39,7 +39,7 @@ from blake3 import blake3
 
 from hotpixd.core.frame import ShotKind
 from hotpixd.intake.complete import Look, look_at
-from hotpixd.intake.files import RAW, RENDERED, FoundShot, natural, stem_of
+from hotpixd.intake.files import RAW, RENDERED, FoundShot, is_ignored, natural, stem_of
 from hotpixd.intake.hints import Hint, Hints
 from hotpixd.intake.source import Seen, SourceState, Status, Step
 from hotpixd.intake.volumes import MOUNT_TABLE, Volume
@@ -117,6 +117,9 @@ class DirectorySettings:
 
     scan_every_s: float | None = None
     """Time between two listings. None: as the file system and the number of files suggest."""
+
+    ignore: tuple[str, ...] = ()
+    """Patterns of names that no file and no folder on the way to it must have; see `files.is_ignored`."""
 
     use_events: bool = True
     """Whether to ask the kernel for hints. False: listings only."""
@@ -424,7 +427,7 @@ class DirectorySource:
                 # Before the listing, so that no file falls between the two.
                 self._arm(place)
             began = time.monotonic()
-            snapshot = snapshot_of(place, {} if known is None else known.volumes)
+            snapshot = snapshot_of(place, {} if known is None else known.volumes, self._settings.ignore)
         except MovingError:
             self._list_at = time.monotonic() + _SHORTLY_S
             return
@@ -588,7 +591,8 @@ class DirectorySource:
             self._list_soon()
             return
         below = _below(snapshot.place.folder, hint.path)
-        if any(part.startswith(".") for part in below.split("/")):
+        parts = below.split("/")
+        if any(part.startswith(".") for part in parts) or is_ignored(parts, self._settings.ignore):
             return
         try:
             status = Path(hint.path).stat(follow_symlinks=False)

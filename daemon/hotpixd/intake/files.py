@@ -7,6 +7,8 @@ first, and the JPEG is named as its companion.
 
 from __future__ import annotations
 
+import fnmatch
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -78,7 +80,7 @@ class Listing:
     """Folders that could not be listed, with the system's reason."""
 
 
-def find_shots(wanted: Iterable[str], kind: ShotKind | None = None) -> Listing:
+def find_shots(wanted: Iterable[str], kind: ShotKind | None = None, ignore: tuple[str, ...] = ()) -> Listing:
     """List the shots of files, folders (with all below them) and glob patterns.
 
     A file that is named is listed whatever its ending; in folders, endings decide. Hidden files and folders are left
@@ -87,21 +89,27 @@ def find_shots(wanted: Iterable[str], kind: ShotKind | None = None) -> Listing:
     Parameters
     ----------
     kind : light or dark, if the user says so
+    ignore : see `is_ignored`; of a folder that is named its own name does not count, nor do those above. What is left
+        out is not missing.
     """
     files: dict[Path, None] = {}
     missing: list[str] = []
     unreadable: list[tuple[Path, str]] = []
     for text in wanted:
         matches = [text] if os.path.lexists(text) else sorted(glob(text, recursive=True), key=natural)  # noqa: PTH207 - absolute and ~ patterns too
+        named = _parts_named(text)
         found = False
         for match in matches:
             path = Path(match)
             if path.is_dir():
-                found = True
-                files.update(dict.fromkeys(_pictures_below(path, unreadable)))
+                pictures = _pictures_below(path, ignore, unreadable)
             elif path.is_file():
-                found = True
-                files[path] = None
+                pictures = iter((path,))
+            else:
+                continue
+            found = True
+            if not is_ignored(path.parts[named:], ignore):
+                files.update(dict.fromkeys(pictures))
         if not found:
             missing.append(text)
     return Listing(tuple(_with_companions(list(files), kind)), tuple(missing), tuple(unreadable))
@@ -110,6 +118,17 @@ def find_shots(wanted: Iterable[str], kind: ShotKind | None = None) -> Listing:
 def is_picture(name: str) -> bool:
     """Tell whether a file of this name is looked at in a folder: neither AppleDouble nor hidden, nor half copied."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in PICTURES  # noqa: PTH122
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise ValueError if a pattern of what is to be ignored can fit no name. The message is the end of a sentence."""
+    if not pattern or "/" in pattern:
+        raise ValueError('must be a pattern for the name of a file or folder, without "/"')
+
+
+def is_ignored(names: Iterable[str], ignore: tuple[str, ...]) -> bool:
+    """Tell whether the name of a file, or of a folder that it lies in, fits a shell pattern, in whatever case."""
+    return bool(ignore) and any(map(_one_of(ignore).match, names))
 
 
 def stem_of(path: str) -> str:
@@ -124,7 +143,20 @@ def natural(name: str) -> tuple[tuple[int, str], ...]:
     return tuple((int(part), "") if part.isdigit() and part.isascii() else (-1, part) for part in parts)
 
 
-def _pictures_below(folder: Path, unreadable: list[tuple[Path, str]]) -> Iterator[Path]:
+@functools.lru_cache(maxsize=64)
+def _one_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(fnmatch.translate, patterns)), re.IGNORECASE)
+
+
+def _parts_named(text: str) -> int:
+    """Return how many parts of a path or glob name the folder that all it leads to lies in."""
+    parts = Path(text).parts
+    if os.path.lexists(text):
+        return len(parts) - (not os.path.isdir(text))  # noqa: PTH112
+    return next((i for i, part in enumerate(parts) if re.search(r"[*?[]", part)), len(parts))
+
+
+def _pictures_below(folder: Path, ignore: tuple[str, ...], unreadable: list[tuple[Path, str]]) -> Iterator[Path]:
     # Not os.walk: it hides the errors of a card that was pulled.
     try:
         with os.scandir(folder) as entries:
@@ -133,10 +165,10 @@ def _pictures_below(folder: Path, unreadable: list[tuple[Path, str]]) -> Iterato
         unreadable.append((folder, error.strerror or str(error)))
         return
     for entry in found:
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or is_ignored((entry.name,), ignore):
             continue
         if entry.is_dir(follow_symlinks=False):
-            yield from _pictures_below(Path(entry.path), unreadable)
+            yield from _pictures_below(Path(entry.path), ignore, unreadable)
         elif is_picture(entry.name) and _is_file(entry):
             yield Path(entry.path)
 

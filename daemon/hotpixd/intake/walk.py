@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hotpixd.intake.files import is_picture
+from hotpixd.intake.files import is_ignored, is_picture
 from hotpixd.intake.volumes import Mount, Volume, mounts_around, volume_of
 
 _YOUNG_NS = 3_000_000_000
@@ -105,12 +105,13 @@ def place_of(directory: Path) -> Place:
     return Place(folder, status.st_dev, status.st_ino, tuple(mounts_around(folder)))
 
 
-def snapshot_of(place: Place, known: dict[str, Volume]) -> Snapshot:
+def snapshot_of(place: Place, known: dict[str, Volume], ignore: tuple[str, ...] = ()) -> Snapshot:
     """List all pictures below a folder; symlinks are not followed, hidden names left out.
 
     Parameters
     ----------
     known : volumes of the last snapshot; one that is still mounted stays the same object
+    ignore : see `files.is_ignored`; such folders are not looked into
 
     Raises
     ------
@@ -140,7 +141,7 @@ def snapshot_of(place: Place, known: dict[str, Volume]) -> Snapshot:
         folder = os.path.join(place.folder, below) if below else place.folder  # noqa: PTH118 - strings are ten times faster
         try:
             changed_ns = Path(folder).stat().st_mtime_ns
-            for entry, status in _entries(folder):
+            for entry, status in _entries(folder, ignore):
                 inner = f"{below}/{entry.name}" if below else entry.name
                 if status is None:
                     todo.append((inner, volumes.get(entry.path, volume)))
@@ -164,11 +165,11 @@ def snapshot_of(place: Place, known: dict[str, Volume]) -> Snapshot:
     return Snapshot(place, volumes, pictures, folders, closed)
 
 
-def _entries(folder: str) -> Iterator[tuple[os.DirEntry[str], os.stat_result | None]]:
+def _entries(folder: str, ignore: tuple[str, ...]) -> Iterator[tuple[os.DirEntry[str], os.stat_result | None]]:
     """Yield the pictures in a folder with their status, and the folders in it without one."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") or is_ignored((entry.name,), ignore):
                 continue
             try:
                 if entry.is_dir(follow_symlinks=False):

@@ -34,6 +34,7 @@ import hotpixd
 from hotpixd import alerts as module
 from hotpixd.alerts import Alerts, AlertSettings, Watchman, composed
 from hotpixd.core.frame import SensorLayout
+from hotpixd.core.overview import STATIC_SCENE_ADVICE
 from hotpixd.core.sensor import FoldReport, Transition
 from hotpixd.core.tracks import OBSERVATION
 from hotpixd.store.durable import StateFull
@@ -941,9 +942,9 @@ def test_a_scene_that_does_not_move_is_told_after_ten_frames(bench: Callable[...
     one = bench()
     watch = Watch(one)
     for counted in [False] * 9 + [True] + [False] * 25 + [True] * 3:
-        watch.watchman.counted("id", "cam", counted, None if counted else "the scene does not move")
+        watch.watchman.counted("id", "cam", counted, None if counted else "the scene does not move: 3 times chance")
     assert watch.told() == [
-        "cam: the last 10 frames were no new evidence: the scene does not move",
+        f"cam: the last 10 frames were no new evidence: the scene does not move: 3 times chance. {STATIC_SCENE_ADVICE}",
         "cam: frames are new evidence again.",
     ]
 
@@ -954,7 +955,8 @@ def test_sensors_of_one_description_have_scenes_of_their_own(bench: Callable[...
     for _ in range(10):
         watch.watchman.counted("still", "Acme One", False, "the scene does not move")
         watch.watchman.counted("moving", "Acme One", True, None)
-    assert watch.told() == ["Acme One: the last 10 frames were no new evidence: the scene does not move"]
+    (told,) = watch.told()
+    assert told.startswith("Acme One: the last 10 frames were no new evidence: the scene does not move")
 
 
 def test_a_disk_nearly_full_is_told_until_there_is_ample_room(bench: Callable[..., Bench]):

@@ -17,6 +17,7 @@ from rich.style import Style
 from rich.text import Text
 
 import live_states as made_up
+from hotpixd.core.overview import STATIC_SCENE_ADVICE
 from hotpixd.views.choices import Filter, Order, Page, View, arranged, pressed, settled
 from hotpixd.views.drawing import (
     Look,
@@ -137,6 +138,14 @@ def test_trouble_stands_above_everything():
     assert "412 frames" in screen[5]
     log = "\n".join(drawn(live, view=View(page=Page.LOG)))
     assert "The disk is full: shots wait." in log
+
+
+def test_the_page_of_alerts_says_what_to_do_where_the_scene_does_not_move():
+    """Nothing elsewhere has room for it; other reasons have no advice."""
+    live = made_up.live()
+    assert STATIC_SCENE_ADVICE in "\n".join(drawn(live, 240, 40, view=View(page=Page.LOG)))
+    live[f"sensor:{made_up.ID}"]["not_counted"] = {"the frame is blurred by stars that trail": 3}
+    assert STATIC_SCENE_ADVICE not in "\n".join(drawn(live, 240, 40, view=View(page=Page.LOG)))
 
 
 def test_declared_defects_are_told_of_where_there_are_any():

@@ -11,6 +11,7 @@ import pytest
 
 import live_states as made_up
 from conftest import environment
+from hotpixd.core.overview import STATIC_SCENE, STATIC_SCENE_ADVICE
 from hotpixd.intake.files import find_shots
 from hotpixd.monitor import Monitor
 from hotpixd.store.state import State
@@ -98,21 +99,25 @@ def test_no_sensor_and_no_defect_are_said_in_words(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("counted", "reason", "hint"),
+    ("counted", "samples", "reason", "told"),
     [
-        (1, "the scene does not move", True),
-        (4, "the scene does not move", True),
-        (6, "the scene does not move", False),
-        (0, "the frame is blurred by stars that trail", False),
+        (1, "rendered", STATIC_SCENE, 2),
+        (4, "rendered", STATIC_SCENE, 2),
+        (4, "raw", STATIC_SCENE, 1),
+        (6, "rendered", STATIC_SCENE, 0),
+        (0, "rendered", "the frame is blurred by stars that trail", 0),
     ],
 )
-def test_where_hardly_anything_moved_the_user_is_told_what_to_do_if_those_are_darks(capsys, counted, reason, hint):
-    """Dark JPEGs can be taken for light frames; where most frames were counted, the others are of a tripod."""
-    sensor = {**SENSOR, "frames_counted": counted, "defects": []}
+def test_where_hardly_anything_moved_the_user_is_told_what_to_do(capsys, counted, samples, reason, told):
+    """A mount, a foreground, a caption; dark JPEGs can be taken for light frames, raw ones cannot.
+
+    Where most frames were counted, the others are of a tripod. An all-sky camera's owner was only told of the cap.
+    """
+    sensor = {**SENSOR, "samples": samples, "frames_counted": counted, "defects": []}
     tables.print_defects({"sensors": [sensor]}, not_counted={"x": {reason: 5}})
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "not counted" in line]
-    darks = "; if the cap was on: hotpixd rebuild FOLDER --kind dark" if hint else ""
-    assert line == f"  5 frames not counted: {reason}{darks}"
+    *_, said = capsys.readouterr().out.partition(f"  5 frames not counted: {reason}\n")
+    advice = [f"    {STATIC_SCENE_ADVICE}", "    If the cap was on: hotpixd rebuild FOLDER --kind dark"]
+    assert said.splitlines() == [*advice[:told], "  no stable defect"]
 
 
 def test_the_status_says_in_the_word_of_each_source_how_it_is(capsys, monkeypatch):

@@ -38,6 +38,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from hotpixd.core.frame import SensorLayout
+from hotpixd.core.overview import STATIC_SCENE, STATIC_SCENE_ADVICE
 from hotpixd.core.sensor import FoldReport, Transition
 from hotpixd.store.durable import StateFull, failpoint
 from hotpixd.store.ledger import Ledger
@@ -905,6 +906,8 @@ class Watchman:
         self._not_counted[sensor] += 1
         if self._not_counted[sensor] >= _NOT_COUNTED_IN_A_ROW:
             text = f"{description}: the last {_NOT_COUNTED_IN_A_ROW} frames were no new evidence: {because}"
+            if because is not None and because.startswith(STATIC_SCENE):
+                text += f". {STATIC_SCENE_ADVICE}"
             self._turn("scene", subject, True, text)
 
     def disk(self, free_bytes: int) -> None:

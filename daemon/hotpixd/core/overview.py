@@ -12,6 +12,12 @@ LIT_DARK = "light has fallen on the sensor, though they are to be darks"
 STATIC_SCENE = "the scene does not move"
 """Why a light frame is no evidence if it repeats an earlier one."""
 
+STATIC_SCENE_ADVICE = (
+    "All of the picture, or a part such as a foreground or a caption, stays in its place: such frames tell nothing of a"
+    " defect. Other scenes do, darks (cap on, kind: dark), or raw files instead of JPEGs with a caption."
+)
+"""What that means, and what to do."""
+
 
 @dataclass(frozen=True, slots=True)
 class Overview:

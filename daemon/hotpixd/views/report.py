@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hotpixd import __version__
+from hotpixd.core.overview import STATIC_SCENE, STATIC_SCENE_ADVICE
 from hotpixd.store.durable import StateError, WrongUse, require_place, written_beside
 from hotpixd.views.answers import now
 from hotpixd.views.evidence import REACH, unpacked
@@ -265,8 +266,10 @@ def _uncounted(shown: Answer) -> str:
         f"<tr><td>{one['at'][:16].replace('T', ' ')}<td>{_said(one['name'])}<td>{_said(one['reason'])}</tr>"
         for one in reversed(latest)
     )
+    static = any(one["reason"] == STATIC_SCENE for one in shown["not_counted"])
+    advice = f" {STATIC_SCENE_ADVICE}" if static else ""
     return f"""<h3>Frames not counted</h3>
-<p>They are in the means, but are no new evidence.</p>
+<p>They are in the means, but are no new evidence.{advice}</p>
 <table class="small"><thead><tr><th>Why<th>frames<th>first<th>last</tr></thead><tbody>{rows}</tbody></table>
 <details><summary>The latest {len(latest):,}</summary>
 <table class="small names"><thead><tr><th>Taken<th>File<th>Why</tr></thead><tbody>{frames}</tbody></table></details>"""

@@ -16,6 +16,7 @@ from rich.console import Group, RenderableType
 from rich.layout import Layout
 from rich.text import Text
 
+from hotpixd.core.overview import STATIC_SCENE, STATIC_SCENE_ADVICE
 from hotpixd.views.choices import Page
 from hotpixd.views.drawing import STATES, STYLES, Look, map_size
 from hotpixd.views.panels import (
@@ -243,6 +244,8 @@ def _log(scene: Scene, width: int) -> list[Text]:
     reasons = [] if sensor is None else reason_lines(sensor, look)
     if sensor is not None and sensor.get("not_counting"):
         reasons.append(Text(f"the last frame: {look.text(sensor['not_counting'])}", "yellow"))
+    if sensor is not None and STATIC_SCENE in sensor["not_counted"]:
+        reasons.append(Text(STATIC_SCENE_ADVICE))
     agreement = (sensor or {}).get("agreement")
     agreed = agreement_words(agreement) if agreement else ""
     parts = [

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from hotpixd.core.overview import STATIC_SCENE
+from hotpixd.core.frame import SampleKind
+from hotpixd.core.overview import STATIC_SCENE, STATIC_SCENE_ADVICE
 from hotpixd.views.text import agreement, agreement_words, history_words, plain_console, printable, sensor_name
 from hotpixd.words import many
 
@@ -82,11 +83,12 @@ def print_defects(
 
 def _print_not_counted(console: Console, sensor: Answer, reasons: Mapping[str, int]) -> None:
     for reason, count in reasons.items():
-        # Rendered darks can look like light frames; then most of them repeat a scene, in which nothing is found.
-        hint = ""
+        console.print(f"  {many(count, 'frame')} not counted: {escape(reason)}", soft_wrap=True)
         if reason == STATIC_SCENE and count > sensor["frames_counted"]:
-            hint = "; if the cap was on: hotpixd rebuild FOLDER --kind dark"
-        console.print(f"  {many(count, 'frame')} not counted: {escape(reason)}{hint}", soft_wrap=True)
+            console.print(f"    {STATIC_SCENE_ADVICE}", soft_wrap=True)
+            if sensor["samples"] == SampleKind.RENDERED:
+                # Only rendered darks can look like light frames; then most of them repeat a scene.
+                console.print("    If the cap was on: hotpixd rebuild FOLDER --kind dark", soft_wrap=True)
 
 
 _LATEST_CHANGES, _LATEST_SESSIONS = 30, 12

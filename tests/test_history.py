@@ -151,6 +151,9 @@ def test_it_reads_well_on_a_terminal(state):
     assert "new defects per month (95 %:" in done.stdout
     assert "hotpixd history --all" in done.stdout
     assert "hotpixd history --all" not in run("history", "--state", state, "--all").stdout
+    # It said "0 sessions and 61 changes".
+    one_session = run("history", "--state", state, "--gap", 24 * 300).stdout
+    assert re.search(r"^  \.\.\. and before that \d+ changes: hotpixd history --all$", one_session, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

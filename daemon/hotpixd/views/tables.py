@@ -143,8 +143,8 @@ def print_history(answer: Answer, *, everything: bool = False) -> None:
             table.add_row(_minute(event["at"]), str(event["session"]), *where, event["kind"], event["change"])
         if latest:
             _print_table(console, table)
-        if len(shown) < len(sessions) or len(latest) < len(events):
-            left = f"{many(len(sessions) - len(shown), 'session')} and {many(len(events) - len(latest), 'change')}"
+        older = ((len(sessions) - len(shown), "session"), (len(events) - len(latest), "change"))
+        if left := " and ".join(many(count, unit) for count, unit in older if count):
             console.print(f"  ... and before that {left}: hotpixd history --all", soft_wrap=True)
 
 

@@ -56,6 +56,22 @@ def test_unknown_numbers_are_left_blank(capsys, monkeypatch):
     assert lines[-1].split()[-2:] == ["-15000", "-1234.5"]
 
 
+@pytest.mark.parametrize(
+    ("adu", "sigma", "words"),
+    [
+        (0.02, 0.013, ["0.0", "0.0"]),
+        (-0.04, -0.03, ["0.0", "0.0"]),
+        (0.125, 0.083, ["+0.1", "+0.1"]),
+        (-9.94, -6.0, ["-9.9", "-6.0"]),
+        (9.96, 6.0, ["+10", "+6.0"]),
+    ],
+)
+def test_a_small_excess_is_told_in_tenths_and_none_without_a_sign(capsys, monkeypatch, adu, sigma, words):
+    """In JPEGs a step is much. A dim candidate "+0, +0.0 sigma" looked wrong to an all-sky camera's owner."""
+    (*_, line) = shown(capsys, 80, monkeypatch, excess_adu=adu, excess_sigma=sigma)
+    assert line.split()[7:9] == words
+
+
 def test_numbers_that_could_not_be_computed_do_not_end_the_table(capsys, monkeypatch):
     """The contract allows null for each of them; once that was a traceback."""
     lines = shown(capsys, 80, monkeypatch, excess_adu=None, excess_sigma=None, dark_current_adu_per_s=None)

@@ -34,7 +34,7 @@ from hotpixd.views.drawing import (
     sensor_map,
     sparkline,
 )
-from hotpixd.views.text import sensor_name
+from hotpixd.views.text import excess_adu, excess_sigma, sensor_name
 from hotpixd.words import many
 
 Sensor = Mapping[str, Any]
@@ -151,8 +151,8 @@ def _columns(width: int, look: Look) -> list[_Column]:
         *([words("state", 9, lambda d: d["state"])] if state else []),
         _Column(_BAR, gauge, lambda d: bar(_certainty(d), gauge, look, style(d)), right=False),
         words("", 4, lambda d: f"{100 * _certainty(d):.0f}%", right=True),
-        *([number("excess ADU", 10, "excess_adu", "+.0f")] if adu else []),
-        words(f"+{look.sigma}", 7, lambda d: _sigmas(d["excess_sigma"]), right=True),
+        *([words("excess ADU", 10, lambda d: excess_adu(d["excess_adu"]), right=True)] if adu else []),
+        words(f"+{look.sigma}", 7, lambda d: excess_sigma(d["excess_sigma"]), right=True),
         number("dark ADU/s", 10, "dark_current_adu_per_s", ".0f"),
         _Column("recent", recent, lambda d: [(sparkline(d["recent"], recent, look), style(d))], right=False),
         words("first seen", moment, lambda d: label(d["first_seen"])[:moment]),
@@ -163,11 +163,6 @@ def _certainty(defect: Defect) -> float:
     """Return the certainty as it is shown, 0 to 1: all of it is for what is stable, or was."""
     certainty = float(defect["certainty"])
     return min(certainty, 0.99) if defect["state"] == "candidate" else certainty
-
-
-def _sigmas(excess: float | None) -> str:
-    """Return an excess in seven characters."""
-    return "" if excess is None else f"{excess:+.1f}" if abs(excess) < 9999 else f"{excess:+.0f}"
 
 
 def _granted(rest: int, cells: int) -> tuple[int, int]:
@@ -276,7 +271,8 @@ def _facts(defect: Defect, sensor: Sensor, look: Look, width: int) -> list[Text]
         certain += f", evidence {defect['log_e']:.1f} of {sensor['threshold']:.1f}"
     words = [certain, *textwrap.wrap(_not_stable_because(defect, sensor), width)]
     if defect["excess_adu"] is not None and defect["excess_sigma"] is not None:
-        words.append(f"excess {defect['excess_adu']:+.0f} ADU, {defect['excess_sigma']:+.1f} {look.sigma}")
+        adu, sigma = excess_adu(defect["excess_adu"]), excess_sigma(defect["excess_sigma"])
+        words.append(f"excess {adu} ADU, {sigma} {look.sigma}")
     if defect["dark_current_adu_per_s"] is not None:
         iso = "" if defect["dark_current_iso"] is None else f" at ISO {defect['dark_current_iso']:.0f}"
         words.append(f"dark current {defect['dark_current_adu_per_s']:.0f} ADU/s{iso}")

@@ -11,7 +11,16 @@ from rich.markup import escape
 
 from hotpixd.core.frame import SampleKind
 from hotpixd.core.overview import STATIC_SCENE, STATIC_SCENE_ADVICE
-from hotpixd.views.text import agreement, agreement_words, history_words, plain_console, printable, sensor_name
+from hotpixd.views.text import (
+    agreement,
+    agreement_words,
+    excess_adu,
+    excess_sigma,
+    history_words,
+    plain_console,
+    printable,
+    sensor_name,
+)
 from hotpixd.words import many
 
 if TYPE_CHECKING:
@@ -71,8 +80,8 @@ def print_defects(
                 defect["kind"],
                 defect["state"],
                 f"{100 * defect['certainty']:.0f} %",
-                _number(defect["excess_adu"], "+.0f"),
-                _number(defect["excess_sigma"], "+.1f"),
+                excess_adu(defect["excess_adu"]),
+                excess_sigma(defect["excess_sigma"]),
                 _number(defect["dark_current_adu_per_s"], ".0f"),
                 "" if defect["frames_to_stable"] is None else str(defect["frames_to_stable"]),
             )

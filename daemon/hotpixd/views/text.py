@@ -92,6 +92,22 @@ def called(sensors: Sequence[_Sensor], wanted: str) -> list[_Sensor]:
     return exact or [s for s in sensors if word in s["id"].lower() or word in sensor_name(s).lower()]
 
 
+def excess_adu(value: float | None) -> str:
+    """Return an excess in ADU, to a tenth where it is small, as in many JPEGs; "" if it is not known."""
+    return "" if value is None else _signed(value, 1 if abs(value) < 9.95 else 0)
+
+
+def excess_sigma(value: float | None) -> str:
+    """Return an excess in sigma in seven characters; "" if it is not known."""
+    return "" if value is None else _signed(value, 1 if abs(value) < 9999 else 0)
+
+
+def _signed(value: float, digits: int) -> str:
+    # What rounds to zero has no sign: "+0" of a dim sample looks like a mistake.
+    text = f"{value:+.{digits}f}"
+    return text if float(text) else text[1:]
+
+
 def history_words(sensor: Mapping[str, Any]) -> list[str]:
     """Return what the history of a sensor says in words."""
     said = []

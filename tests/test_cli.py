@@ -139,8 +139,8 @@ def test_the_shape_check_can_fail():
 @pytest.mark.parametrize(
     ("question", "sensor", "rest"),
     [
-        (["defects"], {**WITH_TALLY, "defects": [DEFECT], "declared": [DECLARED]}, {}),
-        (["defects", "--all"], {**WITH_TALLY, "defects": [DEFECT], "declared": [DECLARED]}, {}),
+        (["defects"], {**WITH_TALLY, "min_frames": int, "defects": [DEFECT], "declared": [DECLARED]}, {}),
+        (["defects", "--all"], {**WITH_TALLY, "min_frames": int, "defects": [DEFECT], "declared": [DECLARED]}, {}),
         (["least-variance", "-k", 7], {**WITH_TALLY, "least": [LEAST]}, {}),
         (["verify"], {**SENSOR, "digest": str}, {"ok": bool, "waiting": int, "problems": [str]}),
         (

@@ -357,6 +357,18 @@ def test_a_healthy_sensor_s_pictures_come_out_as_they_are(tmp_path: Path):
     assert (tmp_path / "out" / "0.dng").stat().st_mtime == 1_000_000_000
 
 
+def test_a_sensor_of_too_few_frames_is_not_called_healthy(tmp_path: Path):
+    """It said "0 defects corrected" where one frame was counted, which tells nothing of any defect."""
+    for index in range(4):
+        SENSOR.write_dng(tmp_path / f"{index}.dng", SENSOR.shot(index, "moving"))
+    asked = ("repair", tmp_path / "0.dng", "--dry-run", "--state", tmp_path / "state")
+    feed(tmp_path / "state", tmp_path / "0.dng")
+    words = "0 defects would be corrected; nothing is known of its sensor yet, as a verdict takes 4 counted frames and"
+    assert f"{words} there is 1 (" in invoke(*asked).stdout
+    feed(tmp_path / "state", tmp_path)
+    assert "nothing is known" not in invoke(*asked).stdout
+
+
 def test_pictures_of_others_are_refused_and_the_rest_is_done(known: Path, camera: Camera, tmp_path: Path):
     """Exit code 1, a sentence for each of them, and nothing written for it."""
     broken, strange = tmp_path / "broken.jpg", tmp_path / "strange.txt"

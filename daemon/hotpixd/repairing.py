@@ -346,6 +346,10 @@ def _print(done: Repaired, *, dry_run: bool) -> None:
         sentence += f", {reasons['does not show']} left that do not show in it"
     if reasons["no healthy neighbour"]:
         sentence += f", {reasons['no healthy neighbour']} left as no healthy pixel is near"
+    counted, least = done.sensor.get("frames_counted", 0), done.sensor.get("min_frames", 0)
+    if counted < least:
+        there = f"there {'is' if counted == 1 else 'are'} {counted}"
+        sentence += f"; nothing is known of its sensor yet, as a verdict takes {least} counted frames and {there}"
     print(sentence + f" ({sensor_name(done.sensor)})")
     if dry_run:
         for choice in done.choices:

@@ -125,7 +125,8 @@ def defects(state: State, *, candidates: bool = False, sensors: Sensors | None =
     answer = []
     for id_, kept in _given(state, sensors):
         entries = [entry for _, entry in entries_of(state, kept, candidates=candidates)]
-        answer.append({**describe(kept, tallies.get(id_)), "defects": entries, **declared(state, id_)})
+        about = {**describe(kept, tallies.get(id_)), "min_frames": kept.sensor.settings.min_frames}
+        answer.append({**about, "defects": entries, **declared(state, id_)})
     return {"sensors": answer}
 
 

@@ -185,7 +185,15 @@ def test_status_calls_no_shot_folded_that_is_to_be_folded_again(camera, tmp_path
         answer = answers.status(state)
     assert answer["shots"]["folded"] == 8
     tables.print_status(answer)
-    assert "\n3 received but not folded, 5 folded, 5 counted\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\n3 received but not folded, 5 folded, 5 counted\n  What is not folded yet is folded when the" in said
+    # A running one is about to; and there is nothing to be said of none.
+    tables.print_status({**answer, "daemon": {"activity": "folding"}})
+    with State(tmp_path / "state") as state, Monitor(state) as monitor:
+        assert len(list(monitor.replay())) == 3
+        monitor.checkpoint()
+        tables.print_status(answers.status(state))
+    assert "What is not folded yet" not in capsys.readouterr().out
 
 
 def test_an_answer_that_lacks_shots_is_warned_of_on_stderr(capsys):

@@ -197,6 +197,8 @@ def print_status(answer: Answer) -> None:
         console.print(f"  {escape(printable(told))}", soft_wrap=True)
     shots = _as_folded(answer)
     console.print(", ".join(f"{n} {word}" for word, n in shots.items() if n) or "No shot yet.")
+    if shots.get(_RECEIVED) and not answer.get("daemon"):
+        console.print("  What is not folded yet is folded when the daemon starts, or by the next scan.", soft_wrap=True)
     for sensor in answer["sensors"]:
         console.print(f"\n[bold]{escape(sensor_name(sensor))}[/bold]  {_frames(sensor)}", soft_wrap=True)
         candidates = many(sensor["candidate"], "candidate")

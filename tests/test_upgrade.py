@@ -71,8 +71,8 @@ def test_an_old_state_goes_on(old: Path, shots: list[Path]):
     assert "Took up 1 shot from" in done.stderr
     with State(old, create=False) as state:
         assert answers.verify(state) == _recorded(old, "after")
-        # It knew nothing of declared defects.
-        recorded = [{**sensor, "declared": []} for sensor in _recorded(old, "defects")["sensors"]]
+        # It knew nothing of declared defects, nor did it tell how many frames a verdict takes.
+        recorded = [{**sensor, "declared": [], "min_frames": 4} for sensor in _recorded(old, "defects")["sensors"]]
         assert answers.defects(state, candidates=True)["sensors"] == recorded
 
 

@@ -464,13 +464,15 @@ class Sensor:
         In a mosaic those of its plane; in a rendered picture those of all channels: text may be red, or blue.
         """
         layout = self.layout
-        y, x = np.divmod(sites[:, None, None], layout.shape[1])
+        y, col = np.divmod(sites[:, None, None], layout.shape[1])
         reach = _DETAIL_REACH_RENDERED if self._rendered else _DETAIL_REACH_RAW
         down, right = (each.ravel() for each in np.mgrid[-reach : reach + 1, -reach : reach + 1])
-        channel = np.arange(layout.channels)[:, None] - x % layout.channels
-        ys, xs = y + down * layout.row_step, x + channel + right * layout.col_step
-        there = (ys >= 0) & (xs >= 0) & (ys < layout.shape[0]) & (xs < layout.shape[1])
-        around = np.where(there, ys * layout.shape[1] + xs, 0)
+        channel = np.arange(layout.channels)[:, None]
+        ys, xs = y + down * layout.row_step, col // layout.channels + right * layout.period
+        there = (ys >= 0) & (xs >= 0) & (ys < layout.height) & (xs < layout.width)
+        # Beyond the border the border itself, which does not tell.
+        ys, xs = np.clip(ys, 0, layout.height - 1), np.clip(xs, 0, layout.width - 1)
+        around = ys * layout.shape[1] + xs * layout.channels + channel
         # Defects are no detail, nor what they light; of those that are none yet only the core, it may be detail.
         rows, (px, py) = self._tracks.rows, self._pixels(around.ravel())
         stable = rows["site"][rows["status"] == Status.STABLE]

@@ -1007,7 +1007,12 @@ def test_a_tour_goes_everywhere() -> None:
         lambda m: m.shoot_with_another_body(4),
         *(lambda m, n=n: m.edit_in_place(n) for n in range(4)),
         lambda m: m.delete_what_was_acknowledged(1),
-        *(lambda m, n=n: m.die_while_shooting("after_link", n, False) for n in range(6)),
+        *(
+            step
+            for n in range(6)
+            # One that was linked when it died is taken before the next one dies.
+            for step in (lambda m, n=n: m.die_while_shooting("after_link", n, False), lambda m: m.shoot(1))
+        ),
         *(lambda m, n=n: m.die_while_shooting("before_generation_fsync", n, False) for n in range(4)),
         *(lambda m, step=step: m.die_while_shooting(step, None, True) for step in STEPS[:3]),
         lambda m: m.list_the_card_again(),

@@ -21,13 +21,13 @@ from conftest import HOTPIXD, Camera, decoders, environment, feed, told
 from hotpixd import monitor as monitor_module
 from hotpixd.core import accumulator
 from hotpixd.core.accumulator import COUNTS
-from hotpixd.core.frame import ShotKind
+from hotpixd.core.frame import Frame, ShotKind
 from hotpixd.core.sensor import Sensor
 from hotpixd.intake.files import FoundShot, find_shots
 from hotpixd.monitor import Fate, Monitor, Outcome
 from hotpixd.simulate import VirtualSensor, write_series
 from hotpixd.store.checkpoint import generations, read_generation
-from hotpixd.store.ledger import Ledger
+from hotpixd.store.ledger import LOST, Ledger
 from hotpixd.store.spool import Spool
 from hotpixd.store.state import State, StateFull
 from hotpixd.views import answers
@@ -406,6 +406,29 @@ def test_an_original_that_was_edited_in_place_is_not_folded(camera, tmp_path):
         file.write(b"edited")
     outcomes = feed(root)
     assert [o.path.name for o in outcomes if o.fate is Fate.REFUSED] == [edited.name]
+
+
+def test_a_shot_overwritten_before_it_is_decoded_is_not_folded_as_another(camera, tmp_path, monkeypatch):
+    """The link in the spool shows the new content; that has a row of its own, and the old one may come again."""
+    current = tmp_path / "image.dng"
+    shutil.copyfile(camera.shots[0], current)
+    with State(tmp_path / "state") as state, Monitor(state) as monitor:
+        state.spool._may_clone = False
+        decode = monitor.decoders.decode
+
+        def late(path: Path, *more: Any, **named: Any) -> Frame:
+            monkeypatch.setattr(monitor.decoders, "decode", decode)
+            current.write_bytes(camera.shots[1].read_bytes())
+            return decode(path, *more, **named)
+
+        monkeypatch.setattr(monitor.decoders, "decode", late)
+        (refused,) = monitor.process(find_shots([str(current)]).shots)
+        assert (refused.fate, refused.reason) == (Fate.REFUSED, LOST)
+        outcomes = list(monitor.process(find_shots([str(current), str(camera.shots[0])]).shots))
+        assert [outcome.fate for outcome in outcomes] == [Fate.FOLDED, Fate.FOLDED]
+        monitor.checkpoint()
+    feed(tmp_path / "scanned", camera.shots[1], camera.shots[0])
+    assert told(tmp_path / "state")["digests"] == told(tmp_path / "scanned")["digests"]
 
 
 def test_a_checkpoint_is_written_when_it_is_due(camera, tmp_path):

@@ -245,6 +245,34 @@ def test_killed_at_any_moment_it_comes_back_to_the_same_result(camera: Camera, t
     assert told(third.state) == told(tmp_path / "scanned")
 
 
+@pytest.mark.parametrize("count", [2, 6])
+def test_a_picture_overwritten_in_place_is_not_lost_when_it_is_killed(camera: Camera, tmp_path, start, count):
+    """All-sky software writes one image.jpg again and again. Each content was acknowledged, so each must come back."""
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    first = start("watch", inbox)
+    for number, shot in enumerate(camera.shots[:count], 1):
+        (inbox / "image.dng").write_bytes(shot.read_bytes())
+        first.wait_folded(number)
+        time.sleep(1.0)
+    first.stop(signal.SIGKILL)
+    second = start("watch", inbox)
+    assert second.folded() == count
+    assert second.ask("verify")["ok"]
+    # The path is known by now: not even one more is linked.
+    (inbox / "image.dng").write_bytes(camera.shots[count].read_bytes())
+    second.wait_folded(count + 1)
+    (inbox / "image.dng").unlink()
+    assert second.ask("verify")["ok"]
+    second.stop(signal.SIGKILL)
+    third = start("watch", inbox)
+    assert third.folded() == count + 1
+    assert third.stop() == 0
+    feed(tmp_path / "scanned", *camera.shots[: count + 1])
+    assert told(third.state)["digests"] == told(tmp_path / "scanned")["digests"]
+    assert told(third.state)["refused"] == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_it_stops_cleanly_with_a_checkpoint(camera: Camera, start, number):
     """`watch` stops at each of the three (its terminal went away); nothing is left to replay."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import socket
 import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,10 @@ CONTENT = bytes(range(256)) * 4321  # over a megabyte, no multiple of a block
 
 @pytest.fixture
 def spool(tmp_path: Path) -> Spool:
-    return Spool(tmp_path / "spool")
+    made = Spool(tmp_path / "spool")
+    # Of links it is told here, whatever file system the tests run on.
+    made._may_clone = False
+    return made
 
 
 @pytest.fixture
@@ -214,6 +220,98 @@ def test_an_edited_original_is_noticed(spool: Spool, shot: Path) -> None:
     with shot.open("r+b") as file:
         file.write(b"edited")
     assert not spool.verify(key)
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    """Write a file again in place, as a program does that keeps one "current picture"."""
+    with path.open("wb") as file:
+        file.write(content)
+
+
+def test_a_file_that_is_written_again_in_place_is_copied_from_then_on(spool: Spool, shot: Path, tmp_path: Path) -> None:
+    """Found in a trial of all-sky software: every link of its image.jpg had the content of the last one."""
+    first, second = spool.hold(shot), CONTENT[::-1]
+    assert spool.overwritten(first) == []
+    spool.keep(first)
+    assert spool.is_as_kept(first.key)
+    overwrite(shot, second)
+    assert not spool.is_as_kept(first.key)
+    held = spool.hold(shot)
+    assert spool.overwritten(held) == [first.key]
+    spool.drop([first.key])
+    spool.keep(held)
+    overwrite(shot, CONTENT)
+    assert spool.verify(held.key)
+    assert spool.is_as_kept(held.key)
+    again = spool.hold(shot)
+    assert spool.overwritten(again) == []
+    assert not spool.keep(again).samefile(shot)
+    other = tmp_path / "IMG_2.CR3"
+    other.write_bytes(second * 2)
+    assert spool.take(other, spool.hash_file(other)).samefile(other)
+
+
+def test_a_shot_overwritten_before_its_link_is_refused_and_one_only_touched_is_not(spool: Spool, shot: Path) -> None:
+    """Unpacking sets a file's time after it was closed: that alone must not cost a shot."""
+    held = spool.hold(shot)
+    os.utime(shot, (0, 0))
+    assert spool.keep(held).samefile(shot)
+    assert spool.is_as_kept(held.key)
+    spool.drop([held.key])
+    held = spool.hold(shot)
+    overwrite(shot, CONTENT[::-1])
+    with pytest.raises(SpoolError, match="not what it was"):
+        spool.keep(held)
+    assert list(spool.folder.iterdir()) == []
+
+
+@contextmanager
+def mounted(folder: Path, size_mb: int, *make: str) -> Iterator[Path]:
+    """Yield a new file system of its own."""
+    if os.geteuid() != 0 or shutil.which(make[0]) is None or not Path("/dev/loop-control").exists():
+        pytest.skip(f"{make[0]} and mounting what it makes take root and loop devices")
+    image, disk = folder / "disk.img", folder / "disk"
+    disk.mkdir()
+    with image.open("wb") as file:
+        file.truncate(size_mb << 20)
+    subprocess.run([*make, str(image)], check=True)
+    if subprocess.run(["mount", "-o", "loop", str(image), str(disk)], check=False).returncode:
+        pytest.skip(f"this kernel does not mount what {make[0]} makes")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("size_mb", "make", "clones"),
+    [
+        (120, ("mkfs.btrfs", "-q", "-f"), True),
+        (300, ("mkfs.xfs", "-q", "-f", "-m", "reflink=1"), True),
+        (24, ("mkfs.ext4", "-q", "-F"), False),
+    ],
+)
+def test_where_files_can_be_cloned_they_are(tmp_path: Path, size_mb: int, make: tuple[str, ...], clones: bool) -> None:
+    """A clone shares its bytes with the original, and keeps them when that is overwritten."""
+    with mounted(tmp_path, size_mb, *make) as disk:
+        spool, path = Spool(disk / "spool"), disk / "image.jpg"
+        content = os.urandom(8 << 20)
+        path.write_bytes(content)
+        os.sync()
+        before = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        held = spool.hold(path)
+        kept = spool.keep(held)
+        os.sync()
+        assert before - os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize < len(content) // 2
+        assert kept.samefile(path) != clones
+        assert [file.name for file in spool.folder.iterdir()] == [held.key]
+        overwrite(path, content[::-1])
+        assert spool.verify(held.key) == clones
+        late = spool.hold(path)
+        assert (spool.overwritten(late) == []) == clones
+        overwrite(path, content)
+        with pytest.raises(SpoolError, match="not what it was"):
+            spool.keep(late)
 
 
 def test_nothing_but_a_regular_file_is_taken(spool: Spool, tmp_path: Path) -> None:

@@ -127,14 +127,15 @@ def overview(state: State, id_: str, identity: SensorIdentity) -> Overview:
     return load(state, id_, Sensor(identity)).sensor.overview
 
 
-def save(state: State, kept: Kept, *, ledger_first: bool = True) -> int:
+def save(state: State, kept: Kept, *, ledger_first: bool = True, anyway: bool = False) -> int:
     """Write the sensor's next generation, if it has frames that no generation has; return its bytes.
 
     Parameters
     ----------
     ledger_first : see `State.checkpoint`
+    anyway : even if it has none, so that the older of two generations has all of them as well
     """
-    if not kept.pending:
+    if not (kept.pending or anyway):
         return 0
     saving = Saving(state, kept, ledger_first=ledger_first)
     saving.write()

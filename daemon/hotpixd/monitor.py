@@ -34,7 +34,7 @@ from hotpixd.intake.files import FoundShot
 from hotpixd.store.durable import failpoint
 from hotpixd.store.ledger import LOST, Received, ShotRow, TransitionRow
 from hotpixd.store.mapped import zeros_in
-from hotpixd.store.spool import Held, Spool, SpoolError
+from hotpixd.store.spool import Held, Spool, SpoolError, is_unchanged
 from hotpixd.store.state import State, StateFull
 
 HASHING = "hash"
@@ -269,6 +269,7 @@ class Monitor:
         self._checkpointed_at = clock()
         self._since_checkpoint = 0
         self._bytes_since = 0
+        state.spool.rewritten |= self._ledger.rewritten
         self._depths = {id_: about.get("depth") for id_, about in self._ledger.sensors().items()}
         self._memory = memory_bytes()
         self._ahead = self._frames_ahead(_LARGE_FRAME)
@@ -454,7 +455,7 @@ class Monitor:
         known = self._read_last[shot.source].get(raw)
         if known is not None:
             with contextlib.suppress(OSError):
-                if _is_unchanged(known[0], raw.stat(follow_symlinks=shot.below is None)):
+                if is_unchanged(known[0], raw.stat(follow_symlinks=shot.below is None)):
                     return known[1]
         return Spool.hash_file(raw, shot.below, progress)
 
@@ -593,6 +594,12 @@ class Monitor:
             try:
                 read = future.result()
                 key = read.held.key
+                overwritten = self._state.spool.overwritten(read.held)
+                if overwritten:
+                    yield from self._acknowledged(taken)
+                    taken = {}
+                    self._ledger.note_rewritten(str(shot.path.absolute()))
+                    yield from self._do_without(overwritten)
                 if shot.raw is not None:
                     # Its raw file decides: it has to be on its way before this one is looked at.
                     yield from self._acknowledged(taken)
@@ -666,7 +673,7 @@ class Monitor:
         """Start decoding while the shot is made durable; nobody sees the frame before that is done."""
         if shot.raw is None and len(self._waiting) + len(self._early) <= self._ahead:
             self._early[key] = self._decoding.submit(
-                self.decoders.decode, self._state.spool.path(key), shot.kind, name=Path(shot.origin or shot.path).name
+                self._decode_kept, key, shot.kind, Path(shot.origin or shot.path).name
             )
 
     def _received_now(self, shot: FoundShot, key: str) -> Received:
@@ -704,6 +711,19 @@ class Monitor:
                     self._state.set_aside(copy)
                 spool.keep(held)
 
+    def _do_without(self, overwritten: list[str]) -> Iterator[Outcome]:
+        """Have both generations cover shots whose copies in the spool were overwritten: no replay can have them."""
+        yield from self._begun(wait=True)
+        while self._waiting:
+            yield from self._next_concluded()
+        self.checkpoint()
+        for verdict, id_, seq in self._ledger.verdicts(overwritten).values():
+            if verdict == "folded" and id_ is not None and seq > self._covered_by_older.get(id_, 0):
+                kept = self.sensor(id_)
+                archive.save(self._state, kept, anyway=True)
+                self._note_older(kept)
+        self._state.spool.drop(overwritten)
+
     def _known(self, shot: FoundShot, row: ShotRow | None) -> Outcome:
         if row is not None and row.verdict == "refused":
             return Outcome(shot.path, Fate.REFUSED, row.reason, again=True, origin=shot.origin)
@@ -716,12 +736,22 @@ class Monitor:
         if replayed:
             return Waiting(row, self._decoding.submit(self._decode_again, row, kind), True, found)
         early = self._early.pop(row.key, None)
-        frame = early or self._decoding.submit(
-            self.decoders.decode, self._state.spool.path(row.key), kind, name=row.name
-        )
+        frame = early or self._decoding.submit(self._decode_kept, row.key, kind, row.name)
         if self._wake is not None:
             frame.add_done_callback(partial(_woken, self._wake))
         return Waiting(row, frame, False, found)
+
+    def _decode_kept(self, key: str, kind: ShotKind | None, name: str) -> Frame:
+        try:
+            frame = self.decoders.decode(self._state.spool.path(key), kind, name=name)
+        except DecodeError:
+            if not self._state.spool.is_as_kept(key):
+                raise DecodeError(LOST) from None
+            raise
+        # After that: what was decoded must be what was acknowledged, and not what the file was overwritten with.
+        if not self._state.spool.is_as_kept(key):
+            raise DecodeError(LOST)
+        return frame
 
     def _decode_again(self, row: ShotRow, kind: ShotKind | None) -> Frame:
         if row.verdict == "received" and row.attempts >= _MOST_ATTEMPTS:
@@ -734,10 +764,14 @@ class Monitor:
         luma = self._was_luma(row)
         if spool.verify(row.key):
             return self.decoders.decode(kept, kind, luma=luma, name=row.name)
+        there = os.path.lexists(kept)
         with contextlib.suppress(StateFull, FileNotFoundError):
             self._state.set_aside(kept)
         try:
             if Spool.hash_file(original) != row.key:
+                if there:
+                    # It was a link, most likely, and the file is overwritten in place.
+                    spool.rewritten.add(row.path)
                 raise DecodeError(LOST)
             return self.decoders.decode(spool.take(original, row.key), kind, luma=luma, name=row.name)
         except SpoolError:
@@ -771,6 +805,8 @@ class Monitor:
             self._ledger.conclude(row.seq, verdict="refused", reason=str(error))
             if str(error) == LOST:
                 self.lost[row.key] = row.name
+                if row.path in self._state.spool.rewritten:
+                    self._ledger.note_rewritten(row.path)
                 self._ledger.forget_seen_shot(row.key)
             return Outcome(
                 found.path,
@@ -943,15 +979,6 @@ def _write(generations: list[archive.Saving], wake: Callable[[], None]) -> None:
 
 def _woken(wake: Callable[[], None], _: Future[Frame]) -> None:
     wake()
-
-
-def _is_unchanged(before: os.stat_result, now: os.stat_result) -> bool:
-    return (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns) == (
-        now.st_dev,
-        now.st_ino,
-        now.st_size,
-        now.st_mtime_ns,
-    )
 
 
 def _utc(moment: datetime) -> str:

@@ -635,6 +635,17 @@ class Ledger:
         """The highest seq when the state was restored; 0 if it never was."""
         return next((int(seq) for (seq,) in self.rows("SELECT value FROM proof WHERE name = 'restored'")), 0)
 
+    def note_rewritten(self, path: str) -> None:
+        """Write down that the file at a path is overwritten in place."""
+        # Not as the name: that is a text, and a path need not be UTF-8.
+        name = f"rewritten {blake3(os.fsencode(path)).hexdigest(16)}"
+        self.later("INSERT OR REPLACE INTO proof VALUES (?, ?)", [(name, _file_text(path))])
+
+    @property
+    def rewritten(self) -> set[str]:
+        """The paths at which files are known to be overwritten in place."""
+        return {_text(path) for (path,) in self.rows("SELECT value FROM proof WHERE name LIKE 'rewritten %'")}
+
     def find(self, key: str) -> ShotRow | None:
         """Return the shot of this key, if it was ever received."""
         return next(iter(self._shots("WHERE key = ?", (key,))), None)

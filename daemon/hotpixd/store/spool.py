@@ -2,9 +2,13 @@
 
 A shot's key is the BLAKE3 digest of its file, so the same file met twice is
 one shot, and a file that changed on its way is noticed. Where the file system
-is the same, custody is a hard link: it costs no space, and the user may delete
-the original. Elsewhere (a card, FAT) it is a copy. Nothing is ever written
-beside the source, which may be a read-only card.
+is the same, custody is a clone (btrfs, XFS) or else a hard link: that costs no
+space, and the user may delete the original. Elsewhere (a card, FAT) it is a
+copy. Nothing is ever written beside the source, which may be a read-only card.
+
+A hard link is the source's own file, so it changes if a program writes that
+again in place, as many do with a "current picture". `overwritten` tells as soon
+as the new content is held, and files of that path are copied from then on.
 
 A shot comes in two steps. `hold` reads the source, once: the key of its content
 is known then, and what cannot be linked is in a temporary file here. It may
@@ -20,6 +24,7 @@ measured on one core of a Xeon VM, file in the page cache).
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import os
 import re
@@ -64,6 +69,12 @@ _COPY_INSTEAD = frozenset(
     }
 )
 
+_FICLONE = 0x40049409
+"""ioctl(2) that lets a new file share the blocks of another one until either is written to."""
+
+_NO_CLONES = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS})
+"""What a file system says to it that knows no clones. Anything else is about this file."""
+
 
 class SpoolError(Exception):
     """One shot's file cannot be taken or read. The state is unharmed, and other shots can go on."""
@@ -82,8 +93,11 @@ class Held:
     status: os.stat_result
     """Of the very file that was read, after that."""
 
+    before: os.stat_result
+    """The same before that: what was written to it since has another time."""
+
     path: str
-    """Where it was found, for people."""
+    """Where it was found."""
 
     fd: int | None = None
     """Open still, if it is of the spool's own file system: most likely it can be linked."""
@@ -108,6 +122,11 @@ class Spool:
         self._device = folder.stat().st_dev
         self._copies = itertools.count()
         self._found = set(self.keys())
+        self._links: dict[str, os.stat_result] = {}
+        """The status of each file that was linked since this is open, from before it was read."""
+        self._may_clone = True
+        self.rewritten: set[str] = set()
+        """Absolute paths whose files are known to be written again in place: these are not linked."""
 
     @staticmethod
     def hash_file(path: Path | str, below: Path | None = None, progress: Callable[[], object] = lambda: None) -> str:
@@ -154,23 +173,24 @@ class Spool:
         """
         digest, look_at = _hashing(progress)
         with _source(path, below) as fd:
-            if os.fstat(fd).st_dev == self._device:
+            before = os.fstat(fd)
+            if before.st_dev == self._device:
                 _each_block(fd, path, look_at)
-                return Held(digest.hexdigest(), os.fstat(fd), os.fspath(path), fd=os.dup(fd))
+                return Held(digest.hexdigest(), os.fstat(fd), before, os.fspath(path), fd=os.dup(fd))
             with full_disk_as_state_full(f"to keep {os.fspath(path)!r} in {self.folder}"):
                 copy = self._copy(fd, path, look_at)
-            return Held(digest.hexdigest(), os.fstat(fd), os.fspath(path), copy=copy)
+            return Held(digest.hexdigest(), os.fstat(fd), before, os.fspath(path), copy=copy)
 
     def keep(self, held: Held, placed: Callable[[], object] = lambda: None) -> Path:
         """Take custody of what is held; when this returns, its bytes are on the disk.
 
-        A linked file is not hashed again: `verify` does so before it is used. `placed` is called as soon as the file
-        can be read in its place, which may be before it is durable.
+        A linked file is not hashed again, unless it was touched since it was read. `placed` is called as soon as the
+        file can be read in its place, which may be before it is durable.
 
         Raises
         ------
         SpoolError
-            If the file cannot be linked after all, and no longer has this content.
+            If the file no longer has this content.
         StateFull
             If there is no room for it.
         """
@@ -223,6 +243,36 @@ class Spool:
         """Tell whether what is held is there already, whole."""
         return self._is(held.fd, self.path(held.key)) or self.verify(held.key)
 
+    def is_as_kept(self, key: str) -> bool:
+        """Tell whether a shot kept since this is open still has the content of its name.
+
+        Its file is only read if it is a link, and was touched since.
+        """
+        linked = self._links.get(key)
+        if linked is None:
+            return True
+        with suppress(OSError):
+            if is_unchanged(linked, self.path(key).stat()):
+                return True
+        return self.verify(key)
+
+    def overwritten(self, held: Held) -> list[str]:
+        """Return the keys of other shots that are links to the very file that is held: it was overwritten in place.
+
+        Files of its path are not linked any more then.
+        """
+        if held.fd is None:
+            return []
+        status = os.fstat(held.fd)
+        if status.st_nlink < 2:
+            return []
+        with os.scandir(self.folder) as entries:
+            linked = [entry.name for entry in entries if entry.inode() == status.st_ino]
+        keys = [key for key in linked if key != held.key and _KEY.fullmatch(key)]
+        if keys:
+            self.rewritten.add(str(Path(held.path).absolute()))
+        return keys
+
     def keys(self) -> Iterator[str]:
         """Go through the keys of all shots in custody, in no order."""
         for name in os.listdir(self.folder):  # noqa: PTH208 - names are all that is wanted
@@ -240,6 +290,7 @@ class Spool:
             with suppress(IsADirectoryError):
                 self.path(key).unlink(missing_ok=True)
             self._found.discard(key)
+            self._links.pop(key, None)
             failpoint("after_spool_drop")
 
     def _place(self, held: Held, placed: Callable[[], object]) -> Path:
@@ -247,6 +298,8 @@ class Spool:
         self._found.discard(held.key)
         if os.path.lexists(final):
             if self._is(held.fd, final) or self.verify(held.key):
+                if held.fd is not None:
+                    self._links[held.key] = held.before
                 placed()
                 # Whoever put it here may have died before its own fsyncs.
                 fsync_file(final)
@@ -257,18 +310,23 @@ class Spool:
                 raise SpoolError(f"{final} is in the way of a shot: it is a folder. Move it away.")
             final.unlink()
         with full_disk_as_state_full(f"to keep {held.path!r} in {self.folder}"):
-            if held.fd is not None and _link(held.fd, final):
-                placed()
-                # Link and source are one file, of the state's own disk: EIO here ends the process.
-                os.fsync(held.fd)
-                failpoint("after_link")
-                fsync_folder(self.folder)
-                return final
             if held.fd is not None:
-                # The same disk, but no link is to be had: a file of another owner, FAT.
-                digest = blake3()
-                held.copy = self._copy(held.fd, held.path, digest.update)
-                if digest.hexdigest() != held.key:
+                held.copy = self._clone(held.fd)
+                if held.copy is None and self._link(held, final):
+                    placed()
+                    # Link and source are one file, of the state's own disk: EIO here ends the process.
+                    os.fsync(held.fd)
+                    failpoint("after_link")
+                    fsync_folder(self.folder)
+                    return final
+                if held.copy is None:
+                    # The same disk, but no link is to be had (a file of another owner, FAT), or to be trusted.
+                    digest = blake3()
+                    held.copy = self._copy(held.fd, held.path, digest.update)
+                    is_it = digest.hexdigest() == held.key
+                else:
+                    is_it = is_unchanged(held.before, os.fstat(held.fd)) or self.hash_file(held.copy) == held.key
+                if not is_it:
                     raise SpoolError(f"{held.path!r} is not what it was when its key was taken.")
             assert held.copy is not None
             replace_durably(held.copy, final, step="copy")
@@ -283,9 +341,42 @@ class Spool:
         except OSError:  # a link to nothing
             return False
 
+    def _link(self, held: Held, final: Path) -> bool:
+        """Link what is held, and is of the spool's own file system; False if that cannot be, or it is better copied."""
+        assert held.fd is not None
+        if str(Path(held.path).absolute()) in self.rewritten or not _link(held.fd, final):
+            return False
+        self._links[held.key] = held.before
+        if not self.is_as_kept(held.key):
+            self.drop([held.key])
+            raise SpoolError(f"{held.path!r} is not what it was when its key was taken.")
+        return True
+
+    def _clone(self, source: int) -> Path | None:
+        """Clone an open file of the spool's own file system to a temporary one; None if that is impossible here."""
+        if not self._may_clone:
+            return None
+        tmp = self._temporary()
+        try:
+            fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                fcntl.ioctl(fd, _FICLONE, source)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            self._may_clone = error.errno not in _NO_CLONES
+            # Whatever it was, a link needs less: its own errors decide.
+            with suppress(OSError):
+                tmp.unlink()
+            return None
+        return tmp
+
+    def _temporary(self) -> Path:
+        return self.folder / f"{os.getpid()}-{next(self._copies)}.tmp"
+
     def _copy(self, source: int, path: Path | str, use: Callable[[memoryview], object]) -> Path:
         """Copy an open file to a temporary one, handing each block to `use` as well."""
-        tmp = self.folder / f"{os.getpid()}-{next(self._copies)}.tmp"
+        tmp = self._temporary()
         try:
             fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             try:
@@ -301,6 +392,16 @@ class Spool:
             tmp.unlink(missing_ok=True)
             raise
         return tmp
+
+
+def is_unchanged(before: os.stat_result, now: os.stat_result) -> bool:
+    """Tell whether two looks saw the same file, not written to in between."""
+    return (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns) == (
+        now.st_dev,
+        now.st_ino,
+        now.st_size,
+        now.st_mtime_ns,
+    )
 
 
 def _hashing(progress: Callable[[], object]) -> tuple[blake3, Callable[[memoryview], None]]:

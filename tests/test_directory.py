@@ -33,6 +33,9 @@ NEVER_S = 60.0
 SOON_S = 10.0
 """Enough on a busy machine for what takes milliseconds."""
 
+KEY = "ab" * 32
+"""Of whatever is read: no source looks at it."""
+
 QUEUE_SIZE = Path("/proc/sys/fs/inotify/max_queued_events")
 
 
@@ -116,7 +119,7 @@ class Service:
         try:
             with shot.path.open("rb") as file:
                 data = file.read()
-                shot.was_read(os.fstat(file.fileno()))
+                shot.was_read(os.fstat(file.fileno()), KEY)
         except OSError:
             self.source.retry(shot.path)
             return False
@@ -590,7 +593,7 @@ def test_a_file_that_changed_while_it_was_taken_is_offered_once_more(tmp_path, s
     shot = service.next()
     shot.path.write_bytes(content(2))
     assert service.delivers_nothing_for(0.5)
-    shot.was_read(shot.path.stat())
+    shot.was_read(shot.path.stat(), KEY)
     assert service.source.done(shot.path) is None
     assert service.deliver()[0].digest == digest(content(2))
     assert service.delivers_nothing_for(0.5)

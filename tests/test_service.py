@@ -273,6 +273,29 @@ def test_a_picture_overwritten_in_place_is_not_lost_when_it_is_killed(camera: Ca
     assert told(third.state)["refused"] == []
 
 
+def test_a_shot_whose_copy_was_overwritten_is_taken_from_its_other_name(camera: Camera, tmp_path, start):
+    """It is overwritten while nobody watches, before a checkpoint; the dated copy was known already."""
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    first = start("watch", inbox)
+    (inbox / "image.dng").write_bytes(camera.shots[0].read_bytes())
+    first.wait_folded(1)
+    put(camera.shots[0], inbox)
+    eventually(lambda: "known already" in first.log, "its copy is met")
+    time.sleep(2.0)
+    first.stop(signal.SIGKILL)
+    for spooled in (first.state / "spool").iterdir():
+        # As if it were a link, on file systems that clone as well.
+        spooled.write_bytes(camera.shots[1].read_bytes())
+    (inbox / "image.dng").write_bytes(camera.shots[1].read_bytes())
+    second = start("watch", inbox)
+    second.wait_folded(2)
+    assert second.stop() == 0
+    feed(tmp_path / "scanned", *camera.shots[:2])
+    assert told(second.state)["digests"] == told(tmp_path / "scanned")["digests"]
+    assert told(second.state)["refused"] == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_it_stops_cleanly_with_a_checkpoint(camera: Camera, start, number):
     """`watch` stops at each of the three (its terminal went away); nothing is left to replay."""

@@ -434,7 +434,7 @@ class Monitor:
         try:
             held = self._state.spool.hold(shot.path, shot.below, progress)
             if shot.was_read is not None:
-                shot.was_read(held.status)
+                shot.was_read(held.status, held.key)
             last = self._read_last[shot.source]
             last[shot.path] = held.status, held.key
             if len(last) > _READ_LAST:

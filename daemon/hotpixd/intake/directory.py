@@ -165,8 +165,8 @@ class _File:
     due: float = 0.0
     """When it is looked at next, monotonic s."""
 
-    read_as: os.stat_result | None = None
-    """Its status after it was read, set by whoever read it."""
+    read_as: tuple[os.stat_result, str] | None = None
+    """Its status after it was read, and the key of its content, set by whoever read it."""
 
     problem: str | None = None
     """Why it could not be looked at the last time."""
@@ -285,7 +285,7 @@ class DirectorySource:
                         self._settings.camera,
                         self.name,
                         below=self._settings.directory,
-                        was_read=partial(_note_status, file),
+                        was_read=partial(_note_reading, file),
                     )
         return None
 
@@ -305,8 +305,10 @@ class DirectorySource:
         self._ring()
         if file.read_as is None or file.signature is None:
             return None
-        same = Picture.of(file.read_as, file.picture.volume).is_same_as(file.picture)
-        return Seen(file.signature) if same else None
+        status, key = file.read_as
+        same = Picture.of(status, file.picture.volume).is_same_as(file.picture)
+        # With its key: should the shot be lost, it is read again, under whatever name it was met.
+        return Seen(file.signature, bytes.fromhex(key)) if same else None
 
     def retry(self, path: Path) -> None:
         """Note that the shot taken from `path` could not be read; it is offered again later."""
@@ -769,8 +771,8 @@ class DirectorySource:
             self._wake()
 
 
-def _note_status(file: _File, status: os.stat_result) -> None:
-    file.read_as = status
+def _note_reading(file: _File, status: os.stat_result, key: str) -> None:
+    file.read_as = status, key
 
 
 def _is_valid(check: _Check) -> bool:

@@ -62,8 +62,8 @@ class FoundShot:
     below: Path | None = None
     """A folder in which it lies; on the way from there no symlink is followed. None: wherever the path leads."""
 
-    was_read: Callable[[os.stat_result], None] | None = field(default=None, compare=False, repr=False)
-    """To be called, in whatever thread, with the status of the very file that was read."""
+    was_read: Callable[[os.stat_result, str], None] | None = field(default=None, compare=False, repr=False)
+    """To be called, in whatever thread, with the status of the very file that was read, and the key of its content."""
 
 
 @dataclass(frozen=True, slots=True)

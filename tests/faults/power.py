@@ -502,6 +502,9 @@ def system_rows(processes: ProcessPoolExecutor, system: FileSystem, long: bool) 
             tally = try_images(processes, disk, _PER_EPOCH, most)
             rows.append(_row(f"{system}: {name}", tally))
     for without, name in _CONTROLS_OF_SYSTEMS if long else _CONTROLS_OF_SYSTEMS[:2]:
+        if without == "spool._place#3" and system != "ext4":
+            # There files are cloned, and what is left out would not be passed anyway.
+            continue
         with logged(system, WORKLOADS[name], (without,)) as disk:
             tally = try_images(processes, disk, 0, None, control=True)
             rows.append(_row(f"{system}, without {SITES.get(without, without)}: {name}", tally, control=True))

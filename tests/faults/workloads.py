@@ -9,6 +9,7 @@ must keep every promise made by that time, and end like a run without a power cu
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -38,6 +39,7 @@ from hotpixd.service import Orders, Wake, _Service
 from hotpixd.simulate import VirtualSensor, write_series
 from hotpixd.store.durable import make_folder, make_parents
 from hotpixd.store.ledger import Ledger
+from hotpixd.store.spool import FICLONE
 from hotpixd.store.state import State
 
 PACKAGE = Path(hotpixd.__file__).parent
@@ -45,7 +47,7 @@ STATE = Path("new/folder/state")
 """Where the state is on the disk: the folders above it are made with it."""
 
 _FRAMES = 9
-_LINKED = "spool._place#3"
+_LINKED, _CLONED = "spool._place#3", "durable.replace_durably#1 copy"
 _OF_DEFECTS = "SELECT key FROM alert WHERE topic IN ('stable', 'recovered') ORDER BY key"
 
 
@@ -229,7 +231,7 @@ class KilledScan(Workload):
 
 
 class LinkedScan(Workload):
-    """Scans of files that somebody has just copied to the state's own disk: they are linked into the spool."""
+    """Scans of files that somebody has just copied to the state's own disk: they are linked, or cloned, there."""
 
     name = "linked scan"
 
@@ -238,12 +240,13 @@ class LinkedScan(Workload):
         _made(run.disk / "inbox")
 
     def drive(self, run: Run) -> None:
-        """Copy a few files, scan; the first time be killed between the link and its fsync."""
+        """Copy a few files, scan; the first two times be killed between the link (or clone) and its fsync."""
+        placed = _CLONED if _clones(run.disk) else _LINKED
         for number, (first, last) in enumerate(((0, 3), (3, 6), (6, None))):
             # Not fsynced: that is the product's part.
             copies = [shutil.copyfile(file, run.disk / "inbox" / file.name) for file in run.files[first:last]]
             if number < 2:
-                _killed(run, _LINKED, *copies)
+                _killed(run, placed, *copies)
             run.hotpixd("scan", *copies)
 
 
@@ -463,6 +466,16 @@ def _made(folder: Path) -> None:
     """Make a folder, durably."""
     make_parents(folder)
     make_folder(folder)
+
+
+def _clones(folder: Path) -> bool:
+    """Tell whether the file system of a folder can clone files."""
+    with tempfile.TemporaryFile(dir=folder) as one, tempfile.TemporaryFile(dir=folder) as other:
+        try:
+            fcntl.ioctl(one, FICLONE, other.fileno())
+        except OSError:
+            return False
+    return True
 
 
 def _killed(run: Run, kill: str, *files: Path) -> None:

@@ -69,7 +69,7 @@ _COPY_INSTEAD = frozenset(
     }
 )
 
-_FICLONE = 0x40049409
+FICLONE = 0x40049409
 """ioctl(2) that lets a new file share the blocks of another one until either is written to."""
 
 _NO_CLONES = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS})
@@ -360,7 +360,7 @@ class Spool:
         try:
             fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             try:
-                fcntl.ioctl(fd, _FICLONE, source)
+                fcntl.ioctl(fd, FICLONE, source)
             finally:
                 os.close(fd)
         except OSError as error:

@@ -166,9 +166,11 @@ def only_flushed(events: Sequence[Event]) -> Iterator[Image]:
 def _reordered(events: Sequence[Event], flushed: int, end: int, length: int, chance: random.Random) -> Image:
     share = chance.choice((0.2, 0.5, 0.8, 1.0))
     rest = tuple(n for n in range(flushed, end) if chance.random() < share) or (end - 1,)
-    last = len(events[rest[-1]].data or b"")
+    event = events[rest[-1]]
+    last = len(event.data or b"")
     torn = chance.randrange(last // _SECTOR) * _SECTOR if last >= _SECTOR and chance.random() < 0.5 else None
-    return Image(length, flushed, rest, torn)
+    # ext4 has its superblock there, two sectors with one checksum: torn, it cannot be mounted, whatever is on it.
+    return Image(length, flushed, rest, torn if event.offset >= _BLOCK else None)
 
 
 class Builder:

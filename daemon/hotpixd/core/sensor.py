@@ -528,9 +528,10 @@ class Sensor:
         made = self._recovered(seen)
         # Too small to matter, and there is no use in a map of it: dust, a sample of 2 % less response.
         slight = (rows["kind"][rising] == Kind.DIM) & (rows["strength"][rising] < self.settings.floor_sigma)
-        rising = rising[~slight & ~self._is_no_defect(rising)]
+        # The cheapest first: what is detail is held back for good, and comes here in every frame.
+        rising = rising[~slight & ~self._is_amid_detail(rising)]
+        rising = rising[~self._is_no_defect(rising)]
         rising = rising[~self._may_be_response(rising)]
-        rising = rising[~self._is_amid_detail(rising)]
         rising = rising[self._log_e_here(rising) >= self.threshold]
         rows["status"][rising] = Status.STABLE
         rows["stable_seq"][rising] = seq

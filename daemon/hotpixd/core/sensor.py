@@ -432,11 +432,16 @@ class Sensor:
         self._tracks.observe(positions, seen)
         return self._tracks.rows["site"][positions], seen
 
+    def _events_at_suspects(self, events: FrameEvents) -> NDArray[np.uint8]:
+        """Return the event bits of each row's site, none of those that are known as defects."""
+        rows = self._tracks.rows
+        row, col = np.divmod(rows["site"], self.layout.shape[1])
+        return np.where(rows["status"] != Status.STABLE, events.events[row, col], np.uint8(0))
+
     def _look_around(self, frame: Frame, events: FrameEvents) -> None:
         """Add up how far the detail around sites that this frame gives cause to suspect is in all other frames, too."""
         tracks = self._tracks
-        row, col = np.divmod(tracks.rows["site"], self.layout.shape[1])
-        suspected = np.flatnonzero((events.events[row, col] != 0) & (tracks.rows["status"] != Status.STABLE))
+        suspected = np.flatnonzero(self._events_at_suspects(events) != 0)
         if frame.kind is ShotKind.DARK or self.frames < 2:
             # No scene, or nothing to compare it with.
             tracks.around[suspected, 0] += 1
@@ -492,9 +497,7 @@ class Sensor:
     def _look_beside(self, samples: Samples, events: FrameEvents) -> None:
         """Add up how much of their excess the adjacent sites share, of those that this frame gives cause to suspect."""
         tracks = self._tracks
-        row, col = np.divmod(tracks.rows["site"], self.layout.shape[1])
-        high = events.events[row, col] & core.kernels.HIGH != 0
-        suspected = np.flatnonzero(high & (tracks.rows["status"] != Status.STABLE))
+        suspected = np.flatnonzero(self._events_at_suspects(events) & core.kernels.HIGH)
         sites = tracks.rows["site"][suspected]
         adjacent, telling, _ = self._adjacent(sites)
         around = np.zeros(adjacent.shape)
@@ -925,7 +928,7 @@ def _stars(around: NDArray[np.float64]) -> tuple[NDArray[np.bool_], NDArray[np.b
     step = np.abs(np.arange(side) - side // 2)
     distance = np.maximum(step[:, None], step).ravel()
     luma = np.tensordot(_LUMA if around.shape[1] == len(_LUMA) else [1.0], around, axes=(0, 1))
-    excess = luma - np.median(luma[:, distance > 2 * _MERGED_WITHIN - 1], axis=1)[:, None]
+    excess = luma - np.median(luma[:, distance > _MERGED_WITHIN + 1], axis=1)[:, None]
     core = excess[:, distance <= 1].max(axis=1)
     near, far = (excess[:, distance == d].mean(axis=1) for d in (1, 2))
     # A defect that is clipped is as broad as a star.

@@ -526,13 +526,14 @@ class Sensor:
         rows["log_e"] = np.where(rows["status"] == Status.CANDIDATE, log_e, np.maximum(rows["log_e"], log_e))
         enough = (log_e >= self.threshold) & (self.accumulator.counted >= self.settings.min_frames)
         rising = np.flatnonzero(enough & (rows["status"] != Status.STABLE))
+        # First of all: what is detail is held back for good, and comes here in every frame.
+        rising = rising[~self._is_amid_detail(rising)]
         if rising.size or self._running.counted_total % _RESTUDY == 0:
             self._classify(tracks)
         made = self._recovered(seen)
         # Too small to matter, and there is no use in a map of it: dust, a sample of 2 % less response.
         slight = (rows["kind"][rising] == Kind.DIM) & (rows["strength"][rising] < self.settings.floor_sigma)
-        # The cheapest first: what is detail is held back for good, and comes here in every frame.
-        rising = rising[~slight & ~self._is_amid_detail(rising)]
+        rising = rising[~slight]
         rising = rising[~self._is_no_defect(rising)]
         rising = rising[~self._may_be_response(rising)]
         rising = rising[self._log_e_here(rising) >= self.threshold]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from conftest import environment
 from hotpixd.core import kernels
 from hotpixd.core.accumulator import Accumulator, FrameEvents
 from hotpixd.core.frame import SensorLayout
@@ -214,3 +218,18 @@ def test_overlap_counts_the_bits_of_both(words: list[int], seed: int):
     a = np.array(words, np.uint64)
     b = np.random.default_rng(seed).integers(0, 2**64, len(words), np.uint64)
     assert kernels.overlap(a, b) == sum((int(x) & int(y)).bit_count() for x, y in zip(a, b, strict=True))
+
+
+def test_numba_loads_no_scipy_for_them_and_others_can(tmp_path):
+    """It would for its linear algebra, at every start."""
+    (tmp_path / "scipy").mkdir()
+    (tmp_path / "scipy" / "__init__.py").write_text("__version__ = '1.16.0'\nprint('loaded')\n")
+    code = "from hotpixd.core.sensor import warm_up; warm_up(); print('warm'); import scipy"
+    env = environment()
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**env, "PYTHONPATH": f"{tmp_path}{os.pathsep}{env['PYTHONPATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["warm", "loaded"], done.stderr

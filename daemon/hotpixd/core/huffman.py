@@ -13,11 +13,11 @@ ITU-T T.81 (1992), Annex C (code tables), F.1.2 (encoding), F.2.2 (decoding).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import numba as nb
 import numpy as np
 from numpy.typing import NDArray
+
+from hotpixd.core.jit import FAST, nb
 
 DONE, CUT_OFF, NO_CODE, NO_SYMBOL, NO_ROOM = 0, 1, 2, 3, 4
 """How a loop ends: well; the bytes end too early; bits that are no code; no code for a symbol; the output is full."""
@@ -27,8 +27,6 @@ _LOOK = 10
 
 PADDING = 8
 """Bytes that must follow the data, so that a whole word can be read at its end."""
-
-_FAST: dict[str, Any] = {"boundscheck": False, "nogil": True, "error_model": "numpy", "cache": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +123,7 @@ def _value_of(word, used, size):  # type: ignore[no-untyped-def]
     return value if value >> (size - 1) else value - (1 << size) + 1
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def decode_scan(data, ends, restart, dc_tables, ac_tables, components, fast, last, shift, symbols, mcus, out):  # type: ignore[no-untyped-def]
     """Decode a scan; returns how it ended.
 
@@ -214,7 +212,7 @@ def _flushed(held, count, out, at):  # type: ignore[no-untyped-def]
     return count, at
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def encode_scan(blocks, restart, dc_tables, ac_tables, components, code, length, out):  # type: ignore[no-untyped-def]
     """Encode a scan, with stuffing and restart markers; returns how it ended, and the bytes written to `out`.
 

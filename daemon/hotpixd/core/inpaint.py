@@ -25,11 +25,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
 from hotpixd.core.frame import Samples, SensorLayout
+from hotpixd.core.jit import FAST, nb
 
 REACH = 64
 """Pixels that are looked at along a direction for a healthy sample. A cluster wider than twice that is no cluster."""
@@ -48,8 +48,6 @@ _POWER = 2.0
 
 _QUANTUM = 0.3
 """q above, ADU: the standard deviation of rounding to whole numbers."""
-
-_FAST: dict[str, Any] = {"boundscheck": False, "nogil": True, "error_model": "numpy", "cache": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +165,7 @@ def _trials() -> NDArray[np.float64]:
     return np.asarray(weights)
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _usable(bad, classes, channels, row, pixel, channel, colour):  # type: ignore[no-untyped-def]
     """Whether a healthy sample of a colour is at a place."""
     if row < 0 or pixel < 0 or row >= bad.shape[0] or pixel * channels >= bad.shape[1]:
@@ -179,7 +177,7 @@ def _usable(bad, classes, channels, row, pixel, channel, colour):  # type: ignor
     return period == 1 or classes[row % period, pixel % period] == colour
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _steps_to_usable(bad, classes, channels, row, pixel, channel, dy, dx):  # type: ignore[no-untyped-def]
     """Steps to the nearest healthy sample of the colour of a place; 0 if there is none within reach."""
     period = classes.shape[0]
@@ -190,7 +188,7 @@ def _steps_to_usable(bad, classes, channels, row, pixel, channel, dy, dx):  # ty
     return 0
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _squared_error(samples, bad, classes, channels, row, pixel, channel, dy, dx, i, j, trials):  # type: ignore[no-untyped-def]
     """Mean squared error of interpolating the samples around a place along a direction; negative if none can be."""
     reach = trials.shape[0] // 2
@@ -223,7 +221,7 @@ def _squared_error(samples, bad, classes, channels, row, pixel, channel, dy, dx,
     return total / weights if weights > 0.0 else -1.0
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _fill(samples, bad, classes, channels, sites, trials, values, found):  # type: ignore[no-untyped-def]
     count = _DIRECTIONS.shape[0]
     value, squared, distance = np.empty(count), np.empty(count), np.empty(count)

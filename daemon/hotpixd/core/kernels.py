@@ -13,11 +13,9 @@ halves of the rows.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numba as nb
 import numpy as np
 
+from hotpixd.core.jit import FAST, nb
 from hotpixd.core.window import HALF_WINDOW, PHASE_COLS, PHASE_ROWS, WINDOW
 
 HIGH, LOW, HIGH_OUTSTANDING, LOW_OUTSTANDING, KNOWN = 1, 2, 4, 8, 16
@@ -32,8 +30,6 @@ outstanding ones, the sensor's own defects would look like such a scene.
 BLOCK = 512
 """Samples of a row that are counted together, then looked at one by one only if one of them is at a limit."""
 
-_FAST: dict[str, Any] = {"boundscheck": False, "nogil": True, "error_model": "numpy", "cache": True}
-
 
 @nb.njit(inline="always")
 def _larger(a, b):  # type: ignore[no-untyped-def]
@@ -46,7 +42,7 @@ def _smaller(a, b):  # type: ignore[no-untyped-def]
     return a if a < b else b
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _window_start(position, step, length):  # type: ignore[no-untyped-def]
     """Return where the window of a row or column begins: near a border it is shifted inwards, still WINDOW wide."""
     phase = position % step
@@ -54,7 +50,7 @@ def _window_start(position, step, length):  # type: ignore[no-untyped-def]
     return min(max(position // step - HALF_WINDOW, 0), count - WINDOW) * step + phase
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _extremes_across(x, a, b, c, d, e, f, high_around, high, low_around, low):  # type: ignore[no-untyped-def]
     """Highest and lowest of each column of a row's windows, without and with the row itself.
 
@@ -84,7 +80,7 @@ def _only_outstanding(bits):  # type: ignore[no-untyped-def]
     return np.uint8(bits & np.uint8(12 | np.uint8(bits >> 2)))
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _events_of_row(x, a, b, c, d, e, f, around, g, h, k, m, n, o, under, out):  # type: ignore[no-untyped-def]
     """Events of a row's samples.
 
@@ -112,7 +108,7 @@ def _events_of_row(x, a, b, c, d, e, f, around, g, h, k, m, n, o, under, out):  
         out[i] = np.uint8(high | (low << 1) | (high_out << 2) | (low_out << 3))
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _events_at_ends(x, step, high_around, high, low_around, low, out):  # type: ignore[no-untyped-def]
     """The same near a row's ends: windows are shifted inwards, still 7 columns wide."""
     edge = HALF_WINDOW * step
@@ -132,7 +128,7 @@ def _events_at_ends(x, step, high_around, high, low_around, low, out):  # type: 
         out[i] = bits
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _restrict_row(row, edge, centred):  # type: ignore[no-untyped-def]
     """Keep only outstanding extremes where windows are not centred: at the ends of a row, or in all of it."""
     if not centred:
@@ -174,7 +170,7 @@ def _judged(own, n, ne, e, se, s, sw, w, nw):  # type: ignore[no-untyped-def]
     return np.uint8(np.uint8(plain & np.uint8(~once)) | np.uint8(kept_out | np.uint8(kept_out >> 2)))
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _judge_row(above, here, below, edge, centred, out):  # type: ignore[no-untyped-def]
     n = here.size
     a, b, c = above[: n - 2], above[1 : n - 1], above[2:]
@@ -196,7 +192,7 @@ def _squared(squares, value):  # type: ignore[no-untyped-def]
     return squares.dtype.type(np.uint32(np.uint32(value) * np.uint32(value)))
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _add_sums(x, total, squares):  # type: ignore[no-untyped-def]
     for i in range(x.size):
         total[i] += total.dtype.type(x[i])
@@ -204,7 +200,7 @@ def _add_sums(x, total, squares):  # type: ignore[no-untyped-def]
         squares[i] += _squared(squares, x[i])
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _add_sums_of_four(a, b, c, d, total, squares):  # type: ignore[no-untyped-def]
     for i in range(a.size):
         width = total.dtype.type
@@ -215,7 +211,7 @@ def _add_sums_of_four(a, b, c, d, total, squares):  # type: ignore[no-untyped-de
         )
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def add_rows(a, b, c, d, frames, total, squares, first, last):  # type: ignore[no-untyped-def]
     """Add rows first..last of one to four frames to the sums, in one pass over these.
 
@@ -242,7 +238,7 @@ def _merely_extreme(bits):  # type: ignore[no-untyped-def]
     return np.uint8(np.uint8(extreme & np.uint8(~np.uint8(extreme >> 2))) & 1)
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _tally_pattern(row, phases):  # type: ignore[no-untyped-def]
     """Count a row's pattern by column phase; the row is as long as a multiple of the phases."""
     # Bytes, which are four times as many in a register as the numbers that they are added to.
@@ -263,7 +259,7 @@ def _sum_of_bytes(word):  # type: ignore[no-untyped-def]
     return np.int64((pairs * np.uint64(0x0001000100010001)) >> np.uint64(48))
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _count_events(words, totals):  # type: ignore[no-untyped-def]
     """Add the number of each event to the totals: eight bytes at a time, as many as a byte can count."""
     low_bits = np.uint64(0x0101010101010101)
@@ -281,13 +277,13 @@ def _count_events(words, totals):  # type: ignore[no-untyped-def]
         totals[3] += _sum_of_bytes(low_out)
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _survey_row(row, words, totals, phases):  # type: ignore[no-untyped-def]
     _tally_pattern(row, phases)
     _count_events(words, totals)
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def find_events(samples, row_step, col_step, lone, events, totals, phases, first, last):  # type: ignore[no-untyped-def]
     """Find the events of rows first..last of a frame.
 
@@ -352,7 +348,7 @@ def find_events(samples, row_step, col_step, lone, events, totals, phases, first
         _survey_row(events[rows - 1], words[rows - 1], totals, phases[(rows - 1) % PHASE_ROWS])
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _count_extremes(row, high, low, high_limit, low_limit, both_limit):  # type: ignore[no-untyped-def]
     """Add a stretch of extremes to the counts; return whether any count is at its limit, and any is outstanding."""
     width = high.dtype.type
@@ -369,7 +365,7 @@ def _count_extremes(row, high, low, high_limit, low_limit, both_limit):  # type:
     return at_limit != 0, outstanding != 0
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _reaches(high, low, high_out, low_out, limits):  # type: ignore[no-untyped-def]
     """Whether the counts of one sample reach a limit, see `count_rows`."""
     most = limits.shape[1] - 1
@@ -381,7 +377,7 @@ def _reaches(high, low, high_out, low_out, limits):  # type: ignore[no-untyped-d
     return np.int64(high) + np.int64(low) >= limits[2, min(outstanding, most)]
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def count_rows(events, high, low, high_outstanding, low_outstanding, limits, reached, first, last):  # type: ignore[no-untyped-def]
     """Add rows first..last of a frame's events to the counts; return how many samples are at a limit.
 
@@ -420,7 +416,7 @@ def count_rows(events, high, low, high_outstanding, low_outstanding, limits, rea
     return n
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def unmask(samples, row_step, col_step, lone, sites, events, totals):  # type: ignore[no-untyped-def]
     """Find outstanding samples whose windows hold a known defect, which hides them; count it out.
 
@@ -454,7 +450,7 @@ def unmask(samples, row_step, col_step, lone, sites, events, totals):  # type: i
         events[site // cols, site % cols] &= np.uint8(~np.uint8(KNOWN))
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _outstanding_among(samples, row_step, col_step, events, v, u):  # type: ignore[no-untyped-def]
     """Event bit of a sample among those neighbours that are no known defects; 0 if it is not outstanding."""
     rows, cols = samples.shape
@@ -496,7 +492,7 @@ def _outstanding_among(samples, row_step, col_step, events, v, u):  # type: igno
     return 0
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _touches(events, bit, v, u, cols):  # type: ignore[no-untyped-def]
     """Whether one of the 8 adjacent sites has the same event."""
     for r in range(max(v - 1, 0), min(v + 2, events.shape[0])):
@@ -506,7 +502,7 @@ def _touches(events, bit, v, u, cols):  # type: ignore[no-untyped-def]
     return False
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def overlap(a, b):  # type: ignore[no-untyped-def]
     """Number of bits set in both of two uint64 arrays."""
     n = 0
@@ -525,7 +521,7 @@ def _gathered(word):  # type: ignore[no-untyped-def]
     return np.uint8(((word & np.uint64(0x0101010101010101)) * np.uint64(0x0102040810204080)) >> np.uint64(56))
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def pack_pattern(words, rows, bits):  # type: ignore[no-untyped-def]
     """Pack which samples are part of the pattern.
 
@@ -542,7 +538,7 @@ def pack_pattern(words, rows, bits):  # type: ignore[no-untyped-def]
             out[w] = _gathered(extreme & ~(extreme >> np.uint64(2)))
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def pack_events(words, planes):  # type: ignore[no-untyped-def]
     """Split events into planes of one bit per sample, for the way to another machine; see `unpack_events`.
 
@@ -557,7 +553,7 @@ def pack_events(words, planes):  # type: ignore[no-untyped-def]
                 planes[k, y, w] = _gathered(words[y, w] >> np.uint64(k))
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def unpack_events(planes, words):  # type: ignore[no-untyped-def]
     """Undo `pack_events`: overwrite `words`."""
     spread = np.zeros(256, np.uint64)

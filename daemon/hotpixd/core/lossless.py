@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numba as nb
 import numpy as np
 from numpy.typing import NDArray
+
+from hotpixd.core.jit import FAST, nb
 
 LOOK = 12
 """Bits that are looked up at once, in a table that stays in the nearest cache; longer codes are rare."""
@@ -26,8 +26,6 @@ LOOK = 12
 BROKEN = -1
 
 _MARKER, _END_OF_IMAGE = 0xFF, 0xD9
-
-_FAST: dict[str, Any] = {"boundscheck": False, "nogil": True, "error_model": "numpy", "cache": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,7 @@ def _word_at(data, at):  # type: ignore[no-untyped-def]
     return word
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def unstuff(coded, start, data):  # type: ignore[no-untyped-def]
     """Copy a scan without its stuffing; return its length, BROKEN if anything but the end of the image ends it."""
     size = 0
@@ -109,7 +107,7 @@ def unstuff(coded, start, data):  # type: ignore[no-untyped-def]
     return BROKEN
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _long_code(bits, component, longer):  # type: ignore[no-untyped-def]
     """Return what `Tables.nearest` would say if it knew longer codes."""
     if bits < longer[component, 0, LOOK]:
@@ -123,7 +121,7 @@ def _long_code(bits, component, longer):  # type: ignore[no-untyped-def]
     return 0
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _differences(data, at, held, count, nearest, longer, wide, out):  # type: ignore[no-untyped-def]
     """Decode a row of differences; return where the next one goes on, and whether all codes were known.
 
@@ -154,7 +152,7 @@ def _differences(data, at, held, count, nearest, longer, wide, out):  # type: ig
     return at, held, count, True
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _along(row, differences, components, mask):  # type: ignore[no-untyped-def]
     """Add differences to the samples before (predictor 1, and every predictor's first row)."""
     outside = np.int64(0)
@@ -167,7 +165,7 @@ def _along(row, differences, components, mask):  # type: ignore[no-untyped-def]
     return outside == 0
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def _across(above, row, differences, components, predictor, mask):  # type: ignore[no-untyped-def]
     """Add differences to what the samples before and above foretell (T.81, table H.1)."""
     outside = np.int64(0)
@@ -195,7 +193,7 @@ def _across(above, row, differences, components, predictor, mask):  # type: igno
     return outside == 0
 
 
-@nb.njit(**_FAST)
+@nb.njit(**FAST)
 def decode(data, size, nearest, longer, wide, predictor, bits, out):  # type: ignore[no-untyped-def]
     """Decode a scan; return whether it is whole.
 

@@ -429,16 +429,23 @@ def test_a_second_process_is_told_who_has_the_state(camera: Camera, tmp_path, st
     assert first.stop() == 0
 
 
-def test_stopped_while_it_compiles_it_leaves_no_socket(camera: Camera, tmp_path, runtime, start):
-    """It ends at once then, as a compiler does not stop; the state is free, and whole."""
-    daemon = start("watch", camera.folder, wait=False, NUMBA_CACHE_DIR=str(tmp_path / "kernels"))
-    eventually(lambda: "compiles the kernels" in daemon.log, "it compiles")
-    eventually(lambda: any((tmp_path / "kernels").rglob("*.nbi")), "the first kernel is compiled")
+def test_shots_are_safe_while_the_first_start_compiles(camera: Camera, tmp_path, runtime, start):
+    """It is ready at once. Stopped then it does not wait for the compiler, and the next start folds what it has."""
+    first = start("watch", camera.folder, NUMBA_CACHE_DIR=str(tmp_path / "kernels"))
+    eventually(lambda: any((first.state / "spool").iterdir()), "shots are in custody")
+    assert first.folded() == 0
+    eventually(lambda: "compiles the kernels" in first.ask("status")["daemon"]["activity"], "it says what it waits for")
     assert list(runtime.rglob("*.sock"))
-    assert daemon.stop() == 0
-    assert "everything is on the disk" not in daemon.log
+    assert first.stop() == 0
+    assert "everything is on the disk" in first.log
+    assert "folded frame" not in first.log
     assert not list(runtime.rglob("*.sock"))
-    assert daemon.ask("verify")["ok"]
+    assert first.ask("verify")["ok"]
+    second = start("watch", camera.folder)
+    second.wait_folded(12)
+    assert second.stop() == 0
+    feed(tmp_path / "scanned", camera.folder)
+    assert told(second.state) == told(tmp_path / "scanned")
 
 
 def is_taken(lock: Path) -> bool:

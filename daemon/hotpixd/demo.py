@@ -77,6 +77,8 @@ def run_demo(frames: int, seed: int, keep: Path | None, stop: Callable[[], bool]
         print(f"{frames} scenes and {_darks(frames)} darks; the daemon tethers it. At first it compiles for a while.")
         print(f"Results go to {results}", flush=True)
         card = _Card(work / "card", sensor)
+        # The first shot is found on the card, before any button is pressed.
+        card.put(0, "moving")
         environ = {
             **{name: value for name, value in os.environ.items() if not name.startswith("HOTPIXD_")},
             "VCAMERADIR": str(card.root),
@@ -159,7 +161,6 @@ class _Demo:
 
     def run(self) -> None:
         """Shoot everything, and take in what was found."""
-        self._card.put(0, "moving")
         try:
             with contextlib.closing(FeedClient(self._daemon.socket)) as client:
                 self._shoot(client)
@@ -177,7 +178,6 @@ class _Demo:
         return self._left.is_set() or self._stop()
 
     def _shoot(self, client: FeedClient) -> None:
-        # What is on the card already is the first one.
         self._wait_for(client, 1, _START_WITHIN_S)
         for index in range(1, self._frames):
             began = time.monotonic()

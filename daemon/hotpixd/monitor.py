@@ -217,6 +217,7 @@ class Monitor:
     checkpoint_every_shots : shots after which the spool is cleared, however fast they came
     on_disk : keep sums and counts in files of the state directory, mapped into memory, for what memory does not hold
     luma : fold of JPEGs their luma alone
+    kernels : done when the kernels can be used; until then `follow` takes shots in and has them decoded, but folds none
     clock : monotonic, s
     """
 
@@ -231,6 +232,7 @@ class Monitor:
         checkpoint_every_shots: int = 1024,
         on_disk: bool = False,
         luma: bool = False,
+        kernels: Future[None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._state = state
@@ -238,6 +240,7 @@ class Monitor:
         self._settings = settings or DetectionSettings()
         self.checkpoint_every_s = checkpoint_every_s
         self.checkpoint_every_shots = checkpoint_every_shots
+        self._kernels = kernels
         self._clock = clock
         self._wake: Callable[[], None] | None = None
         self._slabs = cores
@@ -314,6 +317,9 @@ class Monitor:
                     self._ledger.delete_derived_after(id_, covers[id_])
             self._identities = {id_: archive.identity_from(about) for id_, about in self._ledger.sensors().items()}
             self._to_replay = deque(rows)
+        if self._to_replay:
+            # Now, so that no shot is blamed for what goes wrong with them.
+            self._wait_for_kernels()
         while self._to_replay and not stop():
             while len(self._waiting) > self._ahead:
                 yield from self._next_concluded()
@@ -361,7 +367,8 @@ class Monitor:
 
         Yields None when there is nothing to do: the caller waits before it goes on, until `wake` is called (from
         another thread) if it gave one. Without, the reading of files is waited for, and their order is kept. If a
-        full disk ends it (`StateFull`), what was received is kept: call it again when there is room.
+        full disk ends it (`StateFull`), what was received is kept: call it again when there is room. If `stop` ends it
+        before there are kernels, what was received is left to the next replay.
         """
         self._wake = wake
         source = iter(shots)
@@ -396,6 +403,8 @@ class Monitor:
             else:
                 break
         while self._waiting or self._acked:
+            if stop() and not self._has_kernels():
+                return
             yield from self._begun()
             if self._next_is_decoded():
                 yield from self._next_concluded()
@@ -667,7 +676,14 @@ class Monitor:
         held_up = self._saving is not None and any(
             g.kept.sensor.accumulator.must_wait for g in self._saving.generations
         )
-        return self._waiting[0].frame.done() and not held_up
+        return self._waiting[0].frame.done() and self._has_kernels() and not held_up
+
+    def _has_kernels(self) -> bool:
+        return self._kernels is None or self._kernels.done()
+
+    def _wait_for_kernels(self) -> None:
+        if self._kernels is not None:
+            self._kernels.result()
 
     def _decode_early(self, shot: FoundShot, key: str) -> None:
         """Start decoding while the shot is made durable; nobody sees the frame before that is done."""
@@ -846,6 +862,7 @@ class Monitor:
         )
 
     def _fold(self, kept: Kept, frame: Frame, row: ShotRow) -> FoldReport:
+        self._wait_for_kernels()
         looked = self._look_taken(kept.sensor, frame) or kept.sensor.look(frame)
         self._look_ahead()
         return kept.sensor.fold(frame, row.seq, looked)

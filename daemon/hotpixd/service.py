@@ -19,12 +19,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from functools import partial
-from itertools import chain, repeat
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -33,8 +32,8 @@ from hotpixd import __version__
 from hotpixd.alerts import Alerts, Watchman
 from hotpixd.backup import QUESTIONS as BACKUP_QUESTIONS
 from hotpixd.backup import Backups
+from hotpixd.compiling import Kernels
 from hotpixd.config import Config, ConfigError, needs_restart
-from hotpixd.core.sensor import warm_up
 from hotpixd.declaring import QUESTIONS as DECLARING_QUESTIONS
 from hotpixd.declaring import Declaring
 from hotpixd.feed import default_socket
@@ -95,6 +94,8 @@ _SERIES_ENDS_S = 45.0
 _PATIENCE_S = 180.0
 """Longest single step of the loop (compiling, a checkpoint on a slow card) that does not count as a hang."""
 
+
+_COMPILING = "the first start compiles the kernels, which takes up to half a minute"
 
 _ORDER_KEYS = frozenset(field.name for field in fields(SeriesOrder))
 
@@ -185,7 +186,12 @@ def serve(config: Config, load: Callable[[], Config], *, reloadable: bool) -> in
         # What was imported stays; the collector went through all of it with every frame, 2 ms of processor time.
         gc.freeze()
         try:
-            return service.run()
+            code = service.run()
+            if service.kernels.in_the_making:
+                # A compiler does not stop when it is told to; all else is closed by now.
+                logging.shutdown()
+                os._exit(code)
+            return code
         except OSError as error:
             if error.errno not in _DISK_FAILS:
                 raise
@@ -204,6 +210,7 @@ class _Service:
         self._orders = orders
         self._notifier = Notifier()
         self._metrics = Metrics()
+        self.kernels = Kernels()
         self._sources: dict[_Settings, _Source] = {}
         self._taken: dict[Path, tuple[_Source, float]] = {}
         self._unreadable: set[Path] = set()
@@ -242,12 +249,13 @@ class _Service:
 
     def run(self) -> int:
         config = self._config
-        with ExitStack() as stack, ThreadPoolExecutor(1, "kernels") as beside:
-            # Loading the kernels keeps one core busy, and loading the statistic the other.
-            warm_ups = chain([beside.submit(warm_up).result], repeat(warm_up))
+        with ExitStack() as stack:
             state = self._opened(stack)
             if state is None:
                 return 0
+            # Loading the kernels keeps one core busy, and loading the statistic the other.
+            self.kernels.start()
+            self.kernels.ready.add_done_callback(lambda _: self._wake())
             self._state = state
             self._ledger: Ledger = state.ledger
             state.announce(self._listen(stack).path)
@@ -268,13 +276,9 @@ class _Service:
             if live is None:
                 return 0
             self._live = live
-            self._activity = "starting; the first start compiles the kernels, which takes up to half a minute"
+            self._activity = f"starting; {_COMPILING}"
             self._despite_full_disk(self._tick)
             log.info("%s", self._activity)
-            self._orders.leave = self._listening.remove_file
-            with self._patience("compiling the kernels"):
-                self._despite_full_disk(lambda: next(warm_ups)())
-            self._orders.leave = None
             self._replay()
             # Not before: a shot that a replay finds lost is wanted again.
             self._seen = self._ledger.seen_files()
@@ -511,6 +515,9 @@ class _Service:
         if self._orders.reload and self._watching:
             self._orders.reload = False
             self._reload()
+        if self.kernels.ready.done():
+            # Before any shot can be blamed for what went wrong.
+            self.kernels.ready.result()
         self._answer_those_asked()
         while self._monitor.warnings:
             self._watchman.damage(self._monitor.warnings.pop(0))
@@ -576,6 +583,8 @@ class _Service:
         queued = sum(state.waiting for state in states) or self._monitor.in_flight
         if self._watching:
             self._activity = self._degraded or _activity(states, queued, self._live)
+            if self.kernels.are_late:
+                self._activity += f"; {_COMPILING}, and shots wait for it"
             if self._reload_failed:
                 self._activity += "; the changed configuration is wrong, the old one stays in use"
         return queued
@@ -726,6 +735,7 @@ class _Service:
             cores=config.cores or min(os.cpu_count() or 1, 4),
             on_disk=config.statistic == "disk",
             luma=config.jpeg == "luma",
+            kernels=self.kernels.ready,
             checkpoint_every_s=config.checkpoint.every_s,
             checkpoint_every_shots=config.checkpoint.every_shots,
         )
@@ -980,6 +990,15 @@ class _Watched(Monitor):
     def __init__(self, service: _Service, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._service = service
+
+    def _wait_for_kernels(self) -> None:
+        service = self._service
+        if not service.kernels.ready.done():
+            service._orders.leave = service._listening.remove_file
+            with service._patience("compiling the kernels"):
+                wait([service.kernels.ready])
+            service._orders.leave = None
+        super()._wait_for_kernels()
 
     def _is_folded(self, raw: Path, key: str | None) -> bool:
         with self._service._patience("waiting for a raw file to be decoded"):

@@ -314,7 +314,8 @@ def test_secrets_are_told_to_nobody(camera: Camera, tmp_path: Path, start):
     process = Path(f"/proc/{daemon.process.pid}")
     everything += [(process / "cmdline").read_text(), (process / "comm").read_text()]
     daemon.stop(signal.SIGABRT)
-    assert "Current thread" in daemon.log
+    # Of which thread that was, a busy machine does not always say.
+    assert "(most recent call first)" in daemon.log
     everything.append(daemon.log)
     for path in daemon.state.rglob("*"):
         if path.is_file():

@@ -37,6 +37,9 @@ _SCRIPT = Path(sys.executable).with_name("hotpixd")
 HOTPIXD = [str(_SCRIPT)] if _SCRIPT.exists() else [sys.executable, "-c", "from hotpixd.cli import main; main()"]
 """The command, as a user would start it."""
 
+_LONGEST = ("service", "cli", "systemd_boot", "cluster", "darks", "faults_power", "faults_kills", "directory", "camera")
+"""Files of tests that take longest: begun last, one of them would be run alone at the end."""
+
 _OF_THE_USER = (
     "COLUMNS",
     "FORCE_COLOR",
@@ -68,6 +71,12 @@ def run(
     )
     assert "Traceback" not in (done.stderr or ""), done.stderr
     return done
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first."""
+    first = {f"test_{name}.py": place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: first.get(item.path.name, len(first)))
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def test_every_place_that_fsyncs_has_a_control() -> None:
 def test_a_disk_that_keeps_no_more_than_posix_promises_loses_nothing(processes) -> None:
     """Linked shots and the journal of darks; and each fsync that is left out is missed."""
     possible("posix")
-    rows = power.posix_rows(processes, False, ("linked scan", "dark series"), 40, LINKED)
+    rows = power.posix_rows(processes, False, ("linked scan", "dark series"), 20, LINKED)
     assert len(rows) == 2 + len(LINKED)
     assert all(row.as_expected for row in rows), [row for row in rows if not row.as_expected]
 

@@ -119,7 +119,7 @@ def plot(rows: Sequence[tuple[str, int, dict[str, str]]], path: Path) -> None:
 
     formats = list(dict.fromkeys(name for name, _, _ in rows))
     figure, axes = pyplot.subplots(1, len(formats), figsize=(3.2 * len(formats), 3.6), sharey=True, squeeze=False)
-    lines = {"scan, steady": "o-", f"allowed on {throughput._cores()} cores": "--", "textbook": "s:"}
+    lines = {"scan, steady": "o-", f"allowed on {throughput._cores()} cores": "x--", "textbook": "s:"}
     for axis, name in zip(axes[0], formats, strict=True):
         mine = [(size, cells) for other, size, cells in rows if other == name]
         for row, style in lines.items():

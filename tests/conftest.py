@@ -22,6 +22,7 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"hot
 
 import hotpixd
 from hotpixd.core.frame import Frame
+from hotpixd.core.sensor import warm_up
 from hotpixd.intake import dng
 from hotpixd.intake.decoders import Decoders
 from hotpixd.intake.files import find_shots
@@ -71,6 +72,13 @@ def run(
     )
     assert "Traceback" not in (done.stderr or ""), done.stderr
     return done
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Have the kernels compiled once, before several processes want them at the same moment."""
+    if not hasattr(session.config, "workerinput"):
+        warm_up()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

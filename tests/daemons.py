@@ -82,7 +82,7 @@ class Daemon:
         with contextlib.closing(self.client()) as client:
             return int(client.ask("status")["shots"]["folded"])
 
-    def wait_folded(self, count: int, within_s: float = 60.0) -> None:
+    def wait_folded(self, count: int, within_s: float = START_WITHIN_S) -> None:
         """Wait until so many shots are folded."""
         eventually(lambda: self.folded() >= count, f"{count} shots are folded\n{self.log}", within_s)
 

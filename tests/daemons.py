@@ -16,7 +16,7 @@ from typing import Any
 from conftest import HOTPIXD, environment, run
 from hotpixd.feed import FeedClient, FeedError, find_sockets
 
-START_WITHIN_S = 60.0
+START_WITHIN_S = 120.0
 
 
 def eventually(condition: Callable[[], Any], what: str, within_s: float = 30.0) -> Any:

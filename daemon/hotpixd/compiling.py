@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from hotpixd.core.sensor import warm_up
 from hotpixd.store.durable import FULL
@@ -20,39 +19,34 @@ class Kernels:
     """Has the kernels made ready for use in a thread of its own, which cannot be stopped."""
 
     def __init__(self) -> None:
+        self._beside = ThreadPoolExecutor(1, "kernels")
+        self._started_at = 0.0
         self.ready: Future[None] = Future()
         """Done when they can be used; holds what went wrong if they never can."""
-        # Not a daemon thread: Python cannot end while one of those compiles.
-        self._thread = threading.Thread(target=self._make_ready, name="kernels")
-        self._started_at = time.monotonic()
 
     def start(self) -> None:
         """Begin."""
         self._started_at = time.monotonic()
-        self._thread.start()
+        self.ready = self._beside.submit(_make_ready)
 
     @property
     def in_the_making(self) -> bool:
         """Whether the thread is at it."""
-        return self._thread.is_alive()
+        return self.ready.running()
 
     @property
     def are_late(self) -> bool:
         """Whether they are surely compiled and not loaded: that takes longer."""
-        return not self.ready.done() and time.monotonic() - self._started_at > _LOADED_WITHIN_S
+        return self.in_the_making and time.monotonic() - self._started_at > _LOADED_WITHIN_S
 
-    def _make_ready(self) -> None:
-        while True:
-            try:
-                warm_up()
-            except OSError as error:
-                if error.errno in FULL:
-                    # Each one that could not be written down is in memory now, and is not compiled again.
-                    time.sleep(_PAUSE_S)
-                    continue
-                self.ready.set_exception(error)
-            except BaseException as error:
-                self.ready.set_exception(error)
-            else:
-                self.ready.set_result(None)
+
+def _make_ready() -> None:
+    while True:
+        try:
+            warm_up()
             return
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            # Each one that could not be written down is in memory now, and is not compiled again.
+            time.sleep(_PAUSE_S)

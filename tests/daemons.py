@@ -16,7 +16,7 @@ from typing import Any
 from conftest import HOTPIXD, environment, run
 from hotpixd.feed import FeedClient, FeedError, find_sockets
 
-START_WITHIN_S = 120.0
+START_WITHIN_S = 60.0
 
 
 def eventually(condition: Callable[[], Any], what: str, within_s: float = 30.0) -> Any:
@@ -82,7 +82,7 @@ class Daemon:
         with contextlib.closing(self.client()) as client:
             return int(client.ask("status")["shots"]["folded"])
 
-    def wait_folded(self, count: int, within_s: float = START_WITHIN_S) -> None:
+    def wait_folded(self, count: int, within_s: float = 60.0) -> None:
         """Wait until so many shots are folded."""
         eventually(lambda: self.folded() >= count, f"{count} shots are folded\n{self.log}", within_s)
 

@@ -6,8 +6,6 @@ import importlib
 import sys
 from typing import Any
 
-__all__ = ["FAST", "nb"]
-
 FAST: dict[str, Any] = {"boundscheck": False, "nogil": True, "error_model": "numpy", "cache": True}
 """Options of a loop: nogil, so that two threads take two halves of the rows."""
 
